@@ -1,0 +1,45 @@
+# Needs Python 3.11 or newer and make. Every target that needs the environment makes it first.
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+DATASET ?= digits
+
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: install  ## digits, end to end: a teacher, its cache, a student three ways, one table
+	$(BIN)/tspipe teacher --dataset digits
+	$(BIN)/tspipe cache --dataset digits
+	$(BIN)/tspipe student --cache cache/digits.h5 --compare
+
+test: install  ## run all tests
+	$(BIN)/pytest -n 2
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# make teacher-cache DATASET=cifar10 [TEACHER=resnet56] [WEIGHTS=file] [DATA=folder]
+teacher-cache: install  ## make cache/DATASET.h5, training the teacher first if it has no weights yet
+	$(BIN)/tspipe cache --train-teacher --dataset '$(DATASET)' $(if $(TEACHER),--teacher '$(TEACHER)') \
+		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)')
+
+install: $(VENV)/.installed  ## make the environment
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tspipe needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:  ## remove the environment and everything made by tools, not caches, checkpoints or runs
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help demo test lint format teacher-cache install clean

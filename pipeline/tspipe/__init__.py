@@ -1,0 +1,1 @@
+"""tspipe: run a teacher once, cache its features, train many students against the file."""

@@ -1,0 +1,226 @@
+"""What is where in a feature cache, format version 1.
+
+A cache is one ordinary HDF5 file. Every dataset is a hard link at the root, contiguous, unfiltered,
+of fixed shape and little-endian, so that a row is found by arithmetic and read without HDF5.
+`cache/README.md` in the repository is the specification; this file is its code. Nothing here needs torch.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tspipe.errors import CacheError, NotACache
+
+FORMAT = b"tspipe-cache"
+VERSION = 1
+MANIFEST_BYTES = 65536
+ID_BYTES = 64
+SPLITS = ("train", "test")
+CHECKSUM_BYTES = 32
+DIGEST_BYTES = 8
+COLUMNS = ("features", "logits", "labels", "keys", "digests", "views", "images")  # the order a checksum covers them in
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Every number from which the shapes of all datasets follow."""
+
+    rows: Mapping[str, int]  # images per split
+    width: int  # d, of the penultimate features
+    classes: int  # c
+    feature_dtype: str  # "<f2" or "<f4"
+    block_rows: int  # images a checksum covers
+    class_bytes: int  # the longest class name, in bytes
+    key_bytes: Mapping[str, int]  # the longest key of each split, in bytes
+    weights_bytes: int = 0  # 0: the teacher's weights are not in the file
+    views: int | None = None  # V, replayable views per image
+    image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
+    random_rows: int | None = None  # P, the random pool
+
+    def blocks(self, split: str) -> int:
+        """How many checksums a split (or the `random` pool) has."""
+        rows = (self.random_rows or 0) if split == "random" else self.rows[split]
+        return math.ceil(rows / self.block_rows)
+
+    def block(self, split: str, index: int) -> range:
+        """The images that block `index` of a split covers."""
+        start = index * self.block_rows
+        return range(start, min(start + self.block_rows, self.rows[split]))
+
+    def datasets(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every dataset, in the order in which the file holds them."""
+        return {name: (np.dtype(dtype), shape) for name, dtype, shape in self._datasets()}
+
+    def _datasets(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        yield "manifest", "u1", (MANIFEST_BYTES,)
+        yield "id", "u1", (ID_BYTES,)
+        yield "classes", f"S{self.class_bytes}", (self.classes,)
+        for split in SPLITS:
+            n = self.rows[split]
+            views = n * (self.views or 1)
+            yield f"{split}_features", self.feature_dtype, (views, self.width)
+            yield f"{split}_logits", "<f4", (views, self.classes)
+            yield f"{split}_labels", "<i8", (n,)
+            yield f"{split}_keys", f"S{self.key_bytes[split]}", (n,)
+            yield f"{split}_digests", "u1", (n, DIGEST_BYTES)
+            if self.views is not None:
+                yield f"{split}_views", "<i2", (views, 3)
+            if self.image_shape is not None:
+                yield f"{split}_images", "u1", (n, *self.image_shape)
+            yield f"{split}_checksums", "u1", (self.blocks(split), CHECKSUM_BYTES)
+        if self.random_rows is not None:
+            yield "random_features", self.feature_dtype, (self.random_rows, self.width)
+            yield "random_logits", "<f4", (self.random_rows, self.classes)
+            yield "random_checksums", "u1", (self.blocks("random"), CHECKSUM_BYTES)
+        if self.weights_bytes:
+            yield "teacher_weights", "u1", (self.weights_bytes,)
+
+
+def digest(image: NDArray[np.uint8]) -> bytes:
+    """What identifies an image (H, W, C): the first 8 bytes of SHA-256 over its shape (three `<i8`) and its pixels."""
+    return hashlib.sha256(struct.pack("<3q", *image.shape) + image.tobytes()).digest()[:DIGEST_BYTES]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest's 65,536 bytes: canonical JSON (sorted keys, no spaces, ASCII), padded with NUL."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    if len(text) > MANIFEST_BYTES:
+        raise CacheError(f"The manifest takes {len(text):,} bytes; the format has room for {MANIFEST_BYTES:,}.")
+    return text.ljust(MANIFEST_BYTES, b"\0")
+
+
+def decode_manifest(data: bytes, *, finished: bool = True) -> Manifest:
+    """Parse and check a manifest; the plan of an unfinished file may leave out what is known only at its end.
+
+    Raises NotACache when the text is not canonical JSON or does not follow the schema.
+    """
+    text = data.rstrip(b"\0")
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise NotACache("its manifest is not JSON.") from problem
+    _check(manifest, _SCHEMA, "manifest", finished)
+    # One text per manifest: duplicate keys, other spellings of a number and trailing bytes end here.
+    if encode_manifest(manifest) != data:
+        raise NotACache("its manifest is not canonical JSON.")
+    return dict(manifest)
+
+
+# ── The manifest's schema ────────────────────────────────────────────────────────────────────────────────────────
+# A schema is a dict (exactly these fields) or a function that says whether a value is allowed.
+
+Check = Callable[[Any], bool]
+_LARGEST = 2**48  # no count in a real file comes near; products of two such counts are checked against the file's size
+
+
+@dataclass(frozen=True)
+class _Optional:
+    """A field that may be null; with `only_unfinished`, just until the file is finished."""
+
+    schema: Any
+    only_unfinished: bool = False
+
+
+def _integer(low: int, high: int = _LARGEST) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _text(pattern: str) -> Check:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= 16
+        and all(type(v) in (int, float) and math.isfinite(v) and abs(v) < 1e6 for v in value)
+    )
+
+
+def _options(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, dict):
+        return depth > 0 and len(value) <= 64 and all(_options(v, depth - 1) for v in value.values())
+    if isinstance(value, list):
+        return depth > 0 and len(value) <= 64 and all(_options(v, depth - 1) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_integer(1, 65536)(v) for v in value)
+
+
+def _positive(value: Any) -> bool:
+    return _numbers(value) and all(v > 0 for v in value)
+
+
+_name = _text(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+_sha256 = _text(r"[0-9a-f]{64}")
+_any_text = _text(r"(?s).{0,1000}")
+
+_SCHEMA: dict[str, Any] = {
+    "block_rows": _integer(1, 2**24),
+    "compute": {
+        "batch_size": _integer(1, 2**24),
+        "device": _text(r"cpu|cuda|mps|xpu"),
+        "precision": _text(r"float32|bfloat16"),
+    },
+    "dataset": {
+        "classes": _integer(1, 2**24),
+        "fingerprint": _Optional(_sha256, only_unfinished=True),
+        "license": _any_text,
+        "name": _text(r"(folder:)?[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}"),
+        "rows": {"test": _integer(1), "train": _integer(1)},
+    },
+    "features": {"dtype": _text(r"<f2|<f4"), "width": _integer(1, 2**24)},
+    "preprocess": {
+        "crop": _Optional(_integer(1, 65536)),
+        "interpolation": _text(r"nearest|bilinear|bicubic"),
+        "mean": _numbers,
+        "resize": _Optional(_size),
+        "std": _positive,
+    },
+    "random": _Optional({"generator": _name, "rows": _integer(1), "seed": _integer(0, 2**63 - 1)}),
+    "teacher": {
+        "correct": _Optional({"test": _integer(0), "train": _integer(0)}, only_unfinished=True),
+        "file_sha256": _sha256,
+        "network": _text(r"(torchvision:)?[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}"),
+        "options": _options,
+        "weights_sha256": _sha256,
+    },
+    "views": _Optional(
+        {
+            "count": _integer(1, 2**16),
+            "flip": lambda value: isinstance(value, bool),
+            "seed": _integer(0, 2**63 - 1),
+            "shift": _integer(0, 2**14),
+        }
+    ),
+}
+
+
+def _check(value: Any, schema: Any, where: str, finished: bool) -> None:
+    if isinstance(schema, _Optional):
+        if value is None and not (finished and schema.only_unfinished):
+            return
+        schema = schema.schema
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            raise NotACache(f"{where} is not an object.")
+        if missing := sorted(schema.keys() - value.keys()):
+            raise NotACache(f"{where} lacks the field {missing[0]!r}.")
+        if extra := sorted(value.keys() - schema.keys()):
+            raise NotACache(f"{where} has an unknown field {extra[0][:60]!r}.")
+        for key, inner in schema.items():
+            _check(value[key], inner, f"{where}.{key}", finished)
+    elif not schema(value):
+        raise NotACache(f"{where} cannot be {json.dumps(value)[:60]}.")

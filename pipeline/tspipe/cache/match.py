@@ -1,0 +1,99 @@
+"""Does a cache belong to this data? Rows of another order, split or version would train students on wrong targets."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tspipe.cache.layout import digest
+from tspipe.errors import CacheMismatch
+
+SAMPLE = 256  # images whose pixels are compared at a start; `None` compares all
+_REMEDY = "Give the data the cache was made from (--data), or make the cache again (tspipe cache --force)."
+
+
+class Stored(Protocol):
+    """The columns of a split that say which images its rows are of."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def keys(self) -> "Rows": ...
+    @property
+    def digests(self) -> "Rows": ...
+
+
+class Rows(Protocol):
+    """Rows in a file."""
+
+    def load(self) -> NDArray[np.generic]: ...
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.generic]: ...
+
+
+class Local(Protocol):
+    """A local dataset's split; `tspipe.datasets.Images` is one."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
+    @property
+    def read(self) -> Callable[[int], NDArray[np.uint8]]: ...
+
+
+def match_classes(name: str, stored: Sequence[str], local: Sequence[str]) -> None:
+    """Compare class names; raises CacheMismatch naming the first that differs."""
+    if len(stored) != len(local):
+        raise CacheMismatch(f"{name} has {len(stored)} classes, the dataset {len(local)}. {_REMEDY}")
+    for i, (there, here) in enumerate(zip(stored, local, strict=True)):
+        if there != here:
+            raise CacheMismatch(f"{name}: class {i} is {there!r} in the cache and {here!r} in the dataset. {_REMEDY}")
+
+
+def match_split(
+    name: str,
+    split: str,
+    stored: Stored,
+    local: Local,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    sample: int | None = SAMPLE,
+) -> None:
+    """Compare a split's keys and labels, and the pixels of a random sample, with the local dataset.
+
+    Args:
+        name: what to call the cache in an error.
+        rows: only these (of a file not finished); None: all, and then the count too.
+        sample: how many images to compare by digest; None: all of them.
+
+    Raises CacheMismatch naming the first image that differs: its key, index, what was expected and found.
+    """
+    keys = [key.decode("utf-8", "replace") for key in stored.keys.load().tolist()]
+    local_keys = local.keys
+    for i in range(len(keys)) if rows is None else rows.tolist():
+        if i >= len(local_keys) or keys[i] != local_keys[i]:
+            here = repr(local_keys[i]) if i < len(local_keys) else "nothing"
+            _differs(name, split, i, f"the cache has {keys[i]!r}, the dataset {here}", keys, local_keys)
+    if rows is None and len(local_keys) > len(keys):
+        i = len(keys)
+        _differs(name, split, i, f"the cache has nothing, the dataset {local_keys[i]!r}", keys, local_keys)
+    rows = np.arange(len(keys)) if rows is None else rows
+    wrong = rows[stored.labels[rows] != local.labels[rows]]
+    if len(wrong):
+        i = int(wrong[0])
+        what = f"{keys[i]!r} has label {stored.labels[i]} in the cache and {local.labels[i]} in the dataset"
+        _differs(name, split, i, what, keys, local_keys)
+    if sample is not None and sample < len(rows):
+        rows = np.sort(np.random.default_rng().choice(rows, sample, replace=False))
+    for i, expected in zip(rows.tolist(), stored.digests.take(rows), strict=True):
+        found = digest(local.read(i))
+        if found != expected.tobytes():
+            there, here = expected.tobytes().hex(), found.hex()
+            what = f"the pixels of {keys[i]!r} are not the same: digest {there} in the cache, {here} in the dataset"
+            _differs(name, split, i, what, keys, local_keys)
+
+
+def _differs(name: str, split: str, i: int, what: str, stored: Sequence[str], local: Sequence[str]) -> None:
+    counts = "" if len(stored) == len(local) else f" ({len(stored):,} images in the cache, {len(local):,} here)"
+    raise CacheMismatch(f"{name} is not of this data{counts}: at {split} index {i}, {what}. {_REMEDY}")

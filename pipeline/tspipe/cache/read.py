@@ -1,0 +1,192 @@
+"""Reading a feature cache: columns by offset, without HDF5, without torch."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tspipe.cache.check import Region, inspect
+from tspipe.cache.layout import SPLITS, Dimensions, Manifest
+from tspipe.errors import CacheDamaged, CacheError
+
+_AHEAD = getattr(os, "posix_fadvise", None)  # not on macOS, where reading ahead is left to the system
+
+
+class Column(Sequence[Any]):
+    """One dataset of the file as an array-like: `column[i]`, `column[3:7]`, `column[[5, 2]]`, `numpy.asarray(column)`.
+
+    It holds (path, offset, shape, dtype) and opens the file on first use in each process, so it pickles small
+    and works in data-loader workers however they are started. Rows are copies.
+    """
+
+    def __init__(self, path: Path, region: Region):
+        self.path, self.offset, self.shape, self.dtype = path, region.offset, region.shape, region.dtype
+        self.row_shape = self.shape[1:]
+        self.row_bytes = region.nbytes // max(1, self.shape[0])
+        self._file: tuple[int, int] | None = None  # (process, descriptor)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole column."""
+        return len(self) * self.row_bytes
+
+    def __getitem__(self, index: int | slice | ArrayLike) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return self._contiguous(start, max(start, stop))
+            return self.take(np.arange(start, stop, step))
+        if isinstance(index, int | np.integer):  # not SupportsIndex: arrays have __index__ too
+            return self.take(np.array([index]))[0]
+        rows = np.asarray(index)
+        return self.take(rows if rows.size else rows.astype(np.int64))  # numpy reads [] as floats
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.load(), dtype=dtype)
+
+    def load(self) -> NDArray[Any]:
+        """All rows, read in one go."""
+        return self._contiguous(0, len(self))
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
+        """The rows with these indices (n,), in this order, negative ones from the end; one read a row."""
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if rows.ndim != 1 or (len(rows) and not (rows.min() >= 0 and rows.max() < len(self))):
+            raise IndexError(f"row indices must be one-dimensional and below {len(self)}")
+        out = np.empty((len(rows), *self.row_shape), self.dtype)
+        buffer = _buffer(out)
+        descriptor, size = self._descriptor(), self.row_bytes
+        for start, row in zip(range(0, len(buffer), size), rows.tolist(), strict=True):
+            self._read(descriptor, buffer[start : start + size], self.offset + row * size)
+        return out
+
+    def advise(self, rows: NDArray[np.integer[Any]]) -> None:
+        """Tell the system that these rows are wanted soon, so that it reads them while others are worked on."""
+        if _AHEAD is not None:
+            descriptor = self._descriptor()
+            for row in rows.tolist():
+                _AHEAD(descriptor, self.offset + row * self.row_bytes, self.row_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _contiguous(self, start: int, stop: int) -> NDArray[Any]:
+        out = np.empty((stop - start, *self.row_shape), self.dtype)
+        if out.size:
+            self._read(self._descriptor(), _buffer(out), self.offset + start * self.row_bytes)
+        return out
+
+    def _read(self, descriptor: int, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            done = os.preadv(descriptor, [buffer], offset)
+            if done == 0:
+                raise CacheDamaged(f"{self.path} became shorter while it was read. Get the file again.")
+            buffer, offset = buffer[done:], offset + done
+
+    def _descriptor(self) -> int:
+        if self._file is None or self._file[0] != os.getpid():
+            try:
+                self._file = os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as problem:
+                raise CacheError(f"{self.path} cannot be read any more ({problem.strerror}).") from problem
+        return self._file[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def __del__(self) -> None:
+        file = getattr(self, "_file", None)
+        if file is not None and file[0] == os.getpid():
+            os.close(file[1])
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's columns; n images, V views of each, features and logits with a row per view."""
+
+    features: Column  # (n·V, d) float16 or float32
+    logits: Column  # (n·V, c) float32
+    labels: NDArray[np.int64]  # (n,), checked to be classes
+    keys: Column  # (n,) bytes
+    digests: Column  # (n, 8) uint8
+    checksums: Column  # (blocks, 32) uint8
+    views: Column | None = None  # (n·V, 3) int16: dy, dx, flip
+    images: Column | None = None  # (n, H, W, C) uint8
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An opened cache: its manifest and its columns."""
+
+    path: Path
+    id: str  # 64 hex digits
+    manifest: Manifest
+    dimensions: Dimensions
+    classes: list[str]
+    train: Split
+    test: Split
+    _weights: Column | None = None
+
+    def split(self, name: str) -> Split:
+        """`train` or `test` by name."""
+        return self.train if name == "train" else self.test
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the file carries its teacher's weights."""
+        return self._weights is not None
+
+    def teacher_weights(self) -> bytes:
+        """The teacher's weights as safetensors bytes, checked against the manifest's SHA-256."""
+        if self._weights is None:
+            raise CacheError(f"{self.path} does not carry its teacher's weights.")
+        data = self._weights.load().tobytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest["teacher"]["weights_sha256"]:
+            raise CacheDamaged(f"{self.path}: the teacher's weights are not those of the manifest. Get the file again.")
+        return data
+
+
+def open_cache(path: str | os.PathLike[str]) -> Cache:
+    """Open and check a finished cache. Reads the manifest, the checksums, the classes and the labels, no other rows.
+
+    Raises NotACache, CacheIncomplete or CacheDamaged.
+    """
+    path = Path(path).absolute()
+    structure = inspect(path)
+    columns = {name: Column(path, region) for name, region in structure.regions.items()}
+    classes = columns["classes"].load()
+    splits = {split: split_columns(columns, split) for split in SPLITS}
+    for split, found in splits.items():
+        if not (found.labels.min() >= 0 and found.labels.max() < len(classes)):
+            raise CacheDamaged(f"{path}: {split}_labels has labels outside its {len(classes)} classes.")
+    return Cache(
+        path=path,
+        id=columns["id"].load().tobytes().decode("ascii"),
+        manifest=structure.manifest,
+        dimensions=structure.dimensions,
+        classes=[name.decode("utf-8", "replace") for name in classes.tolist()],
+        train=splits["train"],
+        test=splits["test"],
+        _weights=columns.get("teacher_weights"),
+    )
+
+
+def split_columns(columns: dict[str, Column], split: str) -> Split:
+    """A split's columns out of all of a file's, by name."""
+    mine = {name.removeprefix(f"{split}_"): column for name, column in columns.items() if name.startswith(f"{split}_")}
+    return Split(labels=mine.pop("labels").load(), **mine)
+
+
+def _buffer(array: NDArray[Any]) -> memoryview:
+    """An array's bytes, to be read into."""
+    return memoryview(array.view(np.uint8).reshape(-1).data) if array.size else memoryview(b"")

@@ -1,0 +1,254 @@
+"""Writing a feature cache so that a kill at any moment loses at most the block being computed.
+
+h5py makes the skeleton of `NAME.h5.part` and closes it; rows then go in by `os.pwrite` at the offsets noted, and
+after each block its checksum. A writer that comes later reads the checksums and goes on. At the end come the
+manifest, the id, an fsync and the rename: the final name never shows an unfinished file.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from tspipe.cache.check import Structure, checksum_names, identify, inspect
+from tspipe.cache.layout import (
+    CHECKSUM_BYTES,
+    COLUMNS,
+    FORMAT,
+    SPLITS,
+    VERSION,
+    Dimensions,
+    Manifest,
+    encode_manifest,
+)
+from tspipe.cache.read import Column, Split, split_columns
+from tspipe.errors import CacheBusy, CacheError, CacheMismatch
+from tspipe.files import lock, sync_folder
+
+_NOTHING = bytes(CHECKSUM_BYTES)  # the checksum of a block not yet written
+
+
+class CacheWriter:
+    """Writes one cache, or goes on with one that was begun; a context manager.
+
+        with CacheWriter(path, plan, dimensions, classes, weights) as writer:
+            for split in SPLITS:
+                for block in writer.missing(split):
+                    writer.write_block(split, block, {"features": …, "logits": …, …})
+            writer.finish()
+
+    `plan` is the manifest with null for `dataset.fingerprint` and `teacher.correct`, which `finish` fills in.
+    Raises CacheBusy when another process writes the same name, CacheMismatch when a part file was begun with
+    another plan, CacheError when the disk does not take it; the part file stays usable in every case.
+    """
+
+    def __init__(
+        self, path: Path, plan: Manifest, dimensions: Dimensions, classes: Sequence[str], weights: bytes = b""
+    ):
+        self.path, self.plan, self.dimensions = path, plan, dimensions
+        self.part = path.with_name(path.name + ".part")
+        self._classes, self._weights = classes, weights
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with self._stack, self._explained():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(lock(self.path, CacheBusy))
+            self.resumed = self.part.exists()
+            if not self.resumed:
+                self._create()
+            structure = inspect(self.part, finished=False)
+            self._check_plan(structure)
+            self._file = os.open(self.part, os.O_RDWR | os.O_CLOEXEC)
+            self._stack.callback(os.close, self._file)
+            self._offsets = {name: region.offset for name, region in structure.regions.items()}
+            self._columns = {name: Column(self.part, region) for name, region in structure.regions.items()}
+            # Again on every start, and so also after a kill between the skeleton and here.
+            names = [name.encode() for name in self._classes]
+            self._write("classes", 0, np.array(names, f"S{self.dimensions.class_bytes}").tobytes())
+            if self._weights:
+                self._write("teacher_weights", 0, self._weights)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def missing(self, split: str) -> list[int]:
+        """The blocks still to be computed: without a checksum, or, after a crash of the machine, with a wrong one."""
+        checksums = self._columns[f"{split}_checksums"].load()
+        return [
+            block
+            for block, stored in enumerate(checksums)
+            if stored.tobytes() == _NOTHING or stored.tobytes() != self._stored_checksum(split, block)
+        ]
+
+    def written(self, split: str) -> NDArray[np.int64]:
+        """The images of a split whose block has a checksum, (n,) int64."""
+        stored = self._columns[f"{split}_checksums"].load().any(axis=1)
+        return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.rows[split]])
+
+    def split(self, split: str) -> Split:
+        """What the part file holds of a split; rows not yet written are zero."""
+        return split_columns(self._columns, split)
+
+    def write_block(self, split: str, block: int, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Write one block's rows, column by column, then its checksum.
+
+        Arrays hold the rows of `dimensions.block(split, block)` in the column's shape; they are cast to its dtype.
+        """
+        rows = self.dimensions.block(split, block)
+        digest = hashlib.sha256()
+        with self._explained():
+            for column in self._split_columns(split):
+                data, (start, stop) = columns[column], self._range(split, column, rows)
+                dataset = self._columns[f"{split}_{column}"]
+                if data.shape != (stop - start, *dataset.row_shape):
+                    raise ValueError(f"{split}_{column}: {data.shape} for rows {start} to {stop} of {dataset.shape}")
+                data = np.ascontiguousarray(data, dataset.dtype)
+                digest.update(raw := data.tobytes())
+                self._write(f"{split}_{column}", start * dataset.row_bytes, raw)
+            self._write(f"{split}_checksums", block * CHECKSUM_BYTES, digest.digest())
+
+    def finish(self) -> str:
+        """Complete the manifest, write the id, and give the file its name; returns the id (64 hex digits).
+
+        Raises CacheError when a block is still missing.
+        """
+        if left := sum(len(self.missing(split)) for split in SPLITS):
+            raise CacheError(f"{self.part} still lacks {left} blocks. Run the same command again.")
+        manifest = {
+            **self.plan,
+            "dataset": {**self.plan["dataset"], "fingerprint": fingerprint(self._columns)},
+            "teacher": {**self.plan["teacher"], "correct": {split: self._correct(split) for split in SPLITS}},
+        }
+        encoded = encode_manifest(manifest)
+        identity = identify(encoded, [self._columns[n].load().tobytes() for n in checksum_names(self._columns)])
+        with self._explained():
+            self._write("manifest", 0, encoded)
+            os.fsync(self._file)
+            self._write("id", 0, identity)
+            os.fsync(self._file)
+            self.part.replace(self.path)
+            sync_folder(self.path.parent)
+        return identity.decode("ascii")
+
+    def _create(self) -> None:
+        """Make the part file's skeleton under a third name, so that a part file is always whole."""
+        skeleton = self.path.with_name(self.path.name + ".skeleton")
+        # h5py crashes when a write fails, so the disk shows that it has the room before h5py writes at all.
+        size = sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in self.dimensions.datasets().values())
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(skeleton.unlink, missing_ok=True)
+            _reserve(skeleton, size + 2**20)
+            write_skeleton(skeleton, self.dimensions)
+            _reserve(skeleton, skeleton.stat().st_size)
+            with h5py.File(skeleton, "r", locking=False) as hdf5:
+                offset = hdf5["manifest"].id.get_offset()
+            with skeleton.open("r+b") as file:
+                os.pwrite(file.fileno(), encode_manifest(self.plan), offset)
+                os.fsync(file.fileno())
+            skeleton.replace(self.part)
+
+    def _check_plan(self, structure: Structure) -> None:
+        differences = list(differing(structure.manifest, self.plan))
+        if structure.dimensions != self.dimensions and not differences:
+            differences = ["the lengths of class names, keys or weights"]
+        if differences:
+            raise CacheMismatch(
+                f"{self.part} was begun with another plan: {'; '.join(differences[:3])}. "
+                f"Give the same settings to go on with it, or delete it to begin again."
+            )
+
+    def _split_columns(self, split: str) -> list[str]:
+        return [column for column in COLUMNS if f"{split}_{column}" in self._columns]
+
+    def _range(self, split: str, column: str, images: range) -> tuple[int, int]:
+        """The rows of a column that belong to these images; those with a row per view have V each."""
+        times = (self.dimensions.views or 1) if column in ("features", "logits", "views") else 1
+        return images.start * times, images.stop * times
+
+    def _stored_checksum(self, split: str, block: int) -> bytes:
+        rows, digest = self.dimensions.block(split, block), hashlib.sha256()
+        for column in self._split_columns(split):
+            start, stop = self._range(split, column, rows)
+            digest.update(self._columns[f"{split}_{column}"][start:stop])
+        return digest.digest()
+
+    def _correct(self, split: str) -> int:
+        """How many of a split's images the teacher classifies rightly (of each image's first view)."""
+        logits = self._columns[f"{split}_logits"].load()[:: self.dimensions.views or 1]
+        return int((logits.argmax(axis=1) == self._columns[f"{split}_labels"].load()).sum())
+
+    def _write(self, name: str, start: int, data: bytes) -> None:
+        rest, offset = memoryview(data), self._offsets[name] + start
+        while rest:
+            done = os.pwrite(self._file, rest, offset)
+            rest, offset = rest[done:], offset + done
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise CacheError(
+                f"{self.part} cannot be written: {problem.strerror or problem}. "
+                "What is already there is kept: run the same command again when this is put right."
+            ) from problem
+
+
+def write_skeleton(path: Path, dimensions: Dimensions) -> None:
+    """Create a version-1 file with every dataset in place and nothing in them."""
+    # Pixels and rows begin on page boundaries. The same call gives the same bytes: no times are recorded.
+    with h5py.File(
+        path, "w", locking=False, alignment_threshold=4096, alignment_interval=4096, meta_block_size=131072
+    ) as file:
+        file.attrs.create("format", np.bytes_(FORMAT))
+        file.attrs.create("version", np.int64(VERSION), dtype="<i8")
+        for name, (dtype, shape) in dimensions.datasets().items():
+            plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plan.set_layout(h5py.h5d.CONTIGUOUS)
+            plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            plan.set_obj_track_times(False)
+            h5py.h5d.create(
+                file.id, name.encode("ascii"), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), plan
+            )
+
+
+def fingerprint(columns: Mapping[str, Column]) -> str:
+    """A dataset's identity: SHA-256, as hex, over classes, then labels ‖ keys ‖ digests of train, then of test."""
+    digest = hashlib.sha256(columns["classes"].load().tobytes())
+    for split in SPLITS:
+        for column in ("labels", "keys", "digests"):
+            digest.update(columns[f"{split}_{column}"].load().tobytes())
+    return digest.hexdigest()
+
+
+def differing(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """The fields in which two manifests differ, each as `name: A there, B here`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            yield from differing(there.get(key), here.get(key), f"{where}.{key}".lstrip("."))
+    elif there != here:
+        yield f"{where} is {there!r} there and {here!r} here"
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:  # macOS: write the zeros
+            for start in range(0, size, 2**24):
+                os.pwrite(descriptor, bytes(min(2**24, size - start)), start)
+    finally:
+        os.close(descriptor)

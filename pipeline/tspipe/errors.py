@@ -1,0 +1,61 @@
+"""What can go wrong, as one tree.
+
+TspipeError
+├── CacheError
+│   ├── NotACache         not a tspipe cache, or not one that is safe to read
+│   ├── CacheDamaged      bytes differ from what was written
+│   ├── CacheIncomplete   the writer has not finished
+│   ├── CacheMismatch     a sound cache, but not of this data, preprocess or teacher
+│   └── CacheBusy         another process is writing it
+├── DatasetError          images or labels missing, unreadable, or not as published
+├── NetworkError          an architecture or its weights
+├── RecipeError           a recipe, a flag or an override
+└── TrainingError         a loss that is no longer a number
+
+Every message says what is wrong, where, and what to do about it, in a sentence
+or two; the command line prints it as it is.
+"""
+
+
+class TspipeError(Exception):
+    """Base of everything tspipe raises on purpose."""
+
+
+class CacheError(TspipeError):
+    """A feature cache cannot be used."""
+
+
+class NotACache(CacheError):
+    """The file is not a tspipe cache, or breaks a rule of the format."""
+
+
+class CacheDamaged(CacheError):
+    """The file is not what was written."""
+
+
+class CacheIncomplete(CacheError):
+    """The file's writer has not finished."""
+
+
+class CacheMismatch(CacheError):
+    """The cache is sound, but belongs to other data, preprocess, teacher or plan."""
+
+
+class CacheBusy(CacheError):
+    """Another process is writing this cache."""
+
+
+class DatasetError(TspipeError):
+    """A dataset is missing, unreadable, or not as published."""
+
+
+class NetworkError(TspipeError):
+    """A network cannot be built, split or loaded."""
+
+
+class RecipeError(TspipeError):
+    """A recipe, a flag or an override does not make sense."""
+
+
+class TrainingError(TspipeError):
+    """Training cannot go on."""

@@ -1,0 +1,69 @@
+"""Columns behave as arrays do, travel to other processes, and need neither HDF5 nor torch to be read."""
+
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tspipe.cache import Cache
+
+
+@given(data=st.data())
+def test_indexing_is_numpys(digits: Cache, data: st.DataObject) -> None:
+    column = digits.test.features
+    array = np.asarray(column)
+    n = len(column)
+    index = data.draw(
+        st.one_of(
+            st.integers(-n, n - 1),
+            st.slices(n),
+            st.lists(st.integers(-n, n - 1), max_size=20).map(lambda rows: np.array(rows, np.int64)),
+            st.sets(st.integers(0, n - 1), max_size=20).map(lambda rows: np.isin(np.arange(n), list(rows))),
+        )
+    )
+    np.testing.assert_array_equal(column[index], array[index])
+
+
+def test_shapes_and_dtypes(digits: Cache) -> None:
+    train = digits.train
+    assert (train.features.shape, train.features.dtype) == ((1000, 84), np.dtype("<f2"))
+    assert (train.logits.shape, train.logits.dtype) == ((1000, 10), np.dtype("<f4"))
+    assert (train.keys.shape, train.keys[3]) == ((1000,), b"3")
+    assert train.digests.shape == (1000, 8)
+    assert digits.classes == list("0123456789")
+
+
+@pytest.mark.parametrize("index", [1000, -1001, [1000], [[0]]])
+def test_indices_beyond_the_rows_are_refused(digits: Cache, index: object) -> None:
+    with pytest.raises(IndexError) as refused:
+        digits.train.features[index]
+    assert str(refused.value) == "row indices must be one-dimensional and below 1000"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_column_pickles_small_and_opens_the_file_in_its_process(digits: Cache, method: str) -> None:
+    column = digits.train.features
+    rows = np.array([5, 2])
+    expected = column.take(rows)  # opened here first: a child must not use this descriptor's place in the file
+    assert len(pickle.dumps(column)) < 1000
+    with ProcessPoolExecutor(1, mp_context=get_context(method)) as pool:
+        np.testing.assert_array_equal(pool.submit(column.take, rows).result(), expected)
+
+
+def test_reading_ahead_changes_nothing(digits: Cache) -> None:
+    column = digits.train.features
+    before = column.load()
+    column.advise(np.array([3, 900]))
+    np.testing.assert_array_equal(column.load(), before)
+
+
+def test_the_reader_loads_no_torch() -> None:
+    program = "import sys, tspipe.cache; print(sorted({'torch', 'torchvision', 'pydantic'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

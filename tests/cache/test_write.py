@@ -1,0 +1,229 @@
+"""The cache is written so that a kill at any moment loses at most one block."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tspipe.cache import SPLITS, CacheWriter, Dimensions, Manifest, open_cache
+from tspipe.errors import CacheBusy, CacheError, CacheIncomplete, CacheMismatch
+
+CLASSES = ["cat", "dög"]
+
+
+def plan(rows: dict[str, int], *, width: int = 5, dtype: str = "<f2", block_rows: int = 4) -> Manifest:
+    sha256 = "0" * 64
+    return {
+        "block_rows": block_rows,
+        "compute": {"batch_size": 2, "device": "cpu", "precision": "float32"},
+        "dataset": {"classes": 2, "fingerprint": None, "license": "CC0", "name": "pets", "rows": rows},
+        "features": {"dtype": dtype, "width": width},
+        "preprocess": {"crop": None, "interpolation": "bilinear", "mean": [0.5], "resize": None, "std": [0.25]},
+        "random": None,
+        "teacher": {
+            "correct": None,
+            "file_sha256": sha256,
+            "network": "lenet5",
+            "options": {"input_shape": [1, 2, 2]},
+            "weights_sha256": sha256,
+        },
+        "views": None,
+    }
+
+
+def dimensions(manifest: Manifest, weights: bytes = b"") -> Dimensions:
+    return Dimensions(
+        rows=manifest["dataset"]["rows"],
+        width=manifest["features"]["width"],
+        classes=2,
+        feature_dtype=manifest["features"]["dtype"],
+        block_rows=manifest["block_rows"],
+        class_bytes=4,
+        key_bytes=dict.fromkeys(SPLITS, 6),
+        weights_bytes=len(weights),
+    )
+
+
+def rows_of(split: str, images: range, width: int) -> dict[str, np.ndarray]:
+    """The rows of these images: the same whenever they are computed."""
+    random = np.random.default_rng([SPLITS.index(split), images.start])
+    n = len(images)
+    return {
+        "features": random.normal(size=(n, width)).astype(np.float32),
+        "logits": random.normal(size=(n, 2)).astype(np.float32),
+        "labels": random.integers(0, 2, n),
+        "keys": np.array([f"{split[:2]}{i}".encode() for i in images]),
+        "digests": random.integers(0, 256, (n, 8)).astype(np.uint8),
+    }
+
+
+def write(path: Path, manifest: Manifest, weights: bytes = b"", stop_after: int | None = None) -> list[tuple[str, int]]:
+    """Write a cache, or only the next `stop_after` blocks of it; the blocks that were written."""
+    sizes = dimensions(manifest, weights)
+    done = []
+    with CacheWriter(path, manifest, sizes, CLASSES, weights) as writer:
+        for split in SPLITS:
+            for block in writer.missing(split):
+                if len(done) == stop_after:
+                    return done
+                writer.write_block(split, block, rows_of(split, sizes.block(split, block), sizes.width))
+                done.append((split, block))
+        writer.finish()
+    return done
+
+
+@given(
+    train=st.integers(1, 20),
+    test=st.integers(1, 9),
+    width=st.integers(1, 7),
+    dtype=st.sampled_from(["<f2", "<f4"]),
+    block_rows=st.integers(1, 8),
+    weights=st.binary(max_size=20),
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    train: int,
+    test: int,
+    width: int,
+    dtype: str,
+    block_rows: int,
+    weights: bytes,
+) -> None:
+    path = tmp_path_factory.mktemp("w") / "pets.h5"
+    manifest = plan({"train": train, "test": test}, width=width, dtype=dtype, block_rows=block_rows)
+    write(path, manifest, weights)
+    cache = open_cache(path)
+    sizes = dimensions(manifest, weights)
+    assert cache.classes == CLASSES
+    assert cache.has_teacher == bool(weights)
+    for split in SPLITS:
+        blocks = [rows_of(split, sizes.block(split, b), width) for b in range(sizes.blocks(split))]
+        expected = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        found = cache.split(split)
+        np.testing.assert_array_equal(found.features, expected["features"].astype(dtype))
+        np.testing.assert_array_equal(found.logits, expected["logits"])
+        np.testing.assert_array_equal(found.labels, expected["labels"])
+        np.testing.assert_array_equal(found.keys, expected["keys"])
+        np.testing.assert_array_equal(found.digests, expected["digests"])
+        correct = int((expected["logits"].argmax(1) == expected["labels"]).sum())
+        assert cache.manifest["teacher"]["correct"][split] == correct
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    manifest = plan({"train": 10, "test": 3})
+    for name in ("a.h5", "b.h5"):
+        write(tmp_path / name, manifest, b"weights")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "b.h5"]
+
+
+@given(stops=st.lists(st.integers(0, 3), max_size=6))
+def test_stopped_anywhere_it_goes_on_and_ends_with_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int]
+) -> None:
+    folder, manifest = tmp_path_factory.mktemp("w"), plan({"train": 18, "test": 5})
+    every_block = write(folder / "whole.h5", manifest)
+    path, done = folder / "pets.h5", []
+    for stop in stops:
+        done += write(path, manifest, stop_after=stop)
+        if path.exists():
+            break
+        with pytest.raises(CacheIncomplete):
+            open_cache(folder / "pets.h5.part")
+    if not path.exists():
+        done += write(path, manifest)
+    assert done == every_block  # none twice, none left out
+    assert path.read_bytes() == (folder / "whole.h5").read_bytes()
+
+
+def test_a_block_whose_rows_did_not_reach_the_disk_is_computed_again(tmp_path: Path) -> None:
+    path, manifest = tmp_path / "pets.h5", plan({"train": 10, "test": 3})
+    write(path, manifest, stop_after=2)
+    part = tmp_path / "pets.h5.part"
+    with h5py.File(part, "r") as file:
+        offset = file["train_features"].id.get_offset()
+    with part.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write(bytes(2))
+    assert write(path, manifest) == [("train", 0), ("train", 2), ("test", 0)]
+
+
+def test_layout_is_the_designed_one(tmp_path: Path) -> None:
+    path = tmp_path / "pets.h5"
+    write(path, plan({"train": 10, "test": 3}), b"weights")
+    with h5py.File(path, "r") as file:
+        assert dict(file.attrs) == {"format": b"tspipe-cache", "version": 1}
+        names = sorted(file, key=lambda name: file[name].id.get_offset())
+        columns = ("features", "logits", "labels", "keys", "digests", "checksums")
+        wanted = {f"{split}_{column}" for split in SPLITS for column in columns}
+        assert set(names) == {"manifest", "id", "classes", "teacher_weights"} | wanted
+        for name in names:
+            assert file[name].chunks is None
+            assert file[name].compression is None
+        assert file["train_features"].dtype == np.dtype("<f2")
+        assert file["train_checksums"].shape == (3, 32)
+        manifest = file["manifest"][()].tobytes()
+    assert len(manifest) == 65536
+    text = manifest.rstrip(b"\0").decode("ascii")
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+
+
+def test_another_plan_is_refused_with_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "pets.h5"
+    write(path, plan({"train": 10, "test": 3}), stop_after=1)
+    with pytest.raises(CacheMismatch) as refused:
+        write(path, plan({"train": 11, "test": 3}, dtype="<f4"))
+    assert str(refused.value) == (
+        f"{path}.part was begun with another plan: dataset.rows.train is 10 there and 11 here; "
+        "features.dtype is '<f2' there and '<f4' here. Give the same settings to go on with it, or delete it to "
+        "begin again."
+    )
+    write(path, plan({"train": 10, "test": 3}))  # the part file was not touched
+
+
+def test_finishing_early_is_refused(tmp_path: Path) -> None:
+    path, manifest = tmp_path / "pets.h5", plan({"train": 10, "test": 3})
+    with CacheWriter(path, manifest, dimensions(manifest), CLASSES) as writer, pytest.raises(CacheError) as refused:
+        writer.finish()
+    assert str(refused.value) == f"{path}.part still lacks 4 blocks. Run the same command again."
+    assert not path.exists()
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "pets.h5"
+    program = (
+        "import os, sys; from pathlib import Path; from tspipe.files import lock; from tspipe.errors import CacheBusy\n"
+        "with lock(Path(sys.argv[1]), CacheBusy): print(os.getpid(), flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    pid = int(holder.stdout.readline())
+    with pytest.raises(CacheBusy) as refused:
+        write(path, plan({"train": 1, "test": 1}))
+    host = os.uname().nodename
+    assert str(refused.value) == (
+        f"{path} is being written by process {pid} on {host}. Wait for it to end, or stop it."
+    )
+    holder.kill()
+    holder.wait()
+    write(path, plan({"train": 1, "test": 1}))
+    assert [p.name for p in tmp_path.iterdir()] == ["pets.h5"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError) as refused:
+        write(tmp_path / "file" / "pets.h5", plan({"train": 1, "test": 1}))
+    assert str(refused.value) == (
+        f"{tmp_path}/file/pets.h5.part cannot be written: File exists. "
+        "What is already there is kept: run the same command again when this is put right."
+    )

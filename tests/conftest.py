@@ -1,0 +1,81 @@
+"""What the tests share: one small teacher on the digits, its cache, and the command line in this process."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; also for the processes they start
+os.environ["COLUMNS"] = "80"
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tspipe import recipe as recipes
+from tspipe import weights
+from tspipe.cache import Cache
+from tspipe.cli import main
+from tspipe.extract import ExtractConfig, extract
+from tspipe.train_teacher import TeacherConfig, train_teacher
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, max_examples=25)  # timings are for benchmarks
+settings.load_profile("suite")
+
+# LeNet-5 teaches LeNet-5: the digits in a tenth of a second an epoch.
+TEACHER = [
+    "teacher.network=lenet5",
+    "teacher.epochs=3",
+    "teacher.optimizer=adam",
+    "teacher.lr=0.003",
+    "teacher.shift=0",
+]
+
+
+class Result(NamedTuple):
+    """What a command left: its exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The text of the red panel, unwrapped to one line."""
+        lines = [line.strip("│ ") for line in self.err.splitlines() if line.startswith("│")]
+        return " ".join(lines)
+
+
+@pytest.fixture
+def tspipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Result]:
+    """Run a command in an empty folder: `tspipe("info", "x.h5")`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["tspipe", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LeNet-5 trained on the digits for three epochs."""
+    path = tmp_path_factory.mktemp("checkpoints") / "digits-lenet5.safetensors"
+    return train_teacher(TeacherConfig(recipes.load("digits", TEACHER), out=path)).path
+
+
+@pytest.fixture(scope="session")
+def digits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Its cache."""
+    path = tmp_path_factory.mktemp("cache") / "digits.h5"
+    return extract(ExtractConfig(recipes.load("digits", TEACHER), weights.read(teacher), path))
