@@ -1,0 +1,5 @@
+"""`python -m tspipe`."""
+
+from tspipe.cli import main
+
+main()

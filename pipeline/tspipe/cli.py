@@ -1,0 +1,224 @@
+"""The command line: flags to one frozen config to one stage.
+
+Stages are imported inside the commands, so that `tspipe --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tspipe.errors import NetworkError, TspipeError
+
+if TYPE_CHECKING:
+    from tspipe.train_teacher import TeacherConfig
+    from tspipe.weights import Weights
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    help="Run a teacher once, cache its features, train many students against the file.",
+)
+
+Dataset = Annotated[str, typer.Option(help="A name (see `tspipe list datasets`), folder:PATH, or a file ./mine.py.")]
+Data = Annotated[Path | None, typer.Option(help="Where the dataset lies; else data/<name>.", show_default=False)]
+Teacher = Annotated[str | None, typer.Option(help="The network; else the recipe's.", show_default=False)]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or TOML file; else the dataset's.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; repeatable.")
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the dataset first, if it is not there.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Flags that go before any command; `main` reads --debug itself."""
+
+
+@app.command()
+def teacher(
+    dataset: Dataset,
+    teacher: Teacher = None,
+    weights: Annotated[Path | None, typer.Option(help="Start from these (fine-tune).", show_default=False)] = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Else checkpoints/<dataset>-<network>.safetensors.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Else the recipe's.", show_default=False)] = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace weights of other settings.")] = False,
+    download: Download = False,
+) -> None:
+    """Train a teacher, or fine-tune one."""
+    from tspipe import recipe as recipes
+    from tspipe import weights as weight_files
+    from tspipe.train_teacher import TeacherConfig
+
+    start = weight_files.read(weights) if weights else None
+    flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs}
+    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), flags, _stated(start))
+    _train_teacher(TeacherConfig(chosen, data, start, out, force, download))
+
+
+@app.command()
+def cache(
+    dataset: Dataset,
+    teacher: Teacher = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The teacher's; else its checkpoint in checkpoints/.", show_default=False)
+    ] = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Else cache/<dataset>.h5.", show_default=False)] = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    train_teacher: Annotated[
+        bool, typer.Option("--train-teacher", help="Train the teacher first, if it has no weights yet.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
+    download: Download = False,
+) -> None:
+    """Stage one: run the teacher once over a dataset."""
+    from tspipe import datasets, extract
+    from tspipe import recipe as recipes
+    from tspipe import train_teacher as stage
+    from tspipe import weights as weight_files
+
+    name = recipe or recipes.of_dataset(dataset)
+    flags = {"dataset": dataset, "teacher.network": teacher}
+    chosen = recipes.load(name, settings or (), flags)
+    stated = datasets.parse(dataset)[1]
+    path = weights or stage.checkpoint_path(stated, chosen.teacher.network)
+    if weights is None and not path.exists():
+        if not train_teacher:
+            raise NetworkError(
+                f"There are no weights for {chosen.teacher.network} on {stated}: {path} does not exist. "
+                f"Give a file (--weights FILE) or train it: tspipe teacher --dataset {dataset}"
+            )
+        _say(f"{chosen.teacher.network} has no weights for {stated} yet, so it is trained first.")
+        _train_teacher(stage.TeacherConfig(chosen, data, None, path, download=download))
+    found = weight_files.read(path)
+    chosen = recipes.load(name, settings or (), flags, _stated(found))
+    usual = recipes.load(name).teacher.network
+    out = out or extract.cache_path(stated, chosen.teacher.network, usual)
+    _say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
+    made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download))
+    info(made.path)
+    _say(f"Next: tspipe student --cache {out}")
+
+
+@app.command()
+def student(
+    cache: Annotated[Path, typer.Option(help="The file stage one wrote.")],
+    student: Annotated[
+        list[str] | None, typer.Option(help="A network; repeatable. Else the recipe's.", show_default=False)
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train three arms: alone, taught, taught + random images.")
+    ] = False,
+    random_images: Annotated[int | None, typer.Option(help="Added to every batch, live.", show_default=False)] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds.", show_default=False)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Else the recipe's.", show_default=False)] = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; else one in runs/.", show_default=False)] = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    download: Download = False,
+) -> None:
+    """Stage two: train students against a cache."""
+    from tspipe import datasets, learner, report, train_students
+    from tspipe import recipe as recipes
+    from tspipe.cache import open_cache
+
+    opened = open_cache(cache)
+    dataset = opened.manifest["dataset"]["name"]
+    flags = {
+        "dataset": dataset,
+        "student": student or None,
+        "random_images": random_images,
+        "seeds": seeds,
+        "epochs": epochs,
+    }
+    facts = {"preprocess": opened.manifest["preprocess"]}
+    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), flags, facts)
+    arms = learner.arms(compare, chosen.random_images)
+    data = data or Path("data") / datasets.stem(dataset)
+    config = train_students.StudentConfig(chosen, opened, arms, data, out, download)
+    run = train_students.train_students(config)
+    report.show(run)
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(help="A feature cache.", show_default=False)]) -> None:
+    """What is in a cache, in one screen."""
+    from tspipe.cache import open_cache
+    from tspipe.show import show_cache
+
+    show_cache(open_cache(file))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes", show_default=False)],
+) -> None:
+    """The datasets, networks, losses or recipes there are."""
+    from tspipe import plugins
+    from tspipe import recipe as recipes
+
+    if what != "recipes" and what not in plugins.KINDS:
+        raise typer.BadParameter(f"{what!r}: choose from datasets, networks, losses, recipes")
+    for name in recipes.names() if what == "recipes" else plugins.names(what):
+        print(name)
+
+
+def main() -> None:
+    """The console command: an error of tspipe's is one red panel and exit code 1."""
+    try:
+        app()
+    except (TspipeError, OSError) as problem:
+        if "--debug" in sys.argv:
+            raise
+        from rich.panel import Panel
+        from rich.text import Text
+
+        from tspipe.progress import console
+        from tspipe.show import plain
+
+        console.print(Panel(Text(plain(str(problem))), title="Error", title_align="left", border_style="red"))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("Stopped. The same command goes on where it was.")
+        sys.exit(130)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stated(found: "Weights | None") -> dict[str, dict[str, Any]]:
+    """What a checkpoint of tspipe's says of itself, by section of the recipe; nothing of any other file."""
+    import json
+
+    if found is None or "preprocess" not in found.metadata:
+        return {}
+    try:
+        stated = {"preprocess": dict(json.loads(found.metadata["preprocess"]))}
+        if "options" in found.metadata:
+            stated["teacher"] = {"options": dict(json.loads(found.metadata["options"]))}
+    except (TypeError, ValueError):
+        raise NetworkError(f"{found.source}: its metadata is damaged. Train it again with `tspipe teacher`.") from None
+    return stated
+
+
+def _train_teacher(config: "TeacherConfig") -> None:
+    from tspipe.train_teacher import train_teacher
+
+    trained = train_teacher(config)
+    _say(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Stage one: every image once through the frozen teacher, into the cache."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tspipe import feature_net, networks, weights
+from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
+from tspipe.cache.layout import digest
+from tspipe.cache.write import differing
+from tspipe.datasets import Dataset, Images, open_dataset, stem
+from tspipe.distributed import pick_device
+from tspipe.errors import CacheError, CacheMismatch
+from tspipe.feature_net import FeatureNet
+from tspipe.pixels import read, read_ahead, stack
+from tspipe.preprocess import Preprocess
+from tspipe.progress import progress
+from tspipe.recipe import Recipe
+from tspipe.weights import Weights
+
+_DTYPES = {"float16": "<f2", "float32": "<f4"}
+Block = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # pixels (n, H, W, C), digests (n, 8)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What `tspipe cache` was asked for."""
+
+    recipe: Recipe
+    weights: Weights
+    out: Path
+    data: Path | None = None
+    force: bool = False
+    download: bool = False
+
+
+def cache_path(dataset: str, teacher: str, usual: str) -> Path:
+    """`cache/<dataset>.h5` for the usual teacher, that of the recipe, `cache/<dataset>-<teacher>.h5` for another."""
+    other = "" if teacher == usual else f"-{networks.stated_name(teacher).replace(':', '-')}"
+    return Path("cache") / f"{stem(dataset)}{other}.h5"
+
+
+def extract(config: ExtractConfig) -> Cache:
+    """Write the cache, or go on with one that was begun; gives it opened.
+
+    A finished file of the same settings and data is left as it is. Raises CacheMismatch when the name is taken
+    by another cache and `force` is not set, CacheBusy when another process writes it.
+    """
+    recipe, name = config.recipe, config.recipe.teacher.network
+    dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+    device = pick_device(recipe.compute.device)
+    # Bytes must not depend on which kernel won a race, nor lose digits the features have.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    height, width, channels = read(dataset.train, recipe.preprocess, 0)[1].shape
+    options = {**recipe.teacher.options, "input_shape": [channels, height, width]}
+    module, options = feature_net.load_teacher(
+        name, len(dataset.train.classes), options, config.weights.tensors, config.weights.source
+    )
+    stored = weights.canonical(module)
+    teacher = feature_net.frozen(module, name, (channels, height, width), device)
+    plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
+    if config.out.exists() and not config.force:
+        return _finished(config.out, plan, dataset)
+
+    dimensions = _dimensions(plan, dataset, len(stored))
+    with CacheWriter(config.out, plan, dimensions, dataset.train.classes, stored) as writer:
+        for split in SPLITS:
+            match.match_split(
+                str(writer.part), split, writer.split(split), dataset.split(split), rows=writer.written(split)
+            )
+        _write_rows(writer, dataset, teacher, recipe)
+        writer.finish()
+    return open_cache(config.out)
+
+
+def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, recipe: Recipe) -> None:
+    missing = {split: writer.missing(split) for split in SPLITS}
+    rows = {split: [writer.dimensions.block(split, block) for block in missing[split]] for split in SPLITS}
+    total = sum(len(dataset.split(split)) for split in SPLITS)
+    left = sum(len(images) for split in SPLITS for images in rows[split])
+    with progress("teacher", total, "images", total - left) as advance:
+        for split in SPLITS:
+            images = dataset.split(split)
+            blocks = _decoded(images, recipe.preprocess, rows[split])
+            for block, indices, (pixels, digests) in zip(missing[split], rows[split], blocks, strict=True):
+                features, logits = _targets(teacher, recipe, pixels)
+                keys = np.array([images.keys[i].encode() for i in indices])
+                _check_features(features, keys, recipe)
+                columns: dict[str, NDArray[Any]] = {
+                    "features": features,
+                    "logits": logits,
+                    "labels": images.labels[indices.start : indices.stop],
+                    "keys": keys,
+                    "digests": digests,
+                }
+                writer.write_block(split, block, columns)
+                advance(len(indices), f"teacher, {split}")
+
+
+def _decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iterator[Block]:
+    """Each block's preprocessed pixels and digests, decoded in threads ahead of the teacher."""
+
+    def work(index: int) -> tuple[NDArray[np.uint8], bytes]:
+        original, pixels = read(images, preprocess, index)
+        return pixels, digest(original)
+
+    for indices, results in zip(blocks, read_ahead(work, blocks), strict=True):
+        pixels, digests = zip(*results, strict=True)
+        keys = [images.keys[i] for i in indices]
+        yield stack(pixels, keys), np.frombuffer(b"".join(digests), np.uint8).reshape(len(indices), -1)
+
+
+@torch.inference_mode()
+def _targets(
+    teacher: FeatureNet, recipe: Recipe, pixels: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features (n, d) and logits (n, c) of (n, H, W, C) pixels, batch by batch; a batch never crosses a block."""
+    device = teacher.head.weight.device
+    outputs = [
+        teacher(recipe.preprocess.normalise(batch.to(device).permute(0, 3, 1, 2)))
+        for batch in torch.from_numpy(pixels).split(recipe.compute.batch_size)
+    ]
+    features, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
+    return features, logits
+
+
+def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], recipe: Recipe) -> None:
+    largest = float(np.finfo(recipe.features.dtype).max)
+    bad = np.flatnonzero(~(np.abs(features) <= largest).all(axis=1))
+    if not len(bad):
+        return
+    key = keys[bad[0]].decode()
+    if np.isfinite(features[bad[0]]).all():
+        raise CacheError(
+            f"The teacher's features of {key!r} reach beyond {largest:,.0f}, the largest float16. "
+            "Store them as float32: --set features.dtype=float32"
+        )
+    raise CacheError(f"The teacher's features of {key!r} are not numbers. Are its weights sound?")
+
+
+def _plan(
+    config: ExtractConfig,
+    dataset: Dataset,
+    options: dict[str, Any],
+    width: int,
+    device: torch.device,
+    weights_sha256: str,
+) -> Manifest:
+    recipe = config.recipe
+    return {
+        "block_rows": recipe.compute.block_rows,
+        "compute": {"batch_size": recipe.compute.batch_size, "device": device.type, "precision": "float32"},
+        "dataset": {
+            "classes": len(dataset.train.classes),
+            "fingerprint": None,
+            "license": dataset.licence,
+            "name": dataset.name,
+            "rows": {split: len(dataset.split(split)) for split in SPLITS},
+        },
+        "features": {"dtype": _DTYPES[recipe.features.dtype], "width": width},
+        "preprocess": recipe.preprocess.as_dict(),
+        "random": None,
+        "teacher": {
+            "correct": None,
+            "file_sha256": config.weights.sha256,
+            "network": networks.stated_name(recipe.teacher.network),
+            "options": options,
+            "weights_sha256": weights_sha256,
+        },
+        "views": None,
+    }
+
+
+def _dimensions(plan: Manifest, dataset: Dataset, weights_bytes: int) -> Dimensions:
+    return Dimensions(
+        rows=plan["dataset"]["rows"],
+        width=plan["features"]["width"],
+        classes=plan["dataset"]["classes"],
+        feature_dtype=plan["features"]["dtype"],
+        block_rows=plan["block_rows"],
+        class_bytes=_longest(dataset.train.classes),
+        key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
+        weights_bytes=weights_bytes,
+    )
+
+
+def _longest(texts: Any) -> int:
+    return max(1, *(len(text.encode()) for text in texts))
+
+
+def _finished(path: Path, plan: Manifest, dataset: Dataset) -> Cache:
+    """The finished cache of this name, if it is what would be written."""
+    cache = open_cache(path)
+    teacher = {**cache.manifest["teacher"], "correct": None}
+    planned = {**cache.manifest, "teacher": teacher, "dataset": {**cache.manifest["dataset"], "fingerprint": None}}
+    if differences := list(differing(planned, plan)):
+        raise CacheMismatch(
+            f"{path} is another cache: {'; '.join(differences[:3])}. Replace it with --force, or choose --out."
+        )
+    match.match_classes(str(path), cache.classes, dataset.train.classes)
+    for split in SPLITS:
+        match.match_split(str(path), split, cache.split(split), dataset.split(split))
+    return cache

@@ -1,0 +1,164 @@
+"""One student in training: its network, its loss, its optimiser, and what it has counted this epoch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tspipe import feature_net, losses, networks, training
+from tspipe.errors import RecipeError
+from tspipe.losses import Output, Target
+from tspipe.randomness import seed_torch
+from tspipe.recipe import Recipe
+
+ALONE, TAUGHT, RANDOM = ARMS = ("alone", "taught", "taught + random")
+_MOST_TERMS = 8  # of a loss
+
+
+def arms(compare: bool, random_images: int) -> tuple[str, ...]:
+    """The arms to train: the method itself, or all to compare; without random images none has them."""
+    chosen = ARMS if compare else (RANDOM if random_images else TAUGHT,)
+    return tuple(arm for arm in chosen if arm != RANDOM or random_images)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a cohort's learners share: normalised images (m, C, H, W), their targets, and random ones with theirs."""
+
+    images: Tensor
+    target: Target
+    random: tuple[Tensor, Target] | None
+
+
+class Learner:
+    """One student network with one loss, one arm, one seed.
+
+    Attributes:
+        network: maps images to (features of the teacher's width, logits).
+        sums: the epoch's loss terms so far, each weighted by its batch's real images.
+        rows: the real images they are of.
+        correct: how many training images it has classified rightly this epoch.
+        bad_step: the first batch of the epoch whose loss was no number, or -1.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        arm: str,
+        seed: int,
+        recipe: Recipe,
+        width: int,
+        num_classes: int,
+        input_shape: tuple[int, int, int],
+        device: torch.device,
+    ):
+        self.student, self.arm, self.seed, self.device = student, arm, seed, device
+        self.loss_name = "xent" if arm == ALONE else "ts"
+        self.loss = losses.build(self.loss_name, recipe.model_dump()).to(device)
+        self.separate = recipe.random_forward == "separate"
+        self.how = recipe.optimisation(student)
+        options = recipe.student_options(student)
+        # The same seed for every arm: they begin as the same network.
+        seed_torch(seed, "weights")
+        module = networks.build(student, num_classes, input_shape, options)
+        probe = torch.zeros(2, *input_shape)
+        self.network = feature_net.student_of(module, student, width, num_classes, probe).to(device)
+        self.trained = torch.nn.ModuleList([self.network, self.loss])  # a loss may learn too
+        self.optimizer = training.make_optimizer(self.how, self.trained.parameters(), device)
+        self.training, self.testing = training.Stopwatch(device), training.Stopwatch(device)
+        self.terms = self._term_names(width, num_classes)
+        self.start_epoch(0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its loss asks of the cache."""
+        return frozenset[str](self.loss.needs)  # type: ignore[arg-type]
+
+    @property
+    def parameters(self) -> int:
+        """How many weights it trains."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def name(self) -> str:
+        """As in file names: `lenet5-taught-random-seed0`."""
+        return f"{networks.stated_name(self.student)}-{self.arm.replace(' + ', '-')}-seed{self.seed}".replace(":", "-")
+
+    def start_epoch(self, epoch: int, *, counted: bool = False) -> None:
+        """Set the epoch's learning rate; forget what the last one counted, unless this one was `counted` in part."""
+        training.set_learning_rate(self.optimizer, self.how, epoch)
+        self.network.train()
+        self.training.reset()
+        self.testing.reset()
+        if not counted:
+            self.sums = torch.zeros(_MOST_TERMS, device=self.device)
+            self.correct, self.rows = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+            self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def step(self, batch: Batch, step: int) -> None:
+        """One optimiser step on this arm's share of a batch. Nothing here waits for the device."""
+        self.training.start()
+        real = len(batch.images)
+        output, target = self._forward(batch)
+        terms = self.loss(output, target)
+        loss = torch.stack(list(terms.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.sums[: len(terms)] += torch.stack([term.detach() for term in terms.values()]) * real
+            self.rows += real
+            self.correct += (output.logits[:real].argmax(1) == batch.target.labels).sum()
+            bad = (self.bad_step < 0) & ~loss.detach().isfinite()
+            self.bad_step = torch.where(bad, step, self.bad_step)
+        self.training.stop()
+
+    def _forward(self, batch: Batch) -> tuple[Output, Target]:
+        if self.arm != RANDOM or batch.random is None:
+            return self.network(batch.images), batch.target
+        random, random_target = batch.random
+        target = Target(*map(torch.cat, zip(batch.target, random_target, strict=True)))
+        if self.separate:
+            parts = zip(self.network(batch.images), self.network(random), strict=True)
+            return Output(*map(torch.cat, parts)), target
+        return self.network(torch.cat([batch.images, random])), target
+
+    def _term_names(self, width: int, num_classes: int) -> list[str]:
+        """The loss's terms, in its order; also the place where a loss of the user's is first tried."""
+        unknown = self.needs - {"features", "logits", "labels"}
+        if unknown:
+            raise RecipeError(f"The loss {self.loss_name} needs {min(unknown)!r}, which a cache does not hold.")
+        features, logits = torch.zeros(2, width, device=self.device), torch.zeros(2, num_classes, device=self.device)
+        labels = torch.zeros(2, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            return list(self.loss(Output(features, logits), Target(features, logits, labels)))
+
+    def pack(self) -> dict[str, Tensor]:
+        """Its whole state as flat tensors."""
+        counted = {"sums": self.sums, "rows": self.rows, "correct": self.correct, "bad_step": self.bad_step}
+        return {**training.pack(self.trained, self.optimizer), **training.prefixed("counted", counted)}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `pack`."""
+        training.unpack(tensors, self.trained, self.optimizer)
+        for name, value in training.below("counted", tensors).items():
+            setattr(self, name, value.to(self.device))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) to (n, c), for testing."""
+        return self.network(images).logits  # type: ignore[no-any-return]
+
+    def row(self, epoch: int) -> dict[str, Any]:
+        """What it counted in this epoch, as columns of metrics.csv."""
+        rows = int(self.rows)
+        return {
+            "seed": self.seed,
+            "epoch": epoch + 1,
+            "student": self.student,
+            "arm": self.arm,
+            "loss": self.loss_name,
+            "train_accuracy": int(self.correct) / rows,
+            "seconds_training": round(self.training.seconds(), 4),
+            **{term: total / rows for term, total in zip(self.terms, self.sums.tolist(), strict=False)},
+        }

@@ -1,0 +1,16 @@
+"""Cross-entropy with the labels: the student alone, without a teacher."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tspipe.losses import Output, Target
+
+
+class Loss(nn.Module):
+    """Mean cross-entropy over the batch."""
+
+    needs = frozenset({"labels"})
+
+    def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
+        """One term, `xent`."""
+        return {"xent": F.cross_entropy(student.logits, target.labels)}

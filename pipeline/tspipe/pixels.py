@@ -1,0 +1,133 @@
+"""Preprocessed pixels, batch by batch: from memory where they fit, decoded ahead in threads where not."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tspipe.datasets import Images
+from tspipe.distributed import cores
+from tspipe.errors import DatasetError
+from tspipe.preprocess import Preprocess
+from tspipe.progress import progress
+
+T = TypeVar("T")
+_TASK = 16  # images a thread takes at once: one at a time, handing them out costs more than a small JPEG
+
+
+def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead: int = 4) -> Iterator[list[T]]:
+    """`[work(i) for i in batch]` for each batch, worked on by threads while the caller uses the ones before.
+
+    Pillow decodes and resizes without holding Python's lock, so threads keep all cores busy.
+    """
+
+    def task(indices: Sequence[int]) -> list[T]:
+        return [work(i) for i in indices]
+
+    pool = ThreadPoolExecutor(cores())
+    waiting: deque[list[Future[list[T]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append([pool.submit(task, batch[i : i + _TASK]) for i in range(0, len(batch), _TASK)])
+            if len(waiting) > ahead:
+                yield [result for future in waiting.popleft() for result in future.result()]
+        while waiting:
+            yield [result for future in waiting.popleft() for result in future.result()]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Image `index` as the dataset has it and as the network gets it; an error names the image's key."""
+    try:
+        original = images.read(index)
+        return original, preprocess.apply(original)
+    except DatasetError as problem:
+        raise DatasetError(f"{images.keys[index]}: {problem}") from problem
+
+
+def stack(pixels: Sequence[NDArray[np.uint8]], keys: Sequence[str]) -> NDArray[np.uint8]:
+    """Images of one size as one array (n, H, W, C); raises DatasetError naming the first of another size."""
+    for key, image in zip(keys, pixels, strict=True):
+        if image.shape != pixels[0].shape:
+            raise DatasetError(
+                f"The images differ in size: {keys[0]} is {_size(pixels[0])}, {key} is {_size(image)}. "
+                "Give one size, for example --set preprocess.resize=[256,256]"
+            )
+    return np.stack(pixels)
+
+
+class Pixels:
+    """A split's preprocessed images, uint8.
+
+    Args:
+        images: the split.
+        preprocess: resize and crop to apply to each.
+        what: what to call it while it is decoded.
+        memory: bytes that may be held; a larger split is decoded again every epoch.
+        device: where batches are wanted; what is held is held there.
+    """
+
+    def __init__(self, images: Images, preprocess: Preprocess, what: str, memory: int, device: torch.device):
+        self._images, self._preprocess, self.device = images, preprocess, device
+        first = read(images, preprocess, 0)[1]
+        self.shape = (first.shape[2], first.shape[0], first.shape[1])  # (C, H, W)
+        self._held = self._load(what, first.shape).to(device) if first.nbytes * len(images) <= memory else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def held(self) -> bool:
+        """Whether the whole split is in memory."""
+        return self._held is not None
+
+    def batches(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        """(n, C, H, W) uint8 on the device for each batch of indices (n,) int64."""
+        if self._held is not None:
+            for rows in order:
+                yield self._held.index_select(0, rows.to(self.device))
+            return
+        for batch in self._decoded(rows.tolist() for rows in order):
+            yield _channels_first(batch).to(self.device)
+
+    def _load(self, what: str, shape: tuple[int, ...]) -> Tensor:
+        if self._images.array is not None and self._images.array.shape[1:] == shape:
+            return _channels_first(self._images.array)
+        out = np.empty((len(self), *shape), np.uint8)
+        done = 0
+        with progress(f"reading {what}", len(self), "images") as advance:
+            for batch in self._decoded(range(i, min(i + 256, len(self))) for i in range(0, len(self), 256)):
+                if batch.shape[1:] != shape:
+                    stack([np.empty(shape, np.uint8), batch[0]], [self._images.keys[0], self._images.keys[done]])
+                out[done : done + len(batch)] = batch
+                done += len(batch)
+                advance(len(batch), f"reading {what}")
+        return _channels_first(out)
+
+    def _decoded(self, batches: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
+        def work(index: int) -> tuple[str, NDArray[np.uint8]]:
+            return self._images.keys[index], read(self._images, self._preprocess, index)[1]
+
+        for results in read_ahead(work, batches):
+            keys, pixels = zip(*results, strict=True)
+            yield stack(pixels, keys)
+
+
+def half_of_memory() -> int:
+    """Half of the machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _channels_first(images: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[0]}×{image.shape[1]}"

@@ -1,0 +1,69 @@
+"""Progress with a rate and the time left: a bar on a terminal, a plain line now and then elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_SECONDS = 15.0  # between plain lines
+Advance = Callable[[int, str], None]
+
+console = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Units per second, over the last of them."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s", style="progress.data.speed")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    """Show how far something has come; gives `advance(count, what)`, whose text replaces the description.
+
+    Args:
+        what: the description.
+        total: how many units there are.
+        unit: their name, in the plural.
+        done: how many of them an earlier run has done.
+    """
+    shown = _bar if console.is_terminal else _lines
+    with shown(what, total, unit, done) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
+    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda count, what: bar.update(task, advance=count, description=what)
+
+
+@contextlib.contextmanager
+def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
+    start = printed = time.monotonic()
+    count = done
+
+    def advance(more: int, what: str) -> None:
+        nonlocal count, printed
+        count += more
+        now = time.monotonic()
+        if now - printed >= LINE_SECONDS:
+            printed = now
+            rate = (count - done) / (now - start)
+            left = int((total - count) / rate) if rate else 0
+            console.print(
+                f"{what}: {count:,}/{total:,} {unit}, {rate:,.0f}/s, {left // 60}:{left % 60:02} left", markup=False
+            )
+
+    yield advance

@@ -1,0 +1,205 @@
+"""A recipe: dataset, preprocess, teacher, students and hyper-parameters, read from TOML.
+
+`recipes/<dataset>.toml` is the recipe of a dataset; every field can be overridden with `--set field.name=value`.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from tspipe.errors import RecipeError
+from tspipe.plugins import unknown
+from tspipe.preprocess import Preprocess
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and without fields nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Optimisation(Section):
+    """How weights are fitted; a student may differ from the recipe in any of these."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    lr_drop_every: int = Field(50, ge=1, description="epochs between multiplications by lr_drop_factor")
+    lr_drop_factor: float = Field(0.1, gt=0, le=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Teacher(Optimisation):
+    """The teacher: which network, and how `tspipe teacher` trains it."""
+
+    network: str = "resnet56"
+    options: dict[str, Any] = {}
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(128, ge=1)
+    optimizer: Literal["adam", "sgd"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    shift: int = Field(0, ge=0, description="training images move by up to so many pixels each way")
+    flip: bool = Field(False, description="training images are mirrored at random")
+
+
+class Features(Section):
+    """How features are stored."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class Compute(Section):
+    """How stage one computes; the cache's bytes depend on it."""
+
+    batch_size: int = Field(64, ge=1)
+    block_rows: int = Field(256, ge=1, description="images a checksum covers, and the most a kill can lose")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class Student(Section):
+    """What one student has of its own; None means as the recipe says."""
+
+    options: dict[str, Any] = {}
+    optimizer: Literal["adam", "sgd"] | None = None
+    lr: float | None = Field(None, gt=0)
+    lr_drop_every: int | None = Field(None, ge=1)
+    lr_drop_factor: float | None = Field(None, gt=0, le=1)
+    momentum: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+
+
+class Recipe(Optimisation):
+    """Everything the three commands need; the top-level fields are those of stage two."""
+
+    dataset: str
+    preprocess: Preprocess
+    teacher: Teacher = Teacher()
+    features: Features = Features()
+    compute: Compute = Compute()
+    student: list[str] = Field(["lenet5"], min_length=1, description="the students trained when none is named")
+    students: dict[str, Student] = {}
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(128, ge=1)
+    test_batch_size: int = Field(1000, ge=1)
+    random_images: int = Field(178, ge=0, description="random images added to every batch")
+    random_forward: Literal["concatenated", "separate"] = Field(
+        "concatenated", description="whether a student's batch norm sees real and random images as one batch"
+    )
+    seeds: int = Field(1, ge=1, description="how many seeds, counted from 0; each is a cohort")
+    mse_weight: float = Field(1.0, ge=0)
+    xent_weight: float = Field(1.0, ge=0)
+    checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    memory: ByteSize | None = Field(None, description="what may be held in memory; none: half of the machine's")
+
+    def student_options(self, student: str) -> dict[str, Any]:
+        """The options this student's network is built with."""
+        return self.students.get(student, Student()).options
+
+    def optimisation(self, student: str) -> Optimisation:
+        """How this student is fitted."""
+        own = self.students.get(student, Student()).model_dump(exclude_none=True, exclude={"options"})
+        return Optimisation(**{name: own.get(name, getattr(self, name)) for name in Optimisation.model_fields})
+
+
+def names() -> list[str]:
+    """The recipes that come with tspipe."""
+    folder = resources.files("tspipe") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def of_dataset(spec: str) -> str:
+    """The recipe a dataset has when none is named: that of its name. Raises RecipeError where there is none."""
+    name = Path(spec.partition(":")[0]).stem
+    if name not in names():
+        raise RecipeError(
+            f"There is no recipe for {name}. Name one with --recipe: {', '.join(names())}, or a TOML file."
+        )
+    return name
+
+
+def load(
+    name: str,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Recipe:
+    """The recipe of this name, or at this path (`mine.toml`), with overrides applied on top.
+
+    Args:
+        name: one of `names()`, or the path of a TOML file.
+        facts: fields by section that the weights or the cache state themselves; they go before the recipe, and
+            after overrides and flags.
+        overrides: `field.name=value` texts, as given with `--set`; a value is read as JSON where it is JSON.
+        flags: values of command-line flags by dotted field name; those that are None leave the recipe's.
+
+    Raises RecipeError in one sentence: unknown field (the nearest named), wrong type, out of range.
+    """
+    try:
+        fields = tomllib.loads(_text(name))
+    except tomllib.TOMLDecodeError as problem:
+        raise RecipeError(f"The recipe {name} is not TOML: {problem}.") from None
+    for section, stated in (facts or {}).items():
+        fields[section] = {**fields.get(section, {}), **stated}
+    for path, value in (flags or {}).items():
+        if value is not None:
+            _put(fields, path, value)
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {override}: write it as field=value, for example --set lr=0.01")
+        _put(fields, path.strip(), _value(value.strip()))
+    try:
+        return Recipe(**fields)
+    except ValidationError as problem:
+        raise RecipeError(_sentence(problem, name)) from None
+
+
+def _text(name: str) -> str:
+    try:
+        if name.endswith(".toml"):
+            return Path(name).read_text()
+        if name in names():
+            return (resources.files("tspipe") / "recipes" / f"{name}.toml").read_text()
+    except OSError as problem:
+        raise RecipeError(f"The recipe {name} cannot be read: {problem.strerror}.") from problem
+    raise RecipeError(unknown("recipe", name, names()))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+def _put(fields: dict[str, Any], path: str, value: Any) -> None:
+    *sections, last = path.split(".")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            raise RecipeError(f"--set {path}: {section!r} is a single value, not a section.")
+    fields[last] = value
+
+
+def _sentence(problem: ValidationError, name: str) -> str:
+    first = problem.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known_fields(), n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"The recipe {name} has no field {where!r}.{hint}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"The recipe {name}: {where} cannot be {json.dumps(first['input'], default=str)}: {message}."
+
+
+def _known_fields() -> list[str]:
+    sections = (Recipe, Teacher, Features, Compute, Student)
+    return [*(field for section in sections for field in section.model_fields), *Preprocess.__dataclass_fields__]

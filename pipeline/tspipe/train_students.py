@@ -1,0 +1,382 @@
+"""Stage two: students learn from a cache, while random images pass live through its teacher.
+
+The learners of one seed are a cohort: they share every batch and one teacher pass over its random images, and a
+student's arms start from the same weights, so that arms can be compared pair by pair.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tspipe import feature_net, networks, plugins, random_images, training, weights
+from tspipe.cache import SPLITS, Cache, Column, match
+from tspipe.datasets import Dataset, open_dataset
+from tspipe.distributed import pick_device
+from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
+from tspipe.feature_net import FeatureNet
+from tspipe.files import lock
+from tspipe.learner import RANDOM, Batch, Learner
+from tspipe.losses import Target
+from tspipe.pixels import Pixels, half_of_memory
+from tspipe.preprocess import Preprocess
+from tspipe.progress import Advance, progress
+from tspipe.randomness import seed_torch
+from tspipe.recipe import Recipe
+from tspipe.run_folder import Row, RunFolder, environment, find_run
+
+_LABELLED = 1000  # random images whose labels are counted at the start of a run
+_COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
+_SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What `tspipe student` was asked for."""
+
+    recipe: Recipe
+    cache: Cache
+    arms: tuple[str, ...] = (RANDOM,)
+    data: Path | None = None
+    out: Path | None = None
+    download: bool = False
+
+
+def train_students(config: StudentConfig) -> RunFolder:
+    """Train every student in every arm over every seed; gives the run folder.
+
+    The same config goes on with the run it began, and finds a finished one finished.
+    Raises CacheMismatch when the cache is not of the local data, TrainingError when a loss is no longer a number.
+    """
+    recipe, cache = config.recipe, config.cache
+    device = pick_device(recipe.device)
+    identity = _identity(config)
+    stem = cache.path.name.removesuffix(".h5")
+    folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
+    if folder.finished:
+        return folder
+    torch.set_num_threads(folder.environment["threads"])
+    run = Run(config, folder, device)
+    folder.create()
+    with lock(folder.path / "run", RecipeError):
+        run.train()
+    return folder
+
+
+def _identity(config: StudentConfig) -> dict[str, Any]:
+    """What the numbers follow from, and nothing else: the frozen config a run folder is named after."""
+    recipe = config.recipe
+    shared = {
+        "arms", "batch_size", "epochs", "mse_weight", "random_forward", "random_images", "seeds", "test_batch_size",
+        "xent_weight",
+    }  # fmt: skip
+    students = {}
+    for name in recipe.student:
+        students[name] = {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
+        if plugins.is_file(name):
+            students[name]["file_sha256"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return {
+        "cache": config.cache.id,
+        "arms": list(config.arms),
+        "students": students,
+        **recipe.model_dump(include=shared),
+    }
+
+
+class Targets:
+    """The cached targets of a split: held where batches are wanted if they fit, else read row by row.
+
+    Args:
+        columns: features (N, d) and logits (N, c).
+        labels: (N,) int64.
+        needs: which of them the losses want; the others come with no columns.
+        memory: bytes that may be held.
+    """
+
+    def __init__(
+        self, columns: dict[str, Column], labels: Tensor, needs: frozenset[str], memory: int, device: torch.device
+    ):
+        self.needs, self.device, self._labels = needs, device, labels.to(device)
+        wanted = {name: column for name, column in columns.items() if name in needs}
+        fits = sum(column.nbytes for column in wanted.values()) <= memory
+        self._held = {name: torch.from_numpy(c.load()).to(device) for name, c in wanted.items()} if fits else {}
+        self._read = {} if fits else wanted
+
+    def take(self, rows: Tensor) -> Target:
+        """The targets of these rows (n,) int64."""
+        there = rows.to(self.device)
+        found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
+        for name, column in self._read.items():
+            found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
+        return self.only(self._labels.index_select(0, there), **found)
+
+    def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
+        """A target without what no loss needs."""
+        nothing = torch.empty(len(labels), 0, device=self.device)
+        return Target(
+            features if features is not None and "features" in self.needs else nothing,
+            logits if logits is not None and "logits" in self.needs else nothing,
+            labels,
+        )
+
+
+class Run:
+    """What all cohorts of a run share: the data, the targets, the teacher, the folder."""
+
+    def __init__(self, config: StudentConfig, folder: RunFolder, device: torch.device):
+        self.config, self.folder, self.device = config, folder, device
+        recipe, cache = config.recipe, config.cache
+        self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
+        _check_preprocess(cache, recipe.preprocess)
+        dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+        _check_data(cache, dataset)
+        if len(dataset.train) < recipe.batch_size:
+            raise DatasetError(
+                f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
+                f"{recipe.batch_size}. Give a smaller one: --set batch_size={max(2, len(dataset.train) // 4)}"
+            )
+        memory = recipe.memory or half_of_memory()
+        self.train_pixels = Pixels(dataset.train, self.preprocess, "train", memory // 3, device)
+        self.test_pixels = Pixels(dataset.test, self.preprocess, "test", memory // 3, device)
+        self.test_labels = torch.from_numpy(cache.test.labels).to(device)
+        self.clock = training.Clock(recipe.checkpoint_seconds)
+        self.random = recipe.random_images if RANDOM in config.arms else 0
+        self.teacher = load_teacher(cache, recipe, device) if self.random else None
+        first = self.cohort(0)
+        needs = frozenset().union(*(learner.needs for learner in first))
+        columns = {"features": cache.train.features, "logits": cache.train.logits}
+        self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
+
+    def cohort(self, seed: int) -> list[Learner]:
+        """The learners of a seed: every student in every arm."""
+        recipe, cache = self.config.recipe, self.config.cache
+        width, classes, shape = cache.dimensions.width, len(cache.classes), self.train_pixels.shape
+        return [
+            Learner(student, arm, seed, recipe, width, classes, shape, self.device)
+            for student in recipe.student
+            for arm in self.config.arms
+        ]
+
+    def train(self) -> None:
+        """Train what is still to be trained, seed by seed, and finish the folder."""
+        recipe = self.config.recipe
+        position, tensors = self._resume()
+        if self.random and not (self.folder.path / "random_labels.json").exists():
+            self.folder.write_json("random_labels.json", self._label_histogram())
+        rows = len(self.train_pixels)
+        total, done = recipe.seeds * recipe.epochs * rows, (position.seed * recipe.epochs + position.epoch) * rows
+        with progress("students", total, "images", done + position.batch * recipe.batch_size) as advance:
+            for seed in range(position.seed, recipe.seeds):
+                learners = self.cohort(seed)
+                for learner in learners if tensors else []:
+                    learner.unpack(training.below(learner.name, tensors))
+                for epoch in range(position.epoch, recipe.epochs):
+                    self._train_epoch(learners, Position(seed, epoch, position.batch), advance)
+                    position.batch = 0
+                for learner in learners:
+                    self._save_student(learner)
+                tensors, position = {}, Position(seed + 1)
+                training.save_checkpoint(self.folder.checkpoint, {}, vars(position))
+        self.folder.write_json("summary.json", self._summary())
+        self.folder.checkpoint.unlink(missing_ok=True)
+
+    def _resume(self) -> tuple["Position", dict[str, Tensor]]:
+        """Where an earlier run stopped, and its learners' state; metrics of what will run again are dropped."""
+        found = training.load_checkpoint(self.folder.checkpoint)
+        position, tensors = (Position(**found[1]), found[0]) if found else (Position(), {})
+        now = (position.seed, position.epoch + 1)
+        self.folder.keep([row for row in self.folder.rows() if (row["seed"], row["epoch"]) < now])
+        return position, tensors
+
+    def _train_epoch(self, learners: list[Learner], position: "Position", advance: Advance) -> None:
+        """Train the cohort on what is left of an epoch, test it, and write its rows; checkpoints in between."""
+        seed, epoch = position.seed, position.epoch
+        what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
+        teaching = training.Stopwatch(self.device)
+        for learner in learners:
+            learner.start_epoch(epoch, counted=position.batch > 0)
+        for number, batch in self._batches(seed, epoch, position.batch, teaching):
+            for learner in learners:
+                seed_torch(seed, "dropout", epoch, number)
+                learner.step(batch, number)
+            advance(len(batch.images), what)
+            if self.clock.due():
+                _check_losses(learners, epoch)
+                self._save(learners, Position(seed, epoch, number + 1))
+        _check_losses(learners, epoch)
+        self.folder.append(self._rows(learners, epoch, teaching), self._columns(learners))
+
+    def _batches(self, seed: int, epoch: int, start: int, teaching: training.Stopwatch) -> Iterator[tuple[int, Batch]]:
+        """An epoch's batches from number `start` on."""
+        order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)[start:]
+        numbers = range(start, start + len(order))
+        noise = self._random_batches(seed, epoch, numbers, teaching)
+        for number, rows, pixels, random in zip(numbers, order, self.train_pixels.batches(order), noise, strict=True):
+            yield number, Batch(self.preprocess.normalise(pixels), self.targets.take(rows), random)
+
+    def _random_batches(
+        self, seed: int, epoch: int, numbers: Sequence[int], teaching: training.Stopwatch
+    ) -> Iterator[tuple[Tensor, Target] | None]:
+        """Random images and what the teacher says of them, for each batch; drawn a batch ahead in a thread."""
+        if self.teacher is None:
+            yield from (None for _ in numbers)
+            return
+
+        def draw(number: int) -> Tensor:
+            return random_images.uniform(seed, epoch, number, self.random, self.train_pixels.shape)
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(draw, numbers[0] if numbers else 0)
+            for number in numbers:
+                teaching.start()
+                images, ahead = ahead.result(), pool.submit(draw, number + 1)
+                taught = self._teach(images)
+                teaching.stop()
+                yield taught
+
+    def _teach(self, random: Tensor) -> tuple[Tensor, Target]:
+        """Normalise random images (r, C, H, W) in [0, 1) and let the teacher label them."""
+        assert self.teacher is not None
+        images = self.preprocess.normalise(random.to(self.device))
+        with torch.no_grad():
+            features, logits = self.teacher(images)
+        return images, self.targets.only(logits.argmax(1), features, logits)
+
+    def _label_histogram(self) -> dict[str, int]:
+        """How many of the run's first random images the teacher gives to each class, the most first; also printed."""
+        batches = range(math.ceil(_LABELLED / self.random))
+        drawn = (random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape) for batch in batches)
+        labels = [self._teach(images)[1].labels for images in drawn]
+        counts = torch.cat(labels)[:_LABELLED].bincount(minlength=len(self.config.cache.classes)).tolist()
+        ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
+        return {name: count for name, count in ranked if count}
+
+    def _rows(self, learners: list[Learner], epoch: int, teaching: training.Stopwatch) -> list[Row]:
+        """The epoch's rows of metrics.csv, after testing every learner."""
+        networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
+        for learner in learners:
+            learner.network.eval()
+        batches = self.test_pixels.batches(training.in_turn(len(self.test_pixels), self.config.recipe.test_batch_size))
+        correct = training.count_correct(networks_, batches, self.test_labels, self.preprocess, watches)
+        return [
+            {
+                **learner.row(epoch),
+                "test_accuracy": right / len(self.test_labels),
+                "seconds_testing": round(learner.testing.seconds(), 4),
+                "seconds_teacher": round(teaching.seconds(), 4),
+            }
+            for learner, right in zip(learners, correct, strict=True)
+        ]
+
+    def _columns(self, learners: list[Learner]) -> list[str]:
+        terms = dict.fromkeys(term for learner in learners for term in learner.terms)
+        return [*_COLUMNS, *sorted(terms), *_SECONDS]
+
+    def _save(self, learners: list[Learner], position: "Position") -> None:
+        tensors: dict[str, Tensor] = {}
+        for learner in learners:
+            tensors.update(training.prefixed(learner.name, learner.pack()))
+        training.save_checkpoint(self.folder.checkpoint, tensors, vars(position))
+
+    def _save_student(self, learner: Learner) -> None:
+        cache = self.config.cache
+        metadata = {
+            "arm": learner.arm,
+            "cache": cache.id,
+            "classes": json.dumps(cache.classes),
+            "input_shape": json.dumps(self.train_pixels.shape),
+            "network": networks.stated_name(learner.student),
+            "options": json.dumps(self.config.recipe.student_options(learner.student), sort_keys=True),
+            "preprocess": json.dumps(self.preprocess.as_dict(), sort_keys=True),
+            "width": str(cache.dimensions.width),
+        }
+        weights.save(self.folder.path / f"student-{learner.name}.safetensors", learner.network, metadata)
+
+    def _summary(self) -> dict[str, Any]:
+        """What the report needs beside the metrics."""
+        manifest = self.config.cache.manifest
+        correct, rows = manifest["teacher"]["correct"]["test"], manifest["dataset"]["rows"]["test"]
+        return {
+            "dataset": manifest["dataset"]["name"],
+            "teacher": {
+                "network": manifest["teacher"]["network"],
+                "test_accuracy": correct / rows,
+                "parameters": self._teacher_parameters(),
+            },
+            "parameters": {learner.student: learner.parameters for learner in self.cohort(0)},
+        }
+
+    def _teacher_parameters(self) -> int:
+        """How many weights the teacher has."""
+        teacher = self.config.cache.manifest["teacher"]
+        return feature_net.count_parameters(
+            _teacher_name(self.config.cache, self.config.recipe), len(self.config.cache.classes), teacher["options"]
+        )
+
+
+@dataclass
+class Position:
+    """How far a run is: the next batch of an epoch of a seed, all from 0."""
+
+    seed: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+def load_teacher(cache: Cache, recipe: Recipe, device: torch.device) -> FeatureNet:
+    """The teacher of a cache, from the weights the file carries.
+
+    Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
+    """
+    name, options = _teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
+    tensors = weights.parse(cache.teacher_weights(), f"the teacher's weights in {cache.path.name}")
+    module, options = feature_net.load_teacher(
+        name, len(cache.classes), options, tensors, f"the teacher's weights in {cache.path.name}"
+    )
+    network = feature_net.frozen(module, name, tuple(options["input_shape"]), device)
+    if network.width != cache.dimensions.width:
+        raise CacheMismatch(
+            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
+        )
+    return network
+
+
+def _teacher_name(cache: Cache, recipe: Recipe) -> str:
+    """The network of the cache's teacher: tspipe's own or torchvision's; a user's file only if the recipe names it."""
+    name: str = cache.manifest["teacher"]["network"]
+    own = recipe.teacher.network
+    return own if plugins.is_file(own) and networks.stated_name(own) == name else name
+
+
+def _check_preprocess(cache: Cache, wanted: Preprocess) -> None:
+    there, here = cache.manifest["preprocess"], wanted.as_dict()
+    for field in there:
+        if there[field] != here[field]:
+            raise CacheMismatch(
+                f"{cache.path.name} was made with preprocess.{field} = {there[field]}, not {here[field]}: its targets "
+                "belong to those pixels. Leave the setting out, or make another cache with it."
+            )
+
+
+def _check_data(cache: Cache, dataset: Dataset) -> None:
+    match.match_classes(cache.path.name, cache.classes, dataset.train.classes)
+    for split in SPLITS:
+        match.match_split(cache.path.name, split, cache.split(split), dataset.split(split))
+
+
+def _check_losses(learners: list[Learner], epoch: int) -> None:
+    """Raise TrainingError if a loss was no number; comes before anything is written."""
+    for learner in learners:
+        if (step := int(learner.bad_step)) >= 0:
+            raise TrainingError(
+                f"The loss of {learner.name} is no longer a number: epoch {epoch + 1}, step {step + 1}. The last "
+                "checkpoint is kept. A smaller learning rate may help: "
+                f"--set students.{learner.student}.lr={learner.how.lr / 10:g}"
+            )

@@ -1,0 +1,203 @@
+"""Before stage one: train a teacher from scratch, or fine-tune one, on a dataset's training split."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tspipe import networks, training, weights
+from tspipe.datasets import Dataset, open_dataset, stem
+from tspipe.distributed import pick_device
+from tspipe.errors import DatasetError, TrainingError
+from tspipe.files import lock
+from tspipe.pixels import Pixels, half_of_memory
+from tspipe.preprocess import shift_and_flip
+from tspipe.progress import progress
+from tspipe.randomness import seed_torch, stream
+from tspipe.recipe import Recipe
+from tspipe.weights import Weights
+
+_SEED = 0  # a teacher is trained once
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What `tspipe teacher` was asked for."""
+
+    recipe: Recipe
+    data: Path | None = None
+    start: Weights | None = None  # to fine-tune
+    out: Path | None = None
+    force: bool = False
+    download: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """Where the weights are, and the test accuracy of the last epoch, whose weights they are."""
+
+    path: Path
+    accuracy: float
+
+
+def checkpoint_path(dataset: str, network: str) -> Path:
+    """`checkpoints/<dataset>-<network>.safetensors`; a user's `./mine.py` is `mine`."""
+    return Path("checkpoints") / f"{stem(dataset)}-{networks.stated_name(network).replace(':', '-')}.safetensors"
+
+
+def train_teacher(config: TeacherConfig) -> TrainedTeacher:
+    """Train the recipe's teacher and write its weights, with preprocess and accuracy in the file's metadata.
+
+    A run that was killed goes on from its last checkpoint and, on the CPU, ends with the same weights; one that
+    is finished is left as it is. Raises TrainingError when the loss is no longer a number, or when the name is
+    taken by weights of other settings and `force` is not set.
+    """
+    recipe, how = config.recipe, config.recipe.teacher
+    device = pick_device(recipe.device)
+    dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+    memory = recipe.memory or half_of_memory()
+    train = Pixels(dataset.train, recipe.preprocess, "train", memory // 2, device)
+    test = Pixels(dataset.test, recipe.preprocess, "test", memory // 2, device)
+    if len(train) < how.batch_size:
+        raise DatasetError(
+            f"{dataset.name} has {len(train):,} training images, too few for a batch of {how.batch_size}. "
+            f"Give a smaller one: --set teacher.batch_size={max(2, len(train) // 4)}"
+        )
+    network, options = _network(recipe, train.shape, len(dataset.train.classes), config.start)
+    network.to(device)
+    path = config.out or checkpoint_path(dataset.name, how.network)
+    identity = _identity(recipe, dataset, config.start)
+    if path.exists() and not config.force:
+        return _finished(path, identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path, TrainingError):
+        part = path.with_name(path.name + ".part")
+        _fit(network, recipe, dataset, train, part, identity)
+        accuracy = _accuracy(network, recipe, dataset, test)
+        metadata = {
+            "accuracy": f"{accuracy:.4f}",
+            "classes": json.dumps(list(dataset.train.classes)),
+            "dataset": dataset.name,
+            "identity": identity,
+            "network": networks.stated_name(how.network),
+            "options": json.dumps(options, sort_keys=True),
+            "preprocess": json.dumps(recipe.preprocess.as_dict(), sort_keys=True),
+        }
+        weights.save(path, network, metadata)
+        part.unlink(missing_ok=True)
+    return TrainedTeacher(path, accuracy)
+
+
+def _network(
+    recipe: Recipe, input_shape: tuple[int, int, int], num_classes: int, start: Weights | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to train and the options it was built with; a last layer for other classes begins anew."""
+    how = recipe.teacher
+    tensors, seen = networks.adapt(how.network, dict(start.tensors)) if start else ({}, {})
+    options = {**how.options, **seen}
+    seed_torch(_SEED, "weights")
+    network = networks.build(how.network, num_classes, input_shape, options)
+    if start:
+        own = network.state_dict()
+        head = list(own)[-2:]  # weight and bias of the last layer, where that is all that differs
+        if all(key in tensors and tensors[key].shape[1:] == own[key].shape[1:] for key in head):
+            tensors.update({key: own[key] for key in head if own[key].shape != tensors[key].shape})
+        weights.load_into(network, tensors, how.network, start.source)
+    return network, options
+
+
+def _fit(network: nn.Module, recipe: Recipe, dataset: Dataset, train: Pixels, part: Path, identity: str) -> None:
+    """Train all epochs, with checkpoints in `part`, going on from one that is there."""
+    how = recipe.teacher
+    optimizer = training.make_optimizer(how, network.parameters(), train.device)
+    labels = torch.from_numpy(dataset.train.labels).to(train.device)
+    clock, start, first = training.Clock(recipe.checkpoint_seconds), 0, 0
+    if (found := training.load_checkpoint(part)) and found[1]["identity"] == identity:
+        training.unpack(found[0], network, optimizer)
+        start, first = found[1]["epoch"], found[1]["batch"]
+    what, done = f"teacher {how.network}", start * len(train) + first * how.batch_size
+    with progress(what, how.epochs * len(train), "images", done) as advance:
+
+        def after(epoch: int, batch: int, images: int, loss: Tensor) -> None:
+            advance(images, f"{what}, epoch {epoch + 1}/{how.epochs}")
+            if clock.due():
+                _check_loss(loss, recipe, epoch)
+                position = {"identity": identity, "epoch": epoch, "batch": batch + 1}
+                training.save_checkpoint(part, training.pack(network, optimizer), position)
+
+        for epoch in range(start, how.epochs):
+            training.set_learning_rate(optimizer, how, epoch)
+            loss = _epoch(network, optimizer, recipe, train, labels, epoch, first, after)
+            _check_loss(loss, recipe, epoch)
+            first = 0
+
+
+def _epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    train: Pixels,
+    labels: Tensor,
+    epoch: int,
+    first: int,
+    after: Callable[[int, int, int, Tensor], None],
+) -> Tensor:
+    """An epoch's batches from number `first` on; the summed loss, on the device."""
+    how, total = recipe.teacher, torch.zeros((), device=train.device)
+    order = training.order(_SEED, epoch, len(train), how.batch_size)[first:]
+    network.train()
+    for batch, (rows, pixels) in enumerate(zip(order, train.batches(order), strict=True), first):
+        if how.shift or how.flip:
+            pixels = shift_and_flip(pixels, _views(how.shift, how.flip, epoch, batch, len(rows)).to(pixels.device))
+        seed_torch(_SEED, "dropout", epoch, batch)
+        loss = F.cross_entropy(network(recipe.preprocess.normalise(pixels)), labels[rows.to(labels.device)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        after(epoch, batch, len(rows), total)
+    return total
+
+
+def _views(shift: int, flip: bool, epoch: int, batch: int, count: int) -> Tensor:
+    """Random (dy, dx, flip) for `count` images, (count, 3) int64."""
+    draw = stream(_SEED, "views", epoch, batch)
+    moves, flips = draw.integers(-shift, shift + 1, (count, 2)), draw.integers(0, 1 + flip, (count, 1))
+    return torch.from_numpy(np.concatenate([moves, flips], axis=1))
+
+
+def _check_loss(loss: Tensor, recipe: Recipe, epoch: int) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"The teacher's loss is no longer a number in epoch {epoch + 1}. The last checkpoint is kept. "
+            f"A smaller learning rate may help: --set teacher.lr={recipe.teacher.lr / 10:g}"
+        )
+
+
+def _accuracy(network: nn.Module, recipe: Recipe, dataset: Dataset, test: Pixels) -> float:
+    network.eval()
+    labels = torch.from_numpy(dataset.test.labels).to(test.device)
+    batches = test.batches(training.in_turn(len(test), recipe.test_batch_size))
+    (correct,) = training.count_correct([network], batches, labels, recipe.preprocess)
+    return correct / len(test)
+
+
+def _identity(recipe: Recipe, dataset: Dataset, start: Weights | None) -> str:
+    """A digest of what the weights follow from: a run goes on only from a checkpoint of the same."""
+    parts = [recipe.teacher.model_dump(), recipe.preprocess.as_dict(), dataset.name, len(dataset.train)]
+    text = json.dumps([*parts, start.sha256 if start else None], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(path: Path, identity: str) -> TrainedTeacher:
+    metadata = weights.read(path).metadata
+    if metadata.get("identity") != identity:
+        raise TrainingError(f"{path} holds weights of other settings. Replace them with --force, or choose --out.")
+    return TrainedTeacher(path, float(metadata["accuracy"]))
