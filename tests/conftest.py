@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from shared import TEACHER
 from tspipe import recipe as recipes
 from tspipe import weights
 from tspipe.cache import Cache
@@ -23,15 +24,6 @@ from tspipe.train_teacher import TeacherConfig, train_teacher
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=25)  # timings are for benchmarks
 settings.load_profile("suite")
-
-# LeNet-5 teaches LeNet-5: the digits in a tenth of a second an epoch.
-TEACHER = [
-    "teacher.network=lenet5",
-    "teacher.epochs=3",
-    "teacher.optimizer=adam",
-    "teacher.lr=0.003",
-    "teacher.shift=0",
-]
 
 
 class Result(NamedTuple):

@@ -90,7 +90,7 @@ def cache(
     name = recipe or recipes.of_dataset(dataset)
     flags = {"dataset": dataset, "teacher.network": teacher}
     chosen = recipes.load(name, settings or (), flags)
-    stated = datasets.parse(dataset)[1]
+    stated = datasets.parse(dataset, data)[1]
     path = weights or stage.checkpoint_path(stated, chosen.teacher.network)
     if weights is None and not path.exists():
         if not train_teacher:

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ _TASK = 16  # images a thread takes at once: one at a time, handing them out cos
 def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead: int = 4) -> Iterator[list[T]]:
     """`[work(i) for i in batch]` for each batch, worked on by threads while the caller uses the ones before.
 
-    Pillow decodes and resizes without holding Python's lock, so threads keep all cores busy.
+    Pillow decodes and resizes without holding Python's lock, so with images of some size threads keep all cores busy.
     """
 
     def task(indices: Sequence[int]) -> list[T]:
@@ -44,9 +45,9 @@ def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead
 
 
 def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image `index` as the dataset has it and as the network gets it; an error names the image's key."""
+    """Image `index` as the dataset has it and as the network gets it; an error names the image."""
+    original = images.read(index)
     try:
-        original = images.read(index)
         return original, preprocess.apply(original)
     except DatasetError as problem:
         raise DatasetError(f"{images.keys[index]}: {problem}") from problem
@@ -121,12 +122,19 @@ class Pixels:
 
 
 def half_of_memory() -> int:
-    """Half of the machine's memory, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Half of the machine's memory, or of what its container may use, in bytes."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        container = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit (`max`)
+        container = machine
+    return min(machine, container) // 2
 
 
 def _channels_first(images: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    # A copy with the usual strides: with one channel, a transposed array counts as channels-last too, and convolutions
+    # of that form round differently.
+    return torch.from_numpy(images.transpose(0, 3, 1, 2)).clone(memory_format=torch.contiguous_format)
 
 
 def _size(image: NDArray[np.uint8]) -> str:

@@ -42,11 +42,16 @@ class Preprocess:
     crop: int | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for recipes: a mistyped field is an error
+    # For recipes: a mistyped field, Infinity and NaN are errors.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std):
+        if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        if min(*(self.resize or (1, 1)), self.crop or 1) < 1:
+            raise ValueError("resize and crop must be positive")
 
     @property
     def channels(self) -> int:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from tspipe.errors import RecipeError
 from tspipe.plugins import unknown
@@ -21,7 +21,7 @@ from tspipe.preprocess import Preprocess
 class Section(BaseModel):
     """A part of a recipe: immutable, and without fields nobody knows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Optimisation(Section):
@@ -99,6 +99,11 @@ class Recipe(Optimisation):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     memory: ByteSize | None = Field(None, description="what may be held in memory; none: half of the machine's")
 
+    @field_validator("student", mode="before")
+    @classmethod
+    def _one_student(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     def student_options(self, student: str) -> dict[str, Any]:
         """The options this student's network is built with."""
         return self.students.get(student, Student()).options
@@ -165,18 +170,20 @@ def load(
 def _text(name: str) -> str:
     try:
         if name.endswith(".toml"):
-            return Path(name).read_text()
+            return Path(name).read_text(encoding="utf-8")
         if name in names():
             return (resources.files("tspipe") / "recipes" / f"{name}.toml").read_text()
-    except OSError as problem:
-        raise RecipeError(f"The recipe {name} cannot be read: {problem.strerror}.") from problem
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RecipeError(
+            f"The recipe {name} cannot be read: {getattr(problem, 'strerror', 'not UTF-8')}."
+        ) from problem
     raise RecipeError(unknown("recipe", name, names()))
 
 
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"none": None, "true": True, "false": False}.get(text.lower(), text)
 
 
@@ -196,6 +203,10 @@ def _sentence(problem: ValidationError, name: str) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), _known_fields(), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"The recipe {name} has no field {where!r}.{hint}"
+    if first["type"] == "missing":
+        return f"The recipe {name} lacks the field {where!r}."
+    if first["type"] == "value_error":
+        return f"The recipe {name}: {where}: {first['ctx']['error']}."
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"The recipe {name}: {where} cannot be {json.dumps(first['input'], default=str)}: {message}."
 

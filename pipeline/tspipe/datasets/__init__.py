@@ -67,16 +67,16 @@ def names() -> list[str]:
     return plugins.names("datasets")
 
 
-def parse(spec: str) -> tuple[ModuleType, str, Path | None]:
+def parse(spec: str, data: Path | None = None) -> tuple[ModuleType, str, Path | None]:
     """What the command line's `--dataset` means: the module, the name a cache states, the folder if it names one.
 
-    `spec` is a name, `folder:PATH`, or the path of a Python file.
+    `spec` is a name, `folder:PATH` (or `folder`, and then `data` is the path), or the path of a Python file.
     """
-    kind, colon, folder = spec.partition(":")
+    kind, _, folder = spec.partition(":")
     module = plugins.load("datasets", kind, "load", DatasetError)
-    if colon and folder and kind == "folder":
-        return module, f"folder:{_plain(Path(folder).absolute().name)}", Path(folder)
-    if colon and kind != "folder":
+    if kind == "folder" and (path := Path(folder) if folder else data):
+        return module, f"folder:{_plain(path.absolute().name)}", path
+    if folder:
         raise DatasetError(f"{kind} is a dataset of its own and takes no path; use --data {folder}.")
     return module, Path(kind).stem, None
 
@@ -87,15 +87,15 @@ def stem(name: str) -> str:
 
 
 def open_dataset(spec: str, data: Path | None = None, *, download: bool = False) -> Dataset:
-    """Load both splits of a dataset. Its images lie in `data`, by default `data/<name>`.
+    """Load both splits of a dataset. Its images lie in `data`, else where `spec` says, else in `data/<name>`.
 
     Raises DatasetError: unknown name, missing folder (where it was looked for, how to get it), unsound files.
     """
-    module, name, folder = parse(spec)
+    module, name, folder = parse(spec, data)
     root = data or folder or Path("data") / stem(name)
     if download:
         if not hasattr(module, "download"):
-            raise DatasetError(f"{name} cannot be downloaded by tspipe. It is from {module.SOURCE}")
+            raise DatasetError(f"tspipe cannot download {name}. Its source: {getattr(module, 'SOURCE', 'not stated')}")
         module.download(root)
     train, test = module.load(root, "train"), module.load(root, "test")
     if list(train.classes) != list(test.classes):

@@ -1,0 +1,165 @@
+"""Stage one: the cache holds what the teacher says of the images, whatever happens on the way."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared import TEACHER, make_folder
+from tspipe import datasets, feature_net, networks, weights
+from tspipe import recipe as recipes
+from tspipe.cache import Cache, CacheWriter, open_cache
+from tspipe.cache.layout import digest
+from tspipe.errors import CacheError, CacheMismatch
+from tspipe.extract import ExtractConfig, cache_path, extract
+from tspipe.preprocess import Preprocess
+
+
+def config(teacher: Path, out: Path, *overrides: str) -> ExtractConfig:
+    return ExtractConfig(recipes.load("digits", [*TEACHER, *overrides]), weights.read(teacher), out)
+
+
+def test_the_rows_are_what_the_teacher_gives(digits: Cache) -> None:
+    dataset = datasets.open_dataset("digits")
+    manifest = digits.manifest
+    module, options = feature_net.load_teacher(
+        "lenet5", 10, manifest["teacher"]["options"], weights.parse(digits.teacher_weights(), "w"), "w"
+    )
+    network = feature_net.split(module.eval(), "lenet5", torch.zeros(2, *options["input_shape"]))
+    preprocess = Preprocess.from_dict(manifest["preprocess"])
+    for split in ("train", "test"):
+        images, stored = dataset.split(split), digits.split(split)
+        pixels = np.stack([preprocess.apply(images.read(i)) for i in range(len(images))])
+        with torch.no_grad():
+            features, logits = network(preprocess.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        scale = features.abs().max()
+        # float16 keeps 11 bits.
+        assert (torch.from_numpy(stored.features.load()).float() - features).abs().max() < 2**-11 * scale
+        torch.testing.assert_close(torch.from_numpy(stored.logits.load()), logits, rtol=1e-4, atol=1e-4)
+        assert stored.labels.tolist() == images.labels.tolist()
+        assert [key.decode() for key in stored.keys] == images.keys
+        assert stored.digests[7].tobytes() == digest(images.read(7))
+        correct = int((logits.argmax(1).numpy() == images.labels).sum())
+        assert manifest["teacher"]["correct"][split] == correct
+
+
+def test_the_same_inputs_give_the_same_bytes(digits: Cache, teacher: Path, tmp_path: Path) -> None:
+    again = extract(config(teacher, tmp_path / "again.h5"))
+    assert again.id == digits.id
+    assert again.path.read_bytes() == digits.path.read_bytes()
+
+
+def test_a_finished_cache_is_left_as_it_is(digits: Cache, teacher: Path) -> None:
+    before = digits.path.stat()
+    assert extract(config(teacher, digits.path)).id == digits.id
+    assert digits.path.stat() == before
+
+
+def test_another_cache_of_the_name_is_replaced_only_with_force(digits: Cache, teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "digits.h5"
+    path.write_bytes(digits.path.read_bytes())
+    wanted = config(teacher, path, "features.dtype=float32", "compute.batch_size=32")
+    with pytest.raises(CacheMismatch) as refused:
+        extract(wanted)
+    assert str(refused.value) == (
+        f"{path} is another cache: compute.batch_size is 64 there and 32 here; features.dtype is '<f2' there and "
+        "'<f4' here. Replace it with --force, or choose --out."
+    )
+    assert open_cache(path).id == digits.id
+    assert extract(replace(wanted, force=True)).train.features.dtype == np.dtype("<f4")
+
+
+def test_a_feature_beyond_float16_names_the_image_and_the_remedy(teacher: Path, tmp_path: Path) -> None:
+    loud = weights.read(teacher)
+    head = "classifier.2"  # the hidden layer whose output the features are
+    tensors = {**loud.tensors, f"{head}.weight": loud.tensors[f"{head}.weight"] * 1e6}
+    path = tmp_path / "loud.h5"
+    wanted = replace(config(teacher, path), weights=loud._replace(tensors=tensors))
+    with pytest.raises(CacheError) as refused:
+        extract(wanted)
+    assert str(refused.value) == (
+        "The teacher's features of '0' reach beyond 65,504, the largest float16. "
+        "Store them as float32: --set features.dtype=float32"
+    )
+    assert not path.exists()
+
+
+def test_a_teacher_of_nan_names_the_image(teacher: Path, tmp_path: Path) -> None:
+    broken = weights.read(teacher)
+    tensors = {name: value * float("nan") for name, value in broken.tensors.items()}
+    with pytest.raises(CacheError) as refused:
+        extract(replace(config(teacher, tmp_path / "x.h5"), weights=broken._replace(tensors=tensors)))
+    assert str(refused.value) == "The teacher's features of '0' are not numbers. Are its weights sound?"
+
+
+def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part file goes on only with the images it was begun with."""
+    folder = make_folder(tmp_path / "shapes")
+    torch.manual_seed(0)
+    weights.save(tmp_path / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
+    settings = ["dataset=folder:" + str(folder), "teacher.network=lenet5", "compute.block_rows=4"]
+    wanted = ExtractConfig(
+        recipes.load("folder", settings), weights.read(tmp_path / "w.safetensors"), tmp_path / "shapes.h5"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            extract(wanted)
+    (folder / "train/a/00.png").write_bytes((folder / "train/b/00.png").read_bytes())
+    with pytest.raises(CacheMismatch) as refused:
+        extract(wanted)
+    assert str(refused.value).startswith(
+        f"{tmp_path}/shapes.h5.part is not of this data: at train index 0, the pixels of 'a/00.png' are not the same: "
+    )
+
+
+def test_cache_names() -> None:
+    assert cache_path("cifar10", "resnet56", "resnet56") == Path("cache/cifar10.h5")
+    assert cache_path("folder:birds", "torchvision:resnet18", "resnet56") == Path("cache/birds-torchvision-resnet18.h5")
+    assert cache_path("cifar10", "./mine.py", "resnet56") == Path("cache/cifar10-mine.h5")
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(digits: Cache, teacher: Path, tmp_path: Path) -> None:
+    """A real process, killed at random moments of its work, then run to its end."""
+    path = tmp_path / "digits.h5"
+    program = (
+        "import sys; sys.argv = ['tspipe', *sys.argv[1:]]\n"
+        "import tspipe.extract, tspipe.weights, tspipe.cache.write as w, time\n"
+        "whole = w.CacheWriter.write_block\n"
+        "def slow(self, split, block, columns):\n"
+        "    whole(self, split, block, columns)\n"
+        "    print(split, block, flush=True)\n"
+        "    time.sleep(0.05)\n"
+        "w.CacheWriter.write_block = slow\n"
+        "from tspipe.cli import main; main()"
+    )
+    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", path]
+    command = [sys.executable, "-c", program, *map(str, arguments), *(f"--set={o}" for o in [*TEACHER, BLOCKS])]
+    uninterrupted = extract(config(teacher, tmp_path / "whole.h5", BLOCKS))
+    draw, written = random.Random(0), []
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while " " in (line := process.stdout.readline()) and not line.startswith(("train", "test")):
+                pass  # what it says before its first block
+            written.append(line)
+            time.sleep(draw.uniform(0, 0.5))
+            os.kill(process.pid, signal.SIGKILL)
+            written += process.stdout.readlines()
+        assert not path.exists()
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    written += [line for line in finished.stdout.splitlines(True) if line.startswith(("train ", "test "))]
+    assert path.read_bytes() == uninterrupted.path.read_bytes()
+    # A block whose line was printed was not computed again.
+    assert len(written) == len(set(written))
+
+
+BLOCKS = "compute.block_rows=32"

@@ -1,0 +1,285 @@
+"""Stage two: what a cohort shares, what a run leaves, and that a kill changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from tspipe import datasets, feature_net, learner, networks, random_images, training
+from tspipe import recipe as recipes
+from tspipe.cache import Cache
+from tspipe.errors import CacheMismatch, DatasetError, NetworkError, RecipeError, TrainingError
+from tspipe.learner import ALONE, ARMS, RANDOM, TAUGHT
+from tspipe.preprocess import Preprocess
+from tspipe.randomness import seed_torch
+from tspipe.run_folder import RunFolder
+from tspipe.train_students import StudentConfig, load_teacher, train_students
+
+SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
+
+
+def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = ARMS) -> StudentConfig:
+    facts = {"preprocess": cache.manifest["preprocess"]}
+    return StudentConfig(recipes.load("digits", [*SMALL, *overrides], facts=facts), cache, arms, out=out)
+
+
+def weights_of(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.path.glob("student-*.safetensors"))}
+
+
+def metrics_of(run: RunFolder) -> list[dict[str, object]]:
+    """All metrics but the seconds."""
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
+
+
+@pytest.fixture(scope="module")
+def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Three arms, two seeds, two epochs."""
+    return train_students(config(digits, tmp_path_factory.mktemp("runs") / "run", "seeds=2"))
+
+
+def test_what_a_run_leaves(run: RunFolder, digits: Cache) -> None:
+    names = {path.name for path in run.path.iterdir()}
+    students = {
+        f"student-lenet5-{arm}-seed{s}.safetensors" for arm in ("alone", "taught", "taught-random") for s in (0, 1)
+    }
+    assert names == {"config.json", "metrics.csv", "random_labels.json", "summary.json"} | students
+    found = run.read_json("config.json")
+    assert found["config"]["cache"] == digits.id
+    assert found["environment"]["threads"] == 1
+    assert found["environment"]["torch"] == metadata.version("torch")
+    assert sum(run.read_json("random_labels.json").values()) == 1000
+    rows = run.rows()
+    assert [(row["seed"], row["epoch"], row["arm"]) for row in rows] == [
+        (seed, epoch, arm) for seed in (0, 1) for epoch in (1, 2) for arm in ARMS
+    ]
+    assert list(rows[0]) == [
+        "seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy", "mse", "xent",
+        "seconds_training", "seconds_testing", "seconds_teacher",
+    ]  # fmt: skip
+    assert all(row["mse"] == "" for row in rows if row["arm"] == ALONE)
+
+
+def test_a_saved_student_gives_the_accuracy_of_its_last_row(run: RunFolder, digits: Cache) -> None:
+    row = next(r for r in run.rows() if (r["seed"], r["epoch"], r["arm"]) == (1, 2, TAUGHT))
+    path = run.path / "student-lenet5-taught-seed1.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["tspipe"])
+    shape, width = tuple(json.loads(facts["input_shape"])), int(facts["width"])
+    student = networks.build(facts["network"], 10, shape, json.loads(facts["options"]))
+    student = feature_net.student_of(student, "student", width, 10, torch.zeros(2, *shape))
+    student.load_state_dict(safetensors.torch.load_file(path))
+    preprocess = Preprocess.from_dict(json.loads(facts["preprocess"]))
+    test = datasets.open_dataset("digits").test
+    pixels = torch.from_numpy(np.stack([preprocess.apply(test.read(i)) for i in range(len(test))])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        guesses = student.eval()(preprocess.normalise(pixels)).logits.argmax(1)
+    assert (guesses.numpy() == test.labels).mean() == row["test_accuracy"]
+
+
+def test_the_same_config_gives_the_same_weights(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    again = train_students(config(digits, tmp_path / "again", "seeds=2"))
+    assert weights_of(again) == weights_of(run)
+    assert metrics_of(again) == metrics_of(run)
+
+
+def test_an_arm_does_not_depend_on_the_arms_beside_it(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    alone = train_students(config(digits, tmp_path / "one", arms=(TAUGHT,)))
+    ((name, weights),) = weights_of(alone).items()
+    assert weights == weights_of(run)[name]
+
+
+def test_a_finished_run_is_left_as_it_is(run: RunFolder, digits: Cache) -> None:
+    before = {path: path.stat() for path in run.path.iterdir()}
+    assert train_students(config(digits, run.path, "seeds=2")).path == run.path
+    assert {path: path.stat() for path in run.path.iterdir()} == before
+
+
+def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
+    """One epoch of the method, written as one would without tspipe, in the arm that has everything."""
+    found = train_students(config(digits, tmp_path / "run", "epochs=1", arms=(RANDOM,)))
+    preprocess = Preprocess.from_dict(digits.manifest["preprocess"])
+    images = datasets.open_dataset("digits").train
+    pixels = torch.from_numpy(np.stack([preprocess.apply(images.read(i)) for i in range(1000)])).permute(0, 3, 1, 2)
+    features, labels = torch.from_numpy(digits.train.features.load()).float(), torch.from_numpy(images.labels)
+    teacher = load_teacher(digits, recipes.load("digits"), torch.device("cpu"))
+    seed_torch(0, "weights")
+    student = networks.build("lenet5", 10, (1, 16, 16))
+    student = feature_net.student_of(student, "lenet5", 84, 10, torch.zeros(2, 1, 16, 16))
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
+    for number, rows in enumerate(training.order(0, 0, 1000, 100)):
+        random = preprocess.normalise(random_images.uniform(0, 0, number, 7, (1, 16, 16)))
+        with torch.no_grad():
+            random_features, random_logits = teacher(random)
+        g, z = student(torch.cat([preprocess.normalise(pixels[rows]), random]))
+        mse = F.mse_loss(g, torch.cat([features[rows], random_features]))
+        loss = mse + F.cross_entropy(z, torch.cat([labels[rows], random_logits.argmax(1)]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    saved = safetensors.torch.load_file(found.path / "student-lenet5-taught-random-seed0.safetensors")
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
+    def start(arm: str, seed: int) -> dict[str, torch.Tensor]:
+        made = learner.Learner("lenet5", arm, seed, recipes.load("digits"), 84, 10, (1, 16, 16), torch.device("cpu"))
+        return made.network.state_dict()
+
+    first = start(ALONE, 0)
+    assert all(value.equal(first[name]) for arm in ARMS for name, value in start(arm, 0).items())
+    assert not any(value.equal(first[name]) for name, value in start(ALONE, 1).items())
+
+
+def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, tmp_path: Path) -> None:
+    def weights(student: str, forward: str) -> dict[str, torch.Tensor]:
+        settings = [f"student={student}", f"random_forward={forward}", "epochs=1", "batch_size=500"]
+        found = train_students(config(digits, tmp_path / f"{student}-{forward}", *settings, arms=(RANDOM,)))
+        return safetensors.torch.load_file(found.path / f"student-{student}-taught-random-seed0.safetensors")
+
+    for student, same in (("lenet5", True), ("resnet20", False)):
+        one, two = (weights(student, forward) for forward in ("concatenated", "separate"))
+        assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one) == same
+
+
+def test_arms_of_a_command() -> None:
+    assert learner.arms(False, 178) == (RANDOM,)
+    assert learner.arms(False, 0) == (TAUGHT,)
+    assert learner.arms(True, 178) == ARMS
+    assert learner.arms(True, 0) == (ALONE, TAUGHT)
+
+
+def test_rows_read_from_the_file_teach_what_loaded_rows_teach(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    small = train_students(config(digits, tmp_path / "small", "memory=1", arms=(TAUGHT,)))
+    ((name, weights),) = weights_of(small).items()
+    assert weights == weights_of(run)[name]
+
+
+KILLED = """
+import sys, time
+import tspipe.learner
+whole = tspipe.learner.Learner.step
+def slow(self, batch, number):
+    whole(self, batch, number)
+    time.sleep(0.01)
+tspipe.learner.Learner.step = slow
+from tspipe.cli import main
+main()
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    """A real process, killed in the middle of epochs, whose every start goes on where the last was stopped."""
+    out = tmp_path / "killed"
+    arguments = ["student", "--cache", digits.path, "--compare", "--out", out, *(f"--set={s}" for s in SMALL)]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments), "--set=seeds=2", "--set=checkpoint_seconds=0"]
+    positions = []
+    for pause in (0.25, 0.6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        previous, deadline = positions[-1] if positions else None, time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = position(out)
+            if found is not None and found != previous:
+                break
+            time.sleep(0.01)
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        positions.append(position(out))
+    assert positions == sorted(positions, key=lambda p: (p["seed"], p["epoch"], p["batch"]))
+    assert not (out / "summary.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    finished = RunFolder(out, {}, {})
+    assert weights_of(finished) == weights_of(run)
+    assert metrics_of(finished) == metrics_of(run)
+    assert not finished.checkpoint.exists()
+
+
+def position(out: Path) -> dict[str, int] | None:
+    found = training.load_checkpoint(out / "checkpoint.safetensors")
+    return found and found[1]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as refused:
+        train_students(config(digits, tmp_path / "nan", "lr=1e30", "checkpoint_seconds=0", arms=(TAUGHT,)))
+    assert str(refused.value) == (
+        "The loss of lenet5-taught-seed0 is no longer a number: epoch 1, step 2. The last checkpoint is kept. "
+        "A smaller learning rate may help: --set students.lenet5.lr=1e+29"
+    )
+    assert position(tmp_path / "nan") == {"seed": 0, "epoch": 0, "batch": 1}
+
+
+def test_too_few_images_for_a_batch(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as refused:
+        train_students(config(digits, tmp_path / "x", "batch_size=1001"))
+    assert str(refused.value) == (
+        "digits has 1,000 training images, too few for a batch of 1001. Give a smaller one: --set batch_size=250"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_preprocess_is_refused(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(config(digits, tmp_path / "x", "preprocess.resize=[32,32]"))
+    assert str(refused.value) == (
+        "digits.h5 was made with preprocess.resize = [16, 16], not [32, 32]: its targets belong to those pixels. "
+        "Leave the setting out, or make another cache with it."
+    )
+
+
+def test_another_dataset_is_refused(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tspipe.datasets.digits.TRAIN", 999)
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(config(digits, tmp_path / "x"))
+    assert str(refused.value) == (
+        "digits.h5 is not of this data (1,000 images in the cache, 999 here): at train index 999, the cache has '999', "
+        "the dataset nothing. Give the data the cache was made from (--data), or make the cache again "
+        "(tspipe cache --force)."
+    )
+
+
+def test_the_folder_of_another_run_is_refused(run: RunFolder, digits: Cache) -> None:
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, run.path, "seeds=2", "epochs=3"))
+    assert str(refused.value) == (
+        f"{run.path} is the folder of another run: epochs is 2 there and 3 here. Choose another --out."
+    )
+
+
+def test_a_student_that_does_not_take_the_images(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(NetworkError) as refused:
+        train_students(config(digits, tmp_path / "x", "student=torchvision:resnet18"))
+    assert str(refused.value).startswith("torchvision:resnet18 takes images of 3 channels, these have 1. ")
+
+
+def test_a_users_own_student(digits: Cache, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(256, num_classes))\n"
+    )
+    found = train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
+    assert (found.path / "student-mine-taught-seed0.safetensors").exists()
+    mine.write_text(mine.read_text() + "# another version\n")
+    with pytest.raises(RecipeError, match="file_sha256"):
+        train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
+
+
+def test_the_teacher_of_a_cache_without_weights(digits: Cache, tmp_path: Path) -> None:
+    bare = replace(digits, _weights=None)
+    found = train_students(config(bare, tmp_path / "taught", arms=(TAUGHT,)))
+    assert not (found.path / "random_labels.json").exists()
