@@ -28,15 +28,16 @@ format: install  ## let ruff put the code in order
 
 # make teacher-cache DATASET=cifar10 [TEACHER=resnet56] [WEIGHTS=file] [DATA=folder]
 teacher-cache: install  ## make cache/DATASET.h5, training the teacher first if it has no weights yet
-	$(BIN)/tspipe cache --train-teacher --dataset '$(DATASET)' $(if $(TEACHER),--teacher '$(TEACHER)') \
+	@$(BIN)/tspipe cache --train-teacher --dataset '$(DATASET)' $(if $(TEACHER),--teacher '$(TEACHER)') \
 		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)')
 
 install: $(VENV)/.installed  ## make the environment
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tspipe needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tspipe needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo 'Making $(VENV). PyTorch is large: this takes some minutes.'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 clean:  ## remove the environment and everything made by tools, not caches, checkpoints or runs

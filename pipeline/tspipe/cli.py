@@ -107,7 +107,8 @@ def cache(
     _say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
     made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download))
     info(made.path)
-    _say(f"Next: tspipe student --cache {out}")
+    where = data or datasets.parse(dataset)[2]
+    _say(f"Next: tspipe student --cache {out}" + (f" --data {where}" if where else ""))
 
 
 @app.command()

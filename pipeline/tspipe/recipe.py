@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
-from tspipe.errors import RecipeError
-from tspipe.plugins import unknown
+from tspipe.errors import DatasetError, RecipeError
+from tspipe.plugins import is_file, unknown
+from tspipe.plugins import names as plugin_names
 from tspipe.preprocess import Preprocess
 
 
@@ -121,8 +122,13 @@ def names() -> list[str]:
 
 
 def of_dataset(spec: str) -> str:
-    """The recipe a dataset has when none is named: that of its name. Raises RecipeError where there is none."""
+    """The recipe a dataset has when none is named: that of its name.
+
+    Raises DatasetError for an unknown dataset, RecipeError for one without a recipe.
+    """
     name = Path(spec.partition(":")[0]).stem
+    if not is_file(spec) and name not in (known := plugin_names("datasets")):
+        raise DatasetError(unknown("dataset", name, known))
     if name not in names():
         raise RecipeError(
             f"There is no recipe for {name}. Name one with --recipe: {', '.join(names())}, or a TOML file."

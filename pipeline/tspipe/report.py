@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -79,7 +80,8 @@ def table(run: RunFolder) -> Table:
     summary, seeds = run.read_json("summary.json"), run.config["seeds"]
     teacher = summary["teacher"]
     title = f"{summary['dataset']}: {run.config['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
-    shown = Table("network", "arm", title=title, caption="test accuracy in %, mean ± standard deviation over seeds")
+    caption = "test accuracy in %, mean ± standard deviation over seeds; best is chosen by the test set"
+    shown = Table("network", "arm", title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
     for heading in ("last", "best", "parameters", "s/epoch"):
         shown.add_column(heading, justify="right", no_wrap=True)
     accuracy = f"{100 * teacher['test_accuracy']:.2f}"

@@ -77,7 +77,10 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         "arms", "batch_size", "epochs", "mse_weight", "random_forward", "random_images", "seeds", "test_batch_size",
         "xent_weight",
     }  # fmt: skip
-    students = {}
+    students: dict[str, dict[str, Any]] = {}
+    called = [networks.stated_name(name) for name in recipe.student]
+    if twice := next((name for name in called if called.count(name) > 1), None):
+        raise RecipeError(f"Two students are called {twice}. Give each once, and files different names.")
     for name in recipe.student:
         students[name] = {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
         if plugins.is_file(name):

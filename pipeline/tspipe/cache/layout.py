@@ -163,7 +163,7 @@ def _positive(value: Any) -> bool:
     return _numbers(value) and all(v > 0 for v in value)
 
 
-_name = _text(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}(?<!\.py)"  # never a path, never a file of code
 _sha256 = _text(r"[0-9a-f]{64}")
 _any_text = _text(r"(?s).{0,1000}")
 
@@ -178,7 +178,7 @@ _SCHEMA: dict[str, Any] = {
         "classes": _integer(1, 2**24),
         "fingerprint": _Optional(_sha256, only_unfinished=True),
         "license": _any_text,
-        "name": _text(r"(folder:)?[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}"),
+        "name": _text(f"(folder:)?{_NAME}"),
         "rows": {"test": _integer(1), "train": _integer(1)},
     },
     "features": {"dtype": _text(r"<f2|<f4"), "width": _integer(1, 2**24)},
@@ -189,11 +189,11 @@ _SCHEMA: dict[str, Any] = {
         "resize": _Optional(_size),
         "std": _positive,
     },
-    "random": _Optional({"generator": _name, "rows": _integer(1), "seed": _integer(0, 2**63 - 1)}),
+    "random": _Optional({"generator": _text(_NAME), "rows": _integer(1), "seed": _integer(0, 2**63 - 1)}),
     "teacher": {
         "correct": _Optional({"test": _integer(0), "train": _integer(0)}, only_unfinished=True),
         "file_sha256": _sha256,
-        "network": _text(r"(torchvision:)?[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}"),
+        "network": _text(f"(torchvision:)?{_NAME}"),
         "options": _options,
         "weights_sha256": _sha256,
     },

@@ -149,7 +149,10 @@ class Cache:
     def teacher_weights(self) -> bytes:
         """The teacher's weights as safetensors bytes, checked against the manifest's SHA-256."""
         if self._weights is None:
-            raise CacheError(f"{self.path} does not carry its teacher's weights.")
+            raise CacheError(
+                f"{self.path.name} does not carry its teacher, so nothing can label random images. "
+                "Train without them: --random-images 0"
+            )
         data = self._weights.load().tobytes()
         if hashlib.sha256(data).hexdigest() != self.manifest["teacher"]["weights_sha256"]:
             raise CacheDamaged(f"{self.path}: the teacher's weights are not those of the manifest. Get the file again.")
@@ -161,8 +164,9 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
 
     Raises NotACache, CacheIncomplete or CacheDamaged.
     """
-    path = Path(path).absolute()
+    path = Path(path)
     structure = inspect(path)
+    path = path.absolute()  # columns open it again later, from wherever the process then is
     columns = {name: Column(path, region) for name, region in structure.regions.items()}
     classes = columns["classes"].load()
     splits = {split: split_columns(columns, split) for split in SPLITS}

@@ -1,0 +1,68 @@
+"""What the README says is so: its code runs, its commands and flags exist, its files are there."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from tspipe import datasets, networks
+from tspipe.cache import Cache
+from tspipe.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FORMAT = (ROOT / "cache" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", [README, FORMAT], ids=["README", "cache/README"])
+def test_the_code_runs(text: str, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cache").mkdir()
+    shutil.copy(digits.path, "cache/digits.h5")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def commands() -> list[str]:
+    """The tspipe commands in the README, without their comments."""
+    lines = re.findall(r"^    (tspipe .*)$", README, re.MULTILINE)
+    return [line.split("#")[0].strip() for line in lines]
+
+
+def test_the_commands_and_their_flags_exist() -> None:
+    group = typer.main.get_command(app)
+    assert len(commands()) >= 8
+    for line in commands():
+        _, name, *words = line.split()
+        command = group.commands[name]
+        flags = {flag for parameter in command.params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= flags, line
+
+
+def test_the_names_it_lists_are_those_there_are() -> None:
+    line = next(line for line in README.splitlines() if line.startswith("Datasets: "))
+    assert {name for name in datasets.names() if name != "folder"} <= set(re.findall(r"\w+", line))
+    line = next(line for line in README.splitlines() if line.startswith("Networks: "))
+    written = line.replace("resnet20/32/44/56/110", "resnet20 resnet32 resnet44 resnet56 resnet110")
+    assert set(networks.names()) <= set(re.findall(r"\w+", written))
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_first_forty_lines_hold_the_story() -> None:
+    start = "\n".join(README.splitlines()[:40])
+    for part in ("make demo", "make test", "──▶ teacher", "lenet5"):
+        assert part in start
