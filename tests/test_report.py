@@ -56,16 +56,15 @@ def test_the_interval_is_students(n: int) -> None:
     [
         (
             [0.62, 0.61, 0.63],
-            "lenet5, taught: +2.00 points over alone: it helps (95 % interval +2.00 to +2.00, 3 paired seeds)",
+            "lenet5, taught: +2.00 (+2.00 to +2.00), it helps",
         ),
         (
             [0.58, 0.56, 0.58],
-            "lenet5, taught: -2.67 points over alone: it hurts (95 % interval -4.10 to -1.23, 3 paired seeds)",
+            "lenet5, taught: -2.67 (-4.10 to -1.23), it hurts",
         ),
         (
             [0.62, 0.57, 0.62],
-            "lenet5, taught: +0.33 points over alone: no difference shown (95 % interval -4.84 to +5.50, "
-            "3 paired seeds)",
+            "lenet5, taught: +0.33 (-4.84 to +5.50), no difference shown",
         ),
     ],
 )
@@ -76,7 +75,7 @@ def test_verdicts(tmp_path: Path, taught: list[float], said: str) -> None:
 
 def test_one_seed_allows_no_conclusion(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {"alone": [[0.60]], "taught": [[0.61]]})
-    assert report.verdicts(run) == ["lenet5, taught: +1.00 points over alone (one seed: no interval, so no conclusion)"]
+    assert report.verdicts(run) == ["lenet5, taught: +1.00 (one seed: no interval, so no conclusion)"]
 
 
 def test_the_table_fits_eighty_columns_and_says_what_it_shows(

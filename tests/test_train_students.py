@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tspipe import datasets, feature_net, learner, networks, random_images, training
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
-from tspipe.errors import CacheMismatch, DatasetError, NetworkError, RecipeError, TrainingError
+from tspipe.errors import CacheError, CacheMismatch, DatasetError, NetworkError, RecipeError, TrainingError
 from tspipe.learner import ALONE, ARMS, RANDOM, TAUGHT
 from tspipe.preprocess import Preprocess
 from tspipe.randomness import seed_torch
@@ -283,3 +283,34 @@ def test_the_teacher_of_a_cache_without_weights(digits: Cache, tmp_path: Path) -
     bare = replace(digits, _weights=None)
     found = train_students(config(bare, tmp_path / "taught", arms=(TAUGHT,)))
     assert not (found.path / "random_labels.json").exists()
+
+
+def test_a_run_goes_on_with_the_threads_it_was_begun_with(digits: Cache, tmp_path: Path) -> None:
+    """Sums are split among threads, so another number of them would end with other weights."""
+    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    with pytest.raises(TrainingError):
+        train_students(wanted)
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    written["environment"]["threads"] = 2
+    (tmp_path / "run/config.json").write_text(json.dumps(written))
+    try:
+        with pytest.raises(TrainingError):
+            train_students(wanted)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_two_students_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, tmp_path / "x", 'student=["lenet5","lenet5"]'))
+    assert str(refused.value) == "Two students are called lenet5. Give each once, and files different names."
+
+
+def test_random_images_need_the_teacher(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheError) as refused:
+        train_students(config(replace(digits, _weights=None), tmp_path / "x"))
+    assert str(refused.value) == (
+        "digits.h5 does not carry its teacher, so nothing can label random images. Train without them: "
+        "--random-images 0"
+    )

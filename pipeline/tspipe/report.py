@@ -80,8 +80,8 @@ def table(run: RunFolder) -> Table:
     summary, seeds = run.read_json("summary.json"), run.config["seeds"]
     teacher = summary["teacher"]
     title = f"{summary['dataset']}: {run.config['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
-    caption = "test accuracy in %, mean ± standard deviation over seeds; best is chosen by the test set"
-    shown = Table("network", "arm", title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
+    caption = "test accuracy in %, mean ± sample deviation; best: chosen by the test set"
+    shown = Table("network", "arm", title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("last", "best", "parameters", "s/epoch"):
         shown.add_column(heading, justify="right", no_wrap=True)
     accuracy = f"{100 * teacher['test_accuracy']:.2f}"
@@ -108,29 +108,27 @@ def show(run: RunFolder) -> None:
     """Print a finished run: its table, what the arms make of it, the random images' labels, and where the rest is."""
     out = console()
     out.print(table(run))
-    for sentence in verdicts(run):
-        out.print(Text(sentence))
+    if found := verdicts(run):
+        out.print("Over the student alone, in points, with the 95 % interval of the paired seeds:")
+    for sentence in found:
+        out.print(Text(f"  {sentence}"))
     if (run.path / "random_labels.json").exists():
         counts = run.read_json("random_labels.json")
         total = sum(counts.values())
-        shares = ", ".join(f"{plain(name)} {100 * count / total:.0f} %" for name, count in list(counts.items())[:4])
-        out.print(Text(f"The teacher calls the random images: {shares}{', …' if len(counts) > 4 else ''}"))
+        shares = [f"{plain(name)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
+        out.print(Text(f"The teacher calls the random images: {', '.join(shares[:5])}"))
     curves = draw_curves(run)
     missing = "no curves: pip install 'tspipe[plots]'"
     out.print(Text(f"Run folder: {run.path} ({'metrics.csv, curves.png, students' if curves else missing})"))
 
 
 def _verdict(difference: Sample) -> str:
-    points = f"{100 * difference.mean:+.2f} points over alone"
+    points = f"{100 * difference.mean:+.2f}"
     if difference.margin is None:
         return f"{points} (one seed: no interval, so no conclusion)"
     low, high = 100 * (difference.mean - difference.margin), 100 * (difference.mean + difference.margin)
-    interval = f"95 % interval {low:+.2f} to {high:+.2f}, {len(difference.values)} paired seeds"
-    if low > 0:
-        return f"{points}: it helps ({interval})"
-    if high < 0:
-        return f"{points}: it hurts ({interval})"
-    return f"{points}: no difference shown ({interval})"
+    conclusion = "it helps" if low > 0 else "it hurts" if high < 0 else "no difference shown"
+    return f"{points} ({low:+.2f} to {high:+.2f}), {conclusion}"
 
 
 def _percent(sample: Sample) -> str:
