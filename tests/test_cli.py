@@ -196,3 +196,45 @@ def test_text_of_a_foreign_file_is_escaped(tspipe: Callable, tmp_path: Path) -> 
     found = tspipe("info", name)
     assert "\x1b[31m" not in found.err.replace("\x1b[31m╭", "")
     assert "\\x1b[31mred\\x07.h5" in found.error
+
+
+MINE = """
+import numpy as np
+from tspipe.datasets import from_array
+
+def load(root, split):
+    draw = np.random.default_rng(["train", "test"].index(split))
+    return from_array(draw.integers(0, 256, (40, 16, 16, 1), dtype=np.uint8), draw.integers(0, 2, 40), ["a", "b"])
+"""
+
+
+def test_a_dataset_a_teacher_and_a_student_of_the_users_own(tspipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes, input_shape, hidden=5):\n"
+        "    c, h, w = input_shape\n"
+        "    layers = nn.Flatten(), nn.Linear(c * h * w, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    settings = ["--recipe", "digits", "--set=teacher.epochs=1", "--set=teacher.options.hidden=7"]
+    network = ["--teacher", "./net.py"]
+    made = tspipe("cache", "--train-teacher", "--dataset", "./mine.py", *network, *settings)
+    assert made.code == 0, made.err
+    manifest = open_cache("cache/mine-net.h5").manifest
+    assert manifest["teacher"]["network"] == "net"
+    assert manifest["teacher"]["options"] == {"hidden": 7, "input_shape": [1, 16, 16]}
+    student = ["student", "--cache", "cache/mine-net.h5", "--epochs", 1, "--seeds", 1, "--set=batch_size=20"]
+    refused = tspipe(*student)
+    assert refused.code == 1
+    assert refused.error == (
+        "cache/mine-net.h5 is of the dataset 'mine', which is not one of tspipe's. Name its file and a recipe: "
+        "--set dataset=./mine.py --recipe NAME"
+    )
+    student += ["--recipe", "digits", "--set=dataset=./mine.py"]
+    # The file names a network; only the user can say that it is this file of code.
+    refused = tspipe(*student)
+    assert refused.code == 1
+    assert refused.error.startswith("Unknown network 'net'. There are: ")
+    made = tspipe(*student, "--set=teacher.network=./net.py", "--student", "./net.py")
+    assert made.code == 0, made.err

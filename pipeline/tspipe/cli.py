@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tspipe.errors import NetworkError, TspipeError
+from tspipe.errors import NetworkError, RecipeError, TspipeError
 
 if TYPE_CHECKING:
     from tspipe.train_teacher import TeacherConfig
@@ -143,6 +143,11 @@ def student(
         "seeds": seeds,
         "epochs": epochs,
     }
+    if recipe is None and dataset.partition(":")[0] not in datasets.names():
+        raise RecipeError(
+            f"{cache} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
+            f"--set dataset=./{dataset}.py --recipe NAME"
+        )
     facts = {"preprocess": opened.manifest["preprocess"]}
     chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), flags, facts)
     arms = learner.arms(compare, chosen.random_images)
