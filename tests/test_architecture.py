@@ -17,7 +17,7 @@ LAYERS = [
     {"cache", "preprocess", "losses", "datasets", "networks"},
     {"weights", "random_images", "recipe", "run_folder", "pixels", "show"},
     {"feature_net", "training"},
-    {"learner"},
+    {"learner", "teaching"},
     STAGES | {"report"},
     {"cli"},
     {"__main__"},

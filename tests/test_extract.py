@@ -31,7 +31,7 @@ def test_the_rows_are_what_the_teacher_gives(digits: Cache) -> None:
     dataset = datasets.open_dataset("digits")
     manifest = digits.manifest
     module, options = feature_net.load_teacher(
-        "lenet5", 10, manifest["teacher"]["options"], weights.parse(digits.teacher_weights(), "w"), "w"
+        "lenet5", 10, (1, 16, 16), manifest["teacher"]["options"], weights.parse(digits.teacher_weights(), "w"), "w"
     )
     network = feature_net.split(module.eval(), "lenet5", torch.zeros(2, *options["input_shape"]))
     preprocess = Preprocess.from_dict(manifest["preprocess"])

@@ -151,10 +151,48 @@ def test_what_cannot_be_traced_stays_as_it_is() -> None:
 def test_loading_a_teacher_gives_the_options_its_weights_show() -> None:
     module = networks.build("resnet20", 10, SHAPE, {"shortcut": "B"})
     options = {"input_shape": list(SHAPE), "shortcut": "A"}
-    loaded, seen = load_teacher("resnet20", 10, options, module.state_dict(), "w.pt")
+    loaded, seen = load_teacher("resnet20", 10, SHAPE, options, module.state_dict(), "w.pt")
     assert seen == {"input_shape": [3, 32, 32], "shortcut": "B"}
     assert weights.canonical(loaded) == weights.canonical(module)
 
 
 def test_width() -> None:
     assert FeatureNet(nn.Flatten(), nn.Linear(12, 3)).width == 12
+
+
+class Shared(nn.Module):
+    """One convolution used twice, with another batch norm each time: neither may be folded into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+        self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.two(self.conv(self.one(self.conv(x)))).mean((2, 3)))
+
+
+class Odd(nn.Module):
+    """Batch norms that cannot be folded: without averages of their own, and called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+        self.one, self.two = nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.two(input=self.one(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("module", [Shared(), Odd()], ids=["shared", "odd"])
+def test_what_cannot_be_folded_is_left(module: nn.Module) -> None:
+    module.eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
+            layer.running_mean.uniform_(-1, 1)
+            layer.running_var.uniform_(0.5, 2)
+    images = torch.rand(4, *SHAPE)
+    expected = module(images).detach()
+    with torch.no_grad():
+        found = frozen(module, "module", SHAPE, torch.device("cpu"))(images).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,8 @@ from tspipe.learner import ALONE, ARMS, RANDOM, TAUGHT
 from tspipe.preprocess import Preprocess
 from tspipe.randomness import seed_torch
 from tspipe.run_folder import RunFolder
-from tspipe.train_students import StudentConfig, load_teacher, train_students
+from tspipe.teaching import load_teacher
+from tspipe.train_students import StudentConfig, train_students
 
 SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
 
@@ -113,7 +114,7 @@ def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
     images = datasets.open_dataset("digits").train
     pixels = torch.from_numpy(np.stack([preprocess.apply(images.read(i)) for i in range(1000)])).permute(0, 3, 1, 2)
     features, labels = torch.from_numpy(digits.train.features.load()).float(), torch.from_numpy(images.labels)
-    teacher = load_teacher(digits, recipes.load("digits"), torch.device("cpu"))
+    teacher = load_teacher(digits, recipes.load("digits"), (1, 16, 16), torch.device("cpu"))
     seed_torch(0, "weights")
     student = networks.build("lenet5", 10, (1, 16, 16))
     student = feature_net.student_of(student, "lenet5", 84, 10, torch.zeros(2, 1, 16, 16))
@@ -275,7 +276,7 @@ def test_a_users_own_student(digits: Cache, tmp_path: Path) -> None:
     found = train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
     assert (found.path / "student-mine-taught-seed0.safetensors").exists()
     mine.write_text(mine.read_text() + "# another version\n")
-    with pytest.raises(RecipeError, match="file_sha256"):
+    with pytest.raises(RecipeError, match="files"):
         train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
 
 
@@ -314,3 +315,80 @@ def test_random_images_need_the_teacher(digits: Cache, tmp_path: Path) -> None:
         "digits.h5 does not carry its teacher, so nothing can label random images. Train without them: "
         "--random-images 0"
     )
+
+
+LOSS = """
+import torch.nn.functional as F
+from torch import nn
+
+class Loss(nn.Module):
+    needs = frozenset({"logits"})
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Linear(1, 1)  # a loss may learn too
+
+    def forward(self, student, target):
+        assert target.features.shape[1] == 0  # what it does not need is not loaded
+        kl = F.kl_div(student.logits.log_softmax(1), target.logits.log_softmax(1), reduction="batchmean", log_target=True)
+        return {"kl": kl, "scale": (self.scale.weight**2).sum()}
+"""
+
+
+def test_a_loss_of_the_users_own(digits: Cache, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(LOSS)
+    found = train_students(config(digits, tmp_path / "run", f"loss={tmp_path}/mine.py"))
+    rows = [row for row in found.rows() if row["arm"] == RANDOM]
+    assert rows[-1]["kl"] < rows[0]["kl"]
+    assert rows[-1]["scale"] < rows[0]["scale"]
+    assert "xent" in found.rows()[0]
+
+
+def test_a_teacher_whose_code_changed_is_noticed(
+    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in another network: the live features would not be those of the file."""
+    from torch import nn
+
+    from tspipe.networks import lenet5
+
+    whole = lenet5.build
+
+    def other(num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+        network = whole(num_classes, input_shape)
+        network.features[1] = nn.Tanh()
+        return network
+
+    monkeypatch.setattr(lenet5, "build", other)
+    with pytest.raises(CacheMismatch, match="gives other features than the file holds, by up to"):
+        train_students(config(digits, tmp_path / "run"))
+
+
+def test_a_run_does_not_go_on_on_another_device(digits: Cache, tmp_path: Path) -> None:
+    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    with pytest.raises(TrainingError):
+        train_students(wanted)
+    text = (tmp_path / "run/config.json").read_text()
+    (tmp_path / "run/config.json").write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(RecipeError) as refused:
+        train_students(wanted)
+    assert str(refused.value) == (
+        f"{tmp_path}/run was begun on cuda and this is cpu: its numbers would be of both. Choose another --out."
+    )
+
+
+def test_half_a_line_of_metrics_is_no_line(run: RunFolder, tmp_path: Path) -> None:
+    text = (run.path / "metrics.csv").read_text()
+    for cut in (1, 5, 30):
+        (tmp_path / "metrics.csv").write_text(text[:-cut])
+        assert RunFolder(tmp_path, {}, {}).rows() == run.rows()[:-1]
+
+
+def test_settings_of_a_student_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(RecipeError) as refused:
+        recipes.load("digits", ["students.lenett.lr=9"])
+    assert str(refused.value) == (
+        "The recipe digits: Unknown student 'lenett'. There are: lenet5, alexnet, resnet56, mobilenet_v2, "
+        "resnet110, resnet18, resnet20, resnet32, resnet44, resnet50."
+    )
+    assert recipes.load("digits", ["student=./mine.py", "students.mine.lr=9"]).optimisation("./mine.py").lr == 9

@@ -12,6 +12,7 @@ import typer
 from tspipe.errors import NetworkError, RecipeError, TspipeError
 
 if TYPE_CHECKING:
+    from tspipe.recipe import Recipe
     from tspipe.train_teacher import TeacherConfig
     from tspipe.weights import Weights
 
@@ -101,14 +102,14 @@ def cache(
         _say(f"{chosen.teacher.network} has no weights for {stated} yet, so it is trained first.")
         _train_teacher(stage.TeacherConfig(chosen, data, None, path, download=download))
     found = weight_files.read(path)
+    _check_network(found, chosen.teacher.network)
     chosen = recipes.load(name, settings or (), flags, _stated(found))
     usual = recipes.load(name).teacher.network
     out = out or extract.cache_path(stated, chosen.teacher.network, usual)
     _say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
     made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download))
     info(made.path)
-    where = data or datasets.parse(dataset)[2]
-    _say(f"Next: tspipe student --cache {out}" + (f" --data {where}" if where else ""))
+    _say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(dataset, data, name, chosen)]))
 
 
 @app.command()
@@ -184,8 +185,13 @@ def main() -> None:
     """The console command: an error of tspipe's is one red panel and exit code 1."""
     try:
         app()
-    except (TspipeError, OSError) as problem:
-        if "--debug" in sys.argv:
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C
+            _say("Stopped. The same command goes on where it was.")
+        raise
+    except Exception as problem:
+        text = _sentence(problem)
+        if text is None or "--debug" in sys.argv:
             raise
         from rich.panel import Panel
         from rich.text import Text
@@ -193,15 +199,47 @@ def main() -> None:
         from tspipe.progress import console
         from tspipe.show import plain
 
-        console.print(Panel(Text(plain(str(problem))), title="Error", title_align="left", border_style="red"))
+        console.print(Panel(Text(plain(text)), title="Error", title_align="left", border_style="red"))
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("Stopped. The same command goes on where it was.")
-        sys.exit(130)
+
+
+def _sentence(problem: Exception) -> str | None:
+    """What to tell a person of an error that is not a bug; None of one that is."""
+    if isinstance(problem, TspipeError | OSError):
+        return str(problem)
+    # PyTorch's own is a RuntimeError on the CPU, and of a class that is not imported here on a GPU.
+    if isinstance(problem, MemoryError) or "out of memory" in str(problem) or "can't allocate" in str(problem):
+        return (
+            "Out of memory. Stage one takes less with --set compute.batch_size=N, training with --set batch_size=N "
+            "(teacher.batch_size), and images stay on the disk with --set memory=SIZE."
+        )
+    return None
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _check_network(found: "Weights", network: str) -> None:
+    """Weights that tspipe wrote say of which network they are."""
+    from tspipe import networks
+
+    stated = found.metadata.get("network")
+    if "identity" in found.metadata and stated != networks.stated_name(network):
+        raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
+
+
+def _needed_again(dataset: str, data: Path | None, recipe: str, chosen: "Recipe") -> list[str]:
+    """The flags stage two needs because the cache names neither folders nor files of code."""
+    from tspipe import datasets, plugins
+
+    where, network = data or datasets.parse(dataset, data)[2], chosen.teacher.network
+    flags = ["--data", str(where)] if where else []
+    if plugins.is_file(dataset):
+        flags += ["--recipe", recipe, f"--set dataset={dataset}"]
+    if plugins.is_file(network):
+        flags += [f"--set teacher.network={network}"]
+    return flags
 
 
 def _stated(found: "Weights | None") -> dict[str, dict[str, Any]]:

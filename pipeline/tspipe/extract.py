@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tspipe import feature_net, networks, weights
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
-from tspipe.cache.layout import digest
+from tspipe.cache.layout import as_plan, digest
 from tspipe.cache.write import differing
 from tspipe.datasets import Dataset, Images, open_dataset, stem
 from tspipe.distributed import pick_device
@@ -60,12 +60,13 @@ def extract(config: ExtractConfig) -> Cache:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     height, width, channels = read(dataset.train, recipe.preprocess, 0)[1].shape
-    options = {**recipe.teacher.options, "input_shape": [channels, height, width]}
+    shape, classes = (channels, height, width), len(dataset.train.classes)
     module, options = feature_net.load_teacher(
-        name, len(dataset.train.classes), options, config.weights.tensors, config.weights.source
+        name, classes, shape, recipe.teacher.options, config.weights.tensors, config.weights.source
     )
+    options["input_shape"] = list(shape)
     stored = weights.canonical(module)
-    teacher = feature_net.frozen(module, name, (channels, height, width), device)
+    teacher = feature_net.frozen(module, name, shape, device)
     plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
     if config.out.exists() and not config.force:
         return _finished(config.out, plan, dataset)
@@ -199,9 +200,7 @@ def _longest(texts: Any) -> int:
 def _finished(path: Path, plan: Manifest, dataset: Dataset) -> Cache:
     """The finished cache of this name, if it is what would be written."""
     cache = open_cache(path)
-    teacher = {**cache.manifest["teacher"], "correct": None}
-    planned = {**cache.manifest, "teacher": teacher, "dataset": {**cache.manifest["dataset"], "fingerprint": None}}
-    if differences := list(differing(planned, plan)):
+    if differences := list(differing(as_plan(cache.manifest), plan)):
         raise CacheMismatch(
             f"{path} is another cache: {'; '.join(differences[:3])}. Replace it with --force, or choose --out."
         )

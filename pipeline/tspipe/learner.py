@@ -13,7 +13,6 @@ from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
 
 ALONE, TAUGHT, RANDOM = ARMS = ("alone", "taught", "taught + random")
-_MOST_TERMS = 8  # of a loss
 
 
 def arms(compare: bool, random_images: int) -> tuple[str, ...]:
@@ -54,7 +53,7 @@ class Learner:
         device: torch.device,
     ):
         self.student, self.arm, self.seed, self.device = student, arm, seed, device
-        self.loss_name = "xent" if arm == ALONE else "ts"
+        self.loss_name = "xent" if arm == ALONE else recipe.loss
         self.loss = losses.build(self.loss_name, recipe.model_dump()).to(device)
         self.separate = recipe.random_forward == "separate"
         self.how = recipe.optimisation(student)
@@ -92,7 +91,7 @@ class Learner:
         self.training.reset()
         self.testing.reset()
         if not counted:
-            self.sums = torch.zeros(_MOST_TERMS, device=self.device)
+            self.sums = torch.zeros(len(self.terms), device=self.device)
             self.correct, self.rows = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
             self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
 
@@ -107,7 +106,7 @@ class Learner:
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            self.sums[: len(terms)] += torch.stack([term.detach() for term in terms.values()]) * real
+            self.sums += torch.stack([term.detach() for term in terms.values()]) * real
             self.rows += real
             self.correct += (output.logits[:real].argmax(1) == batch.target.labels).sum()
             bad = (self.bad_step < 0) & ~loss.detach().isfinite()
@@ -129,10 +128,12 @@ class Learner:
         unknown = self.needs - {"features", "logits", "labels"}
         if unknown:
             raise RecipeError(f"The loss {self.loss_name} needs {min(unknown)!r}, which a cache does not hold.")
-        features, logits = torch.zeros(2, width, device=self.device), torch.zeros(2, num_classes, device=self.device)
-        labels = torch.zeros(2, dtype=torch.int64, device=self.device)
+        output = Output(torch.zeros(2, width, device=self.device), torch.zeros(2, num_classes, device=self.device))
+        nothing = torch.empty(2, 0, device=self.device)
+        features, logits = (part if name in self.needs else nothing for name, part in output._asdict().items())
+        target = Target(features, logits, torch.zeros(2, dtype=torch.int64, device=self.device))
         with torch.no_grad():
-            return list(self.loss(Output(features, logits), Target(features, logits, labels)))
+            return list(self.loss(output, target))
 
     def pack(self) -> dict[str, Tensor]:
         """Its whole state as flat tensors."""
@@ -160,5 +161,5 @@ class Learner:
             "loss": self.loss_name,
             "train_accuracy": int(self.correct) / rows,
             "seconds_training": round(self.training.seconds(), 4),
-            **{term: total / rows for term, total in zip(self.terms, self.sums.tolist(), strict=False)},
+            **{term: total / rows for term, total in zip(self.terms, self.sums.tolist(), strict=True)},
         }

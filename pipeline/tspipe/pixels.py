@@ -121,8 +121,14 @@ class Pixels:
             yield stack(pixels, keys)
 
 
-def half_of_memory() -> int:
-    """Half of the machine's memory, or of what its container may use, in bytes."""
+def memory_bound(device: torch.device) -> int:
+    """What may be held in memory when nothing is said, in bytes: half of what this process and its GPU have."""
+    if device.type == "cuda":
+        return min(_half_of_memory(), torch.cuda.mem_get_info(device)[0] // 2)
+    return _half_of_memory()
+
+
+def _half_of_memory() -> int:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         container = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import zlib
 from collections.abc import Iterable
@@ -29,6 +30,24 @@ def names(folder: str) -> list[str]:
 def is_file(name: str) -> bool:
     """Whether `name` names a Python file of the user's instead of one of ours."""
     return name.endswith(".py")
+
+
+def stated_name(folder: str, name: str) -> str:
+    """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself.
+
+    Raises TspipeError for a file called as one of ours: the two could not be told apart.
+    """
+    if not is_file(name):
+        return name
+    stem = plain(Path(name).stem)
+    if stem in names(folder):
+        raise TspipeError(f"{name} has the name of a {KINDS[folder]} of tspipe's. Give the file another name.")
+    return stem
+
+
+def plain(name: str) -> str:
+    """A name of letters, digits, `_`, `.`, `+` and `-`, as manifests and file names have them."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).lstrip(".+-") or "unnamed"
 
 
 def load(folder: str, name: str, attribute: str, error: type[TspipeError]) -> ModuleType:
@@ -61,6 +80,8 @@ def _load_file(path: Path, error: type[TspipeError]) -> ModuleType:
         raise error(f"There is no file {path}.")
     # Kept in sys.modules under the path, so that objects defined in it can be pickled by worker processes.
     name = f"tspipe_user_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"
+    if name in sys.modules:  # once a process: a file edited during a run must not change what the run trains
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise error(f"{path} cannot be imported.")

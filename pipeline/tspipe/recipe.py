@@ -9,12 +9,12 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tspipe.errors import DatasetError, RecipeError
-from tspipe.plugins import is_file, unknown
+from tspipe.plugins import is_file, stated_name, unknown
 from tspipe.plugins import names as plugin_names
 from tspipe.preprocess import Preprocess
 
@@ -42,7 +42,7 @@ class Teacher(Optimisation):
     network: str = "resnet56"
     options: dict[str, Any] = {}
     epochs: int = Field(200, ge=1)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=2)
     optimizer: Literal["adam", "sgd"] = "sgd"
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -87,7 +87,8 @@ class Recipe(Optimisation):
     student: list[str] = Field(["lenet5"], min_length=1, description="the students trained when none is named")
     students: dict[str, Student] = {}
     epochs: int = Field(200, ge=1)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=2, description="batch norm needs two")
+    loss: str = Field("ts", description="of the taught arms: a name, or the path of a Python file")
     test_batch_size: int = Field(1000, ge=1)
     random_images: int = Field(178, ge=0, description="random images added to every batch")
     random_forward: Literal["concatenated", "separate"] = Field(
@@ -105,14 +106,26 @@ class Recipe(Optimisation):
     def _one_student(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _known_students(self) -> Self:
+        known = {*plugin_names("networks"), *map(_stated, self.student)}
+        for name in self.students:
+            if name not in known and not name.startswith("torchvision:"):
+                raise ValueError(unknown("student", name, known))
+        return self
+
     def student_options(self, student: str) -> dict[str, Any]:
         """The options this student's network is built with."""
-        return self.students.get(student, Student()).options
+        return self.students.get(_stated(student), Student()).options
 
     def optimisation(self, student: str) -> Optimisation:
         """How this student is fitted."""
-        own = self.students.get(student, Student()).model_dump(exclude_none=True, exclude={"options"})
+        own = self.students.get(_stated(student), Student()).model_dump(exclude_none=True, exclude={"options"})
         return Optimisation(**{name: own.get(name, getattr(self, name)) for name in Optimisation.model_fields})
+
+
+def _stated(network: str) -> str:
+    return stated_name("networks", network)
 
 
 def names() -> list[str]:
@@ -212,7 +225,7 @@ def _sentence(problem: ValidationError, name: str) -> str:
     if first["type"] == "missing":
         return f"The recipe {name} lacks the field {where!r}."
     if first["type"] == "value_error":
-        return f"The recipe {name}: {where}: {first['ctx']['error']}."
+        return f"The recipe {name}: {f'{where}: ' if where else ''}{str(first['ctx']['error']).rstrip('.')}."
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"The recipe {name}: {where} cannot be {json.dumps(first['input'], default=str)}: {message}."
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tspipe.run_folder import RunFolder
-from tspipe.show import console, plain
+from tspipe.show import console, plain, shares
 
 # 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond, the normal's with its first correction.
 _T = (
@@ -81,11 +81,12 @@ def table(run: RunFolder) -> Table:
     teacher = summary["teacher"]
     title = f"{summary['dataset']}: {run.config['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
     caption = "test accuracy in %, mean ± sample deviation; best: chosen by the test set"
-    shown = Table("network", "arm", title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = Table("network", "arm", title=Text(title), caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("last", "best", "parameters", "s/epoch"):
         shown.add_column(heading, justify="right", no_wrap=True)
     accuracy = f"{100 * teacher['test_accuracy']:.2f}"
-    shown.add_row(teacher["network"], "teacher", accuracy, "", f"{teacher['parameters']:,}", "", end_section=True)
+    parameters = "" if teacher["parameters"] is None else f"{teacher['parameters']:,}"
+    shown.add_row(Text(plain(teacher["network"])), "teacher", accuracy, "", parameters, "", end_section=True)
     for found in results(run):
         parameters = f"{summary['parameters'][found.student]:,}"
         seconds = f"{found.seconds:.2f}" if found.seconds < 10 else f"{found.seconds:.0f}"
@@ -113,10 +114,7 @@ def show(run: RunFolder) -> None:
     for sentence in found:
         out.print(Text(f"  {sentence}"))
     if (run.path / "random_labels.json").exists():
-        counts = run.read_json("random_labels.json")
-        total = sum(counts.values())
-        shares = [f"{plain(name)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
-        out.print(Text(f"The teacher calls the random images: {', '.join(shares[:5])}"))
+        out.print(Text(shares(run.read_json("random_labels.json"))))
     curves = draw_curves(run)
     missing = "no curves: pip install 'tspipe[plots]'"
     out.print(Text(f"Run folder: {run.path} ({'metrics.csv, curves.png, students' if curves else missing})"))

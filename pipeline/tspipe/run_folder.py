@@ -68,8 +68,9 @@ class RunFolder:
         path = self.path / "metrics.csv"
         if not path.exists():
             return []
-        with path.open(newline="") as file:
-            return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # the machine may have stopped in the middle of the last line
+        return [{name: _number(v) for name, v in row.items()} for row in csv.DictReader(io.StringIO(whole))]
 
     def append(self, rows: Iterable[Row], columns: list[str]) -> None:
         """Add rows to metrics.csv."""
@@ -77,6 +78,8 @@ class RunFolder:
         new = not path.exists()
         with path.open("a", newline="") as file:
             _write_rows(file, rows, columns, header=new)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows must not outlive its rows
 
     def keep(self, rows: list[Row]) -> None:
         """Make metrics.csv hold just these rows: those a checkpoint covers."""

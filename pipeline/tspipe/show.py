@@ -13,8 +13,15 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def plain(text: str) -> str:
-    """Text of a foreign file made harmless for a terminal: control characters and escapes become visible."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Text of a foreign file made harmless for a terminal: control characters and line ends become visible."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shares(counts: dict[str, int]) -> str:
+    """What the teacher calls the random images, as a sentence; classes under half a percent are left out."""
+    total = sum(counts.values())
+    found = [f"{plain(name)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
+    return f"The teacher calls the random images: {', '.join(found[:5])}"
 
 
 def console() -> Console:

@@ -16,21 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspipe import feature_net, networks, plugins, random_images, training, weights
-from tspipe.cache import SPLITS, Cache, Column, match
+from tspipe import networks, plugins, random_images, training, weights
+from tspipe.cache import SPLITS, Cache, match
 from tspipe.datasets import Dataset, open_dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
-from tspipe.feature_net import FeatureNet
 from tspipe.files import lock
 from tspipe.learner import RANDOM, Batch, Learner
 from tspipe.losses import Target
-from tspipe.pixels import Pixels, half_of_memory
+from tspipe.pixels import Pixels, memory_bound
 from tspipe.preprocess import Preprocess
-from tspipe.progress import Advance, progress
+from tspipe.progress import Advance, console, progress
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
 from tspipe.run_folder import Row, RunFolder, environment, find_run
+from tspipe.show import shares
+from tspipe.teaching import Targets, check_teacher, load_teacher, run_teacher, teacher_parameters
 
 _LABELLED = 1000  # random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -62,11 +63,17 @@ def train_students(config: StudentConfig) -> RunFolder:
     folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
     if folder.finished:
         return folder
+    if folder.environment["device"] != str(device):
+        raise RecipeError(
+            f"{folder.path} was begun on {folder.environment['device']} and this is {device}: its numbers would be of "
+            "both. Choose another --out."
+        )
     torch.set_num_threads(folder.environment["threads"])
     run = Run(config, folder, device)
     folder.create()
     with lock(folder.path / "run", RecipeError):
-        run.train()
+        if not folder.finished:  # by another process, while this one was reading the data
+            run.train()
     return folder
 
 
@@ -74,8 +81,8 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
     """What the numbers follow from, and nothing else: the frozen config a run folder is named after."""
     recipe = config.recipe
     shared = {
-        "arms", "batch_size", "epochs", "mse_weight", "random_forward", "random_images", "seeds", "test_batch_size",
-        "xent_weight",
+        "arms", "batch_size", "epochs", "loss", "mse_weight", "random_forward", "random_images", "seeds",
+        "test_batch_size", "xent_weight",
     }  # fmt: skip
     students: dict[str, dict[str, Any]] = {}
     called = [networks.stated_name(name) for name in recipe.student]
@@ -83,51 +90,14 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         raise RecipeError(f"Two students are called {twice}. Give each once, and files different names.")
     for name in recipe.student:
         students[name] = {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
-        if plugins.is_file(name):
-            students[name]["file_sha256"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    files = [name for name in (*recipe.student, recipe.loss) if plugins.is_file(name) and Path(name).is_file()]
     return {
         "cache": config.cache.id,
+        "files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
         "arms": list(config.arms),
         "students": students,
         **recipe.model_dump(include=shared),
     }
-
-
-class Targets:
-    """The cached targets of a split: held where batches are wanted if they fit, else read row by row.
-
-    Args:
-        columns: features (N, d) and logits (N, c).
-        labels: (N,) int64.
-        needs: which of them the losses want; the others come with no columns.
-        memory: bytes that may be held.
-    """
-
-    def __init__(
-        self, columns: dict[str, Column], labels: Tensor, needs: frozenset[str], memory: int, device: torch.device
-    ):
-        self.needs, self.device, self._labels = needs, device, labels.to(device)
-        wanted = {name: column for name, column in columns.items() if name in needs}
-        fits = sum(column.nbytes for column in wanted.values()) <= memory
-        self._held = {name: torch.from_numpy(c.load()).to(device) for name, c in wanted.items()} if fits else {}
-        self._read = {} if fits else wanted
-
-    def take(self, rows: Tensor) -> Target:
-        """The targets of these rows (n,) int64."""
-        there = rows.to(self.device)
-        found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
-        for name, column in self._read.items():
-            found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
-        return self.only(self._labels.index_select(0, there), **found)
-
-    def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
-        """A target without what no loss needs."""
-        nothing = torch.empty(len(labels), 0, device=self.device)
-        return Target(
-            features if features is not None and "features" in self.needs else nothing,
-            logits if logits is not None and "logits" in self.needs else nothing,
-            labels,
-        )
 
 
 class Run:
@@ -138,6 +108,8 @@ class Run:
         recipe, cache = config.recipe, config.cache
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
         _check_preprocess(cache, recipe.preprocess)
+        if cache.manifest["views"]:
+            raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
         dataset = open_dataset(recipe.dataset, config.data, download=config.download)
         _check_data(cache, dataset)
         if len(dataset.train) < recipe.batch_size:
@@ -145,17 +117,21 @@ class Run:
                 f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
                 f"{recipe.batch_size}. Give a smaller one: --set batch_size={max(2, len(dataset.train) // 4)}"
             )
-        memory = recipe.memory or half_of_memory()
+        memory = recipe.memory or memory_bound(device)
         self.train_pixels = Pixels(dataset.train, self.preprocess, "train", memory // 3, device)
         self.test_pixels = Pixels(dataset.test, self.preprocess, "test", memory // 3, device)
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
         self.clock = training.Clock(recipe.checkpoint_seconds)
         self.random = recipe.random_images if RANDOM in config.arms else 0
-        self.teacher = load_teacher(cache, recipe, device) if self.random else None
+        self.teacher = load_teacher(cache, recipe, self.train_pixels.shape, device) if self.random else None
         first = self.cohort(0)
+        self.parameters = {learner.student: learner.parameters for learner in first}
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
         self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
+        if self.teacher is not None:
+            (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
+            check_teacher(self.teacher, cache, self.preprocess.normalise(pixels))
 
     def cohort(self, seed: int) -> list[Learner]:
         """The learners of a seed: every student in every arm."""
@@ -172,7 +148,8 @@ class Run:
         recipe = self.config.recipe
         position, tensors = self._resume()
         if self.random and not (self.folder.path / "random_labels.json").exists():
-            self.folder.write_json("random_labels.json", self._label_histogram())
+            self.folder.write_json("random_labels.json", counts := self._label_histogram())
+            console.print(shares(counts), markup=False)
         rows = len(self.train_pixels)
         total, done = recipe.seeds * recipe.epochs * rows, (position.seed * recipe.epochs + position.epoch) * rows
         with progress("students", total, "images", done + position.batch * recipe.batch_size) as advance:
@@ -221,7 +198,10 @@ class Run:
         order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)[start:]
         numbers = range(start, start + len(order))
         noise = self._random_batches(seed, epoch, numbers, teaching)
-        for number, rows, pixels, random in zip(numbers, order, self.train_pixels.batches(order), noise, strict=True):
+        ahead = [*order[1:], order[0][:0]] if order else []
+        parts = zip(numbers, order, ahead, self.train_pixels.batches(order), noise, strict=True)
+        for number, rows, later, pixels, random in parts:
+            self.targets.advise(later)
             yield number, Batch(self.preprocess.normalise(pixels), self.targets.take(rows), random)
 
     def _random_batches(
@@ -248,8 +228,7 @@ class Run:
         """Normalise random images (r, C, H, W) in [0, 1) and let the teacher label them."""
         assert self.teacher is not None
         images = self.preprocess.normalise(random.to(self.device))
-        with torch.no_grad():
-            features, logits = self.teacher(images)
+        features, logits = run_teacher(self.teacher, images)
         return images, self.targets.only(logits.argmax(1), features, logits)
 
     def _label_histogram(self) -> dict[str, int]:
@@ -311,17 +290,10 @@ class Run:
             "teacher": {
                 "network": manifest["teacher"]["network"],
                 "test_accuracy": correct / rows,
-                "parameters": self._teacher_parameters(),
+                "parameters": teacher_parameters(self.config.cache, self.config.recipe, self.train_pixels.shape),
             },
-            "parameters": {learner.student: learner.parameters for learner in self.cohort(0)},
+            "parameters": self.parameters,
         }
-
-    def _teacher_parameters(self) -> int:
-        """How many weights the teacher has."""
-        teacher = self.config.cache.manifest["teacher"]
-        return feature_net.count_parameters(
-            _teacher_name(self.config.cache, self.config.recipe), len(self.config.cache.classes), teacher["options"]
-        )
 
 
 @dataclass
@@ -331,31 +303,6 @@ class Position:
     seed: int = 0
     epoch: int = 0
     batch: int = 0
-
-
-def load_teacher(cache: Cache, recipe: Recipe, device: torch.device) -> FeatureNet:
-    """The teacher of a cache, from the weights the file carries.
-
-    Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
-    """
-    name, options = _teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
-    tensors = weights.parse(cache.teacher_weights(), f"the teacher's weights in {cache.path.name}")
-    module, options = feature_net.load_teacher(
-        name, len(cache.classes), options, tensors, f"the teacher's weights in {cache.path.name}"
-    )
-    network = feature_net.frozen(module, name, tuple(options["input_shape"]), device)
-    if network.width != cache.dimensions.width:
-        raise CacheMismatch(
-            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
-        )
-    return network
-
-
-def _teacher_name(cache: Cache, recipe: Recipe) -> str:
-    """The network of the cache's teacher: tspipe's own or torchvision's; a user's file only if the recipe names it."""
-    name: str = cache.manifest["teacher"]["network"]
-    own = recipe.teacher.network
-    return own if plugins.is_file(own) and networks.stated_name(own) == name else name
 
 
 def _check_preprocess(cache: Cache, wanted: Preprocess) -> None:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspipe import networks, training, weights
+from tspipe import feature_net, networks, training, weights
 from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import DatasetError, TrainingError
 from tspipe.files import lock
-from tspipe.pixels import Pixels, half_of_memory
+from tspipe.pixels import Pixels, memory_bound
 from tspipe.preprocess import shift_and_flip
 from tspipe.progress import progress
 from tspipe.randomness import seed_torch, stream
@@ -62,7 +62,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     recipe, how = config.recipe, config.recipe.teacher
     device = pick_device(recipe.device)
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
-    memory = recipe.memory or half_of_memory()
+    memory = recipe.memory or memory_bound(device)
     train = Pixels(dataset.train, recipe.preprocess, "train", memory // 2, device)
     test = Pixels(dataset.test, recipe.preprocess, "test", memory // 2, device)
     if len(train) < how.batch_size:
@@ -79,6 +79,8 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
         part = path.with_name(path.name + ".part")
+        if config.force:
+            part.unlink(missing_ok=True)
         _fit(network, recipe, dataset, train, part, identity)
         accuracy = _accuracy(network, recipe, dataset, test)
         metadata = {
@@ -106,9 +108,10 @@ def _network(
     network = networks.build(how.network, num_classes, input_shape, options)
     if start:
         own = network.state_dict()
-        head = list(own)[-2:]  # weight and bias of the last layer, where that is all that differs
-        if all(key in tensors and tensors[key].shape[1:] == own[key].shape[1:] for key in head):
-            tensors.update({key: own[key] for key in head if own[key].shape != tensors[key].shape})
+        path, _ = feature_net.last_linear(network, how.network, feature_net.noise(input_shape))
+        head = [key for key in own if key.rpartition(".")[0] == path and key in tensors]
+        if all(tensors[key].shape[1:] == own[key].shape[1:] for key in head):
+            tensors.update({key: own[key] for key in head if len(own[key]) != len(tensors[key])})
         weights.load_into(network, tensors, how.network, start.source)
     return network, options
 
@@ -119,7 +122,11 @@ def _fit(network: nn.Module, recipe: Recipe, dataset: Dataset, train: Pixels, pa
     optimizer = training.make_optimizer(how, network.parameters(), train.device)
     labels = torch.from_numpy(dataset.train.labels).to(train.device)
     clock, start, first = training.Clock(recipe.checkpoint_seconds), 0, 0
-    if (found := training.load_checkpoint(part)) and found[1]["identity"] == identity:
+    if found := training.load_checkpoint(part):
+        if found[1]["identity"] != identity:
+            raise TrainingError(
+                f"{part} is a checkpoint of other settings. Give those to go on with it, or --force to begin again."
+            )
         training.unpack(found[0], network, optimizer)
         start, first = found[1]["epoch"], found[1]["batch"]
     what, done = f"teacher {how.network}", start * len(train) + first * how.batch_size

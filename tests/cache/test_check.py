@@ -1,5 +1,6 @@
 """What is not a sound, finished cache is refused before any row is read, in one sentence."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from tspipe.cache import Cache, open_cache
-from tspipe.errors import CacheDamaged, CacheError, CacheIncomplete, NotACache
+from tspipe.cache.check import identify
+from tspipe.errors import CacheDamaged, CacheError, CacheIncomplete, CacheMismatch, NotACache
 
 
 @pytest.fixture
@@ -162,3 +164,59 @@ def test_external_storage(copy: Path, tmp_path: Path) -> None:
         del file["id"]
         file.create_dataset("id", shape=(64,), dtype="u1", external=[(str(secret), 0, 64)])
     assert message(copy, NotACache) == "'id' keeps its bytes in another file."
+
+
+def forge(path: Path, change: Callable[[dict], None]) -> None:
+    """Change the manifest and make the id fit it, as someone who means harm would."""
+    with h5py.File(path, "r") as file:
+        manifest = json.loads(file["manifest"][()].tobytes().rstrip(b"\0"))
+        checksums = [file[f"{split}_checksums"][()].tobytes() for split in ("train", "test")]
+    change(manifest)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode().ljust(65536, b"\0")
+    overwrite(path, "manifest", text)
+    overwrite(path, "id", identify(text, checksums))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("options", {"x": float("nan")}, 'manifest.teacher.options cannot be {"x": NaN}.'),
+        ("options", {"x": 10**9}, 'manifest.teacher.options cannot be {"x": 1000000000}.'),
+        ("options", {"x": [[1]]}, 'manifest.teacher.options cannot be {"x": [[1]]}.'),
+        ("network", "evil.py", 'manifest.teacher.network cannot be "evil.py".'),
+    ],
+)
+def test_a_forged_teacher_is_refused(copy: Path, field: str, value: object, said: str) -> None:
+    forge(copy, lambda manifest: manifest["teacher"].update({field: value}))
+    assert message(copy, NotACache) == said
+
+
+@pytest.mark.parametrize("shape", [[1, 60000, 60000], ["a", "b", "c"], None])
+def test_a_forged_input_shape_takes_no_memory(copy: Path, tmp_path: Path, shape: object) -> None:
+    from tspipe import recipe as recipes
+    from tspipe.train_students import StudentConfig, train_students
+
+    forge(copy, lambda manifest: manifest["teacher"]["options"].update(input_shape=shape))
+    facts = {"preprocess": open_cache(copy).manifest["preprocess"]}
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(StudentConfig(recipes.load("digits", facts=facts), open_cache(copy), out=tmp_path / "run"))
+    assert str(refused.value) == (f"digits.h5: its teacher takes images of {shape}, its dataset's are of [1, 16, 16].")
+
+
+def test_text_of_the_file_is_escaped(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tspipe.show import show_cache
+
+    overwrite(copy, "classes", b"\x1b")
+    forge(copy, lambda manifest: manifest["dataset"].update(license="[red]free[/red]\nid   fake"))
+    show_cache(open_cache(copy))
+    shown = capsys.readouterr().out
+    assert "10 classes: \\x1b, 1, 2, 3, 4, …" in shown
+    assert "licence     [red]free[/red]\\nid   fake" in shown
+
+
+def test_a_file_replaced_while_in_use_is_noticed(copy: Path) -> None:
+    cache = open_cache(copy)
+    copy.write_bytes(copy.read_bytes())
+    with pytest.raises(CacheError) as refused:
+        cache.train.features.load()
+    assert str(refused.value) == f"{copy} was replaced while it was in use. Run the command again."

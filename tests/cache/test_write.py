@@ -165,3 +165,42 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
         f"{tmp_path}/file/pets.h5.part cannot be written: File exists. "
         "What is already there is kept: run the same command again when this is put right."
     )
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_killed_while_finishing_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    """The manifest is complete before the id is written; both are synced to the disk, which takes a while."""
+    path, manifest = tmp_path / "pets.h5", plan({"train": 10, "test": 3})
+    write(tmp_path / "whole.h5", manifest)
+    write(path, manifest, stop_after=3)
+    syncs = []
+
+    def killed(descriptor: int) -> None:
+        syncs.append(descriptor)
+        if len(syncs) == moment:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(path, manifest)
+    assert not path.exists()
+    assert write(path, manifest) == []
+    assert path.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_without_posix_fallocate_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = plan({"train": 10, "test": 3})
+    write(tmp_path / "linux.h5", manifest)
+    monkeypatch.delattr(os, "posix_fallocate")
+    write(tmp_path / "mac.h5", manifest)
+    assert (tmp_path / "mac.h5").read_bytes() == (tmp_path / "linux.h5").read_bytes()
+
+
+def test_a_plan_that_no_reader_would_take_leaves_nothing(tmp_path: Path) -> None:
+    manifest = plan({"train": 1, "test": 1})
+    manifest["dataset"]["name"] = "my pets"
+    with pytest.raises(CacheError) as refused:
+        write(tmp_path / "pets.h5", manifest)
+    assert str(refused.value) == 'manifest.dataset.name cannot be "my pets".'
+    assert list(tmp_path.iterdir()) == []

@@ -86,6 +86,15 @@ class Dimensions:
             yield "teacher_weights", "u1", (self.weights_bytes,)
 
 
+def as_plan(manifest: Manifest) -> Manifest:
+    """A manifest as it was before its file was finished: without what is known only at the end."""
+    return {
+        **manifest,
+        "dataset": {**manifest["dataset"], "fingerprint": None},
+        "teacher": {**manifest["teacher"], "correct": None},
+    }
+
+
 def digest(image: NDArray[np.uint8]) -> bytes:
     """What identifies an image (H, W, C): the first 8 bytes of SHA-256 over its shape (three `<i8`) and its pixels."""
     return hashlib.sha256(struct.pack("<3q", *image.shape) + image.tobytes()).digest()[:DIGEST_BYTES]
@@ -120,6 +129,8 @@ def decode_manifest(data: bytes, *, finished: bool = True) -> Manifest:
 # A schema is a dict (exactly these fields) or a function that says whether a value is allowed.
 
 Check = Callable[[Any], bool]
+_LARGEST_SIDE = 4096  # pixels
+_LARGEST_OPTION = 65536
 _LARGEST = 2**48  # no count in a real file comes near; products of two such counts are checked against the file's size
 
 
@@ -147,16 +158,23 @@ def _numbers(value: Any) -> bool:
     )
 
 
-def _options(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and len(value) <= 64 and all(_options(v, depth - 1) for v in value.values())
-    if isinstance(value, list):
-        return depth > 0 and len(value) <= 64 and all(_options(v, depth - 1) for v in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+def _scalar(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return abs(value) <= _LARGEST_OPTION
+    return value is None or (isinstance(value, str) and len(value) <= 200)
+
+
+def _options(value: Any) -> bool:
+    """A network's options: scalars and short lists of them, small enough that no network built from them is huge."""
+    if not isinstance(value, dict) or len(value) > 64:
+        return False
+    return all(all(map(_scalar, v)) and len(v) <= 16 if isinstance(v, list) else _scalar(v) for v in value.values())
 
 
 def _size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_integer(1, 65536)(v) for v in value)
+    return isinstance(value, list) and len(value) == 2 and all(_integer(1, _LARGEST_SIDE)(v) for v in value)
 
 
 def _positive(value: Any) -> bool:
@@ -183,7 +201,7 @@ _SCHEMA: dict[str, Any] = {
     },
     "features": {"dtype": _text(r"<f2|<f4"), "width": _integer(1, 2**24)},
     "preprocess": {
-        "crop": _Optional(_integer(1, 65536)),
+        "crop": _Optional(_integer(1, _LARGEST_SIDE)),
         "interpolation": _text(r"nearest|bilinear|bicubic"),
         "mean": _numbers,
         "resize": _Optional(_size),

@@ -17,17 +17,27 @@ from tspipe.errors import CacheDamaged, CacheError
 _AHEAD = getattr(os, "posix_fadvise", None)  # not on macOS, where reading ahead is left to the system
 
 
+Stamp = tuple[int, int, int]
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    """What changes when a file is replaced or written to: inode, size, time of the last change (ns)."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class Column(Sequence[Any]):
     """One dataset of the file as an array-like: `column[i]`, `column[3:7]`, `column[[5, 2]]`, `numpy.asarray(column)`.
 
-    It holds (path, offset, shape, dtype) and opens the file on first use in each process, so it pickles small
-    and works in data-loader workers however they are started. Rows are copies.
+    It holds (path, offset, shape, dtype) and what shows that the file is still the same one. It opens the file on
+    first use in each process, so it pickles small and works in data-loader workers however they are started. Rows
+    are copies.
     """
 
-    def __init__(self, path: Path, region: Region):
+    def __init__(self, path: Path, region: Region, stamp: Stamp | None = None):
         self.path, self.offset, self.shape, self.dtype = path, region.offset, region.shape, region.dtype
         self.row_shape = self.shape[1:]
         self.row_bytes = region.nbytes // max(1, self.shape[0])
+        self._stamp = stamp
         self._file: tuple[int, int] | None = None  # (process, descriptor)
 
     def __len__(self) -> int:
@@ -96,6 +106,8 @@ class Column(Sequence[Any]):
                 self._file = os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as problem:
                 raise CacheError(f"{self.path} cannot be read any more ({problem.strerror}).") from problem
+            if self._stamp is not None and _stamp(os.fstat(self._file[1])) != self._stamp:
+                raise CacheError(f"{self.path} was replaced while it was in use. Run the command again.")
         return self._file[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,7 +179,8 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     path = Path(path)
     structure = inspect(path)
     path = path.absolute()  # columns open it again later, from wherever the process then is
-    columns = {name: Column(path, region) for name, region in structure.regions.items()}
+    stamp = _stamp(path.stat())
+    columns = {name: Column(path, region, stamp) for name, region in structure.regions.items()}
     classes = columns["classes"].load()
     splits = {split: split_columns(columns, split) for split in SPLITS}
     for split, found in splits.items():

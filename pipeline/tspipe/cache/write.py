@@ -26,6 +26,8 @@ from tspipe.cache.layout import (
     VERSION,
     Dimensions,
     Manifest,
+    as_plan,
+    decode_manifest,
     encode_manifest,
 )
 from tspipe.cache.read import Column, Split, split_columns
@@ -142,6 +144,8 @@ class CacheWriter:
 
     def _create(self) -> None:
         """Make the part file's skeleton under a third name, so that a part file is always whole."""
+        plan = encode_manifest(self.plan)
+        decode_manifest(plan, finished=False)  # no reader would take a plan that breaks the schema
         skeleton = self.path.with_name(self.path.name + ".skeleton")
         # h5py crashes when a write fails, so the disk shows that it has the room before h5py writes at all.
         size = sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in self.dimensions.datasets().values())
@@ -153,12 +157,13 @@ class CacheWriter:
             with h5py.File(skeleton, "r", locking=False) as hdf5:
                 offset = hdf5["manifest"].id.get_offset()
             with skeleton.open("r+b") as file:
-                os.pwrite(file.fileno(), encode_manifest(self.plan), offset)
+                os.pwrite(file.fileno(), plan, offset)
                 os.fsync(file.fileno())
             skeleton.replace(self.part)
 
     def _check_plan(self, structure: Structure) -> None:
-        differences = list(differing(structure.manifest, self.plan))
+        # A writer that was killed at the very end has the manifest complete and the id not yet written.
+        differences = list(differing(as_plan(structure.manifest), self.plan))
         if structure.dimensions != self.dimensions and not differences:
             differences = ["the lengths of class names, keys or weights"]
         if differences:
@@ -247,8 +252,9 @@ def _reserve(path: Path, size: int) -> None:
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
-        else:  # macOS: write the zeros
+        else:  # macOS: write what is there again, and zeros beyond
             for start in range(0, size, 2**24):
-                os.pwrite(descriptor, bytes(min(2**24, size - start)), start)
+                length = min(2**24, size - start)
+                os.pwrite(descriptor, os.pread(descriptor, length, start).ljust(length, b"\0"), start)
     finally:
         os.close(descriptor)

@@ -4,7 +4,6 @@ A dataset's file defines `load(root, split) -> Images` for the splits `train` an
 it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; nothing downloads unless asked.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +74,10 @@ def parse(spec: str, data: Path | None = None) -> tuple[ModuleType, str, Path | 
     kind, _, folder = spec.partition(":")
     module = plugins.load("datasets", kind, "load", DatasetError)
     if kind == "folder" and (path := Path(folder) if folder else data):
-        return module, f"folder:{_plain(path.absolute().name)}", path
+        return module, f"folder:{plugins.plain(path.absolute().name)}", path
     if folder:
         raise DatasetError(f"{kind} is a dataset of its own and takes no path; use --data {folder}.")
-    return module, Path(kind).stem, None
+    return module, plugins.stated_name("datasets", kind), None
 
 
 def stem(name: str) -> str:
@@ -101,7 +100,3 @@ def open_dataset(spec: str, data: Path | None = None, *, download: bool = False)
     if list(train.classes) != list(test.classes):
         raise DatasetError(f"{root}: train and test do not have the same classes.")
     return Dataset(name, getattr(module, "LICENSE", ""), train, test)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).lstrip(".+-") or "images"

@@ -9,7 +9,6 @@ torchvision's.
 import difflib
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ def names() -> list[str]:
 
 def stated_name(name: str) -> str:
     """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself."""
-    return Path(name).stem if plugins.is_file(name) else name
+    return plugins.stated_name("networks", name)
 
 
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any] = {}) -> nn.Module:
@@ -42,6 +41,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
 
     Raises NetworkError: unknown name or option, or images that the network cannot take.
     """
+    stated_name(name)  # refuses a file that no cache could tell from one of ours
     if name.startswith(_TORCHVISION):
         return _build_torchvision(name, num_classes, input_shape, options)
     function = plugins.load("networks", name, "build", NetworkError).build

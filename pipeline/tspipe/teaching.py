@@ -1,0 +1,122 @@
+"""What students learn from: the cached targets, and the live teacher."""
+
+import torch
+from torch import Tensor
+
+from tspipe import feature_net, networks, plugins, weights
+from tspipe.cache import Cache, Column
+from tspipe.errors import CacheMismatch, NetworkError
+from tspipe.feature_net import FeatureNet
+from tspipe.losses import Output, Target
+from tspipe.recipe import Recipe
+
+_MOST_DIFFERENCE = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
+
+
+class Targets:
+    """The cached targets of a split: held where batches are wanted if they fit, else read row by row.
+
+    Args:
+        columns: features (N, d) and logits (N, c).
+        labels: (N,) int64.
+        needs: which of them the losses want; the others come with no columns.
+        memory: bytes that may be held.
+    """
+
+    def __init__(
+        self, columns: dict[str, Column], labels: Tensor, needs: frozenset[str], memory: int, device: torch.device
+    ):
+        self.needs, self.device, self._labels = needs, device, labels.to(device)
+        wanted = {name: column for name, column in columns.items() if name in needs}
+        fits = sum(column.nbytes for column in wanted.values()) <= memory
+        self._held = {name: torch.from_numpy(c.load()).to(device) for name, c in wanted.items()} if fits else {}
+        self._read = {} if fits else wanted
+
+    def take(self, rows: Tensor) -> Target:
+        """The targets of these rows (n,) int64."""
+        there = rows.to(self.device)
+        found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
+        for name, column in self._read.items():
+            found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
+        return self.only(self._labels.index_select(0, there), **found)
+
+    def advise(self, rows: Tensor) -> None:
+        """Have the system read these rows ahead, where they are not held."""
+        for column in self._read.values():
+            column.advise(rows.numpy())
+
+    def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
+        """A target without what no loss needs."""
+        nothing = torch.empty(len(labels), 0, device=self.device)
+        return Target(
+            features if features is not None and "features" in self.needs else nothing,
+            logits if logits is not None and "logits" in self.needs else nothing,
+            labels,
+        )
+
+
+def load_teacher(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
+    """The teacher of a cache, from the weights the file carries.
+
+    Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
+    """
+    name, options = _teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
+    if options.get("input_shape") != list(input_shape):
+        raise CacheMismatch(
+            f"{cache.path.name}: its teacher takes images of {options.get('input_shape')}, its dataset's are of "
+            f"{list(input_shape)}."
+        )
+    tensors = weights.parse(cache.teacher_weights(), f"the teacher's weights in {cache.path.name}")
+    module, _ = feature_net.load_teacher(
+        name, len(cache.classes), input_shape, options, tensors, f"the teacher's weights in {cache.path.name}"
+    )
+    network = feature_net.frozen(module, name, input_shape, device)
+    if network.width != cache.dimensions.width:
+        raise CacheMismatch(
+            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
+        )
+    return network
+
+
+def _teacher_name(cache: Cache, recipe: Recipe) -> str:
+    """The network of the cache's teacher: tspipe's own or torchvision's; a user's file only if the recipe names it."""
+    name: str = cache.manifest["teacher"]["network"]
+    own = recipe.teacher.network
+    if plugins.is_file(own) and networks.stated_name(own) == name:
+        return own
+    if name not in networks.names() and not name.startswith("torchvision:"):
+        raise NetworkError(
+            f"The teacher of {cache.path.name} is {name!r}, which is not one of tspipe's networks. "
+            f"Name its file: --set teacher.network=./{name}.py"
+        )
+    return name
+
+
+def run_teacher(teacher: FeatureNet, images: Tensor) -> Output:
+    """What the teacher says of normalised images (n, C, H, W), in the precision in which stage one computes."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return teacher(images)  # type: ignore[no-any-return]
+
+
+def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:
+    """Compare the live teacher with the rows it is said to have written, on the training split's first images.
+
+    Raises CacheMismatch when its features differ by more than rounding does.
+    """
+    live = run_teacher(teacher, images).features.cpu()
+    cached = torch.from_numpy(cache.train.features[: len(images)]).float()
+    difference = float((live - cached).abs().max() / cached.abs().max().clamp(min=1e-12))
+    if not difference <= _MOST_DIFFERENCE:
+        raise CacheMismatch(
+            f"{cache.path.name}: the teacher built here gives other features than the file holds, by up to "
+            f"{difference:.0%} of the largest. The code of its network has changed, or is not the one named."
+        )
+
+
+def teacher_parameters(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> int | None:
+    """How many weights the cache's teacher has; None of one that cannot be built here."""
+    options = cache.manifest["teacher"]["options"]
+    try:
+        return feature_net.count_parameters(_teacher_name(cache, recipe), len(cache.classes), input_shape, options)
+    except NetworkError:
+        return None

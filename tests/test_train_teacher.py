@@ -1,0 +1,106 @@
+"""A teacher is trained once: a kill loses nothing, and nobody's weights are overwritten."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shared import TEACHER
+from tspipe import recipe as recipes
+from tspipe import training, weights
+from tspipe.errors import DatasetError, TrainingError
+from tspipe.train_teacher import TeacherConfig, checkpoint_path, train_teacher
+
+
+def config(out: Path, *overrides: str) -> TeacherConfig:
+    return TeacherConfig(recipes.load("digits", [*TEACHER, *overrides]), out=out)
+
+
+def test_the_file_says_what_it_is(teacher: Path) -> None:
+    found = weights.read(teacher)
+    assert found.metadata["dataset"] == "digits"
+    assert found.metadata["network"] == "lenet5"
+    assert found.metadata["preprocess"] == (
+        '{"crop": null, "interpolation": "bilinear", "mean": [0.305], "resize": [16, 16], "std": [0.376]}'
+    )
+    assert 0.5 < float(found.metadata["accuracy"]) < 1  # three epochs: far from chance, far from done
+
+
+def test_views_change_what_is_learned_and_are_the_same_again(tmp_path: Path) -> None:
+    files = []
+    for name, shift in (("a", 2), ("b", 2), ("c", 0)):
+        made = train_teacher(config(tmp_path / name, f"teacher.shift={shift}", "teacher.epochs=1"))
+        files.append(weights.read(made.path).tensors["features.0.weight"])
+    assert files[0].equal(files[1])
+    assert not files[0].equal(files[2])
+
+
+KILLED = """
+import sys, time
+import tspipe.training
+whole = tspipe.training.save_checkpoint
+def slow(*arguments):
+    whole(*arguments)
+    time.sleep(0.02)
+tspipe.training.save_checkpoint = slow
+from tspipe.cli import main
+main()
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digits-lenet5.safetensors"
+    part = tmp_path / "digits-lenet5.safetensors.part"
+    settings = [f"--set={setting}" for setting in [*TEACHER, "checkpoint_seconds=0"]]
+    command = [sys.executable, "-c", KILLED, "teacher", "--dataset", "digits", "--out", str(out), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    found = training.load_checkpoint(part)
+    assert found is not None
+    assert found[1]["batch"] > 0
+    assert not out.exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert out.read_bytes() == teacher.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name]
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as refused:
+        train_teacher(config(tmp_path / "x.safetensors", "teacher.lr=1e30", "checkpoint_seconds=0"))
+    assert str(refused.value) == (
+        "The teacher's loss is no longer a number in epoch 1. The last checkpoint is kept. "
+        "A smaller learning rate may help: --set teacher.lr=1e+29"
+    )
+    # What was begun is not thrown away for other settings.
+    with pytest.raises(TrainingError) as refused:
+        train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=1"))
+    assert str(refused.value) == (
+        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Give those to go on with it, or --force to "
+        "begin again."
+    )
+    made = train_teacher(replace(config(tmp_path / "x.safetensors", "teacher.epochs=1"), force=True))
+    assert made.path.exists()
+
+
+def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as refused:
+        train_teacher(config(tmp_path / "x", "teacher.batch_size=1001"))
+    assert str(refused.value) == (
+        "digits has 1,000 training images, too few for a batch of 1001. Give a smaller one: "
+        "--set teacher.batch_size=250"
+    )
+
+
+def test_checkpoint_names() -> None:
+    assert checkpoint_path("folder:birds", "torchvision:resnet18").name == "birds-torchvision-resnet18.safetensors"
+    assert checkpoint_path("cifar10", "./mine.py").name == "cifar10-mine.safetensors"
