@@ -330,7 +330,8 @@ class Loss(nn.Module):
 
     def forward(self, student, target):
         assert target.features.shape[1] == 0  # what it does not need is not loaded
-        kl = F.kl_div(student.logits.log_softmax(1), target.logits.log_softmax(1), reduction="batchmean", log_target=True)
+        mine, its = student.logits.log_softmax(1), target.logits.log_softmax(1)
+        kl = F.kl_div(mine, its, reduction="batchmean", log_target=True)
         return {"kl": kl, "scale": (self.scale.weight**2).sum()}
 """
 
