@@ -232,7 +232,7 @@ class Run:
         return images, self.targets.only(logits.argmax(1), features, logits)
 
     def _label_histogram(self) -> dict[str, int]:
-        """How many of the run's first random images the teacher gives to each class, the most first; also printed."""
+        """How many of the run's first random images the teacher gives to each class, the most first."""
         batches = range(math.ceil(_LABELLED / self.random))
         drawn = (random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape) for batch in batches)
         labels = [self._teach(images)[1].labels for images in drawn]
