@@ -80,8 +80,7 @@ def table(run: RunFolder) -> Table:
     summary, seeds = run.read_json("summary.json"), run.config["seeds"]
     teacher = summary["teacher"]
     title = f"{summary['dataset']}: {run.config['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
-    caption = "test accuracy in %, mean ± sample deviation; best: chosen by the test set"
-    shown = Table("network", "arm", title=Text(title), caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = Table("network", "arm", title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("last", "best", "parameters", "s/epoch"):
         shown.add_column(heading, justify="right", no_wrap=True)
     accuracy = f"{100 * teacher['test_accuracy']:.2f}"
@@ -90,7 +89,7 @@ def table(run: RunFolder) -> Table:
     for found in results(run):
         parameters = f"{summary['parameters'][found.student]:,}"
         seconds = f"{found.seconds:.2f}" if found.seconds < 10 else f"{found.seconds:.0f}"
-        shown.add_row(found.student, found.arm, _percent(found.last), _percent(found.best), parameters, seconds)
+        shown.add_row(Text(plain(found.student)), found.arm, _percent(found.last), _percent(found.best), parameters, seconds)
     return shown
 
 
@@ -109,6 +108,7 @@ def show(run: RunFolder) -> None:
     """Print a finished run: its table, what the arms make of it, the random images' labels, and where the rest is."""
     out = console()
     out.print(table(run))
+    out.print("Test accuracy in %, mean ± sample deviation; best is chosen by the test set.")
     if found := verdicts(run):
         out.print("Over the student alone, in points, with the 95 % interval of the paired seeds:")
     for sentence in found:
