@@ -89,7 +89,9 @@ def table(run: RunFolder) -> Table:
     for found in results(run):
         parameters = f"{summary['parameters'][found.student]:,}"
         seconds = f"{found.seconds:.2f}" if found.seconds < 10 else f"{found.seconds:.0f}"
-        shown.add_row(Text(plain(found.student)), found.arm, _percent(found.last), _percent(found.best), parameters, seconds)
+        shown.add_row(
+            Text(plain(found.student)), found.arm, _percent(found.last), _percent(found.best), parameters, seconds
+        )
     return shown
 
 
