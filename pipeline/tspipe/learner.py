@@ -61,7 +61,7 @@ class Learner:
         # The same seed for every arm: they begin as the same network.
         seed_torch(seed, "weights")
         module = networks.build(student, num_classes, input_shape, options)
-        probe = torch.zeros(2, *input_shape)
+        probe = feature_net.noise(input_shape)
         self.network = feature_net.student_of(module, student, width, num_classes, probe).to(device)
         self.trained = torch.nn.ModuleList([self.network, self.loss])  # a loss may learn too
         self.optimizer = training.make_optimizer(self.how, self.trained.parameters(), device)

@@ -84,11 +84,6 @@ class Pixels:
     def __len__(self) -> int:
         return len(self._images)
 
-    @property
-    def held(self) -> bool:
-        """Whether the whole split is in memory."""
-        return self._held is not None
-
     def batches(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
         """(n, C, H, W) uint8 on the device for each batch of indices (n,) int64."""
         if self._held is not None:

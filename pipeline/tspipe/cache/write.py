@@ -63,8 +63,7 @@ class CacheWriter:
         with self._stack, self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stack.enter_context(lock(self.path, CacheBusy))
-            self.resumed = self.part.exists()
-            if not self.resumed:
+            if not self.part.exists():
                 self._create()
             structure = inspect(self.part, finished=False)
             self._check_plan(structure)
