@@ -106,7 +106,7 @@ def test_layout_is_the_designed_one(tmp_path: Path) -> None:
             assert file[name].chunks is None
             assert file[name].compression is None
         assert file["train_features"].dtype == np.dtype("<f2")
-        assert file["train_checksums"].shape == (3, 32)
+        assert file["train_checksums"].shape == (3, 5, 32)
         manifest = file["manifest"][()].tobytes()
     assert len(manifest) == 65536
     text = manifest.rstrip(b"\0").decode("ascii")

@@ -50,15 +50,15 @@ class Structure:
     regions: dict[str, Region]
 
 
-def inspect(path: Path, *, finished: bool = True) -> Structure:
+def inspect(path: Path, *, finished: bool = True, identified: bool = True) -> Structure:
     """Check a file's structure against the format and note where its datasets lie. Reads no rows.
 
     Raises NotACache, naming the file and the rule it breaks; CacheIncomplete and CacheDamaged when the format is
     kept but the id is still zero or is not that of the manifest and checksums. `finished=False` is for a
-    writer that goes on with its own part file.
+    writer that goes on with its own part file, `identified=False` for finding out what damage made the id wrong.
     """
     try:
-        return _inspect(path, finished)
+        return _inspect(path, finished, identified)
     except (NotACache, CacheIncomplete, CacheDamaged) as problem:
         raise type(problem)(f"{path}: {problem}") from problem.__cause__
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def inspect(path: Path, *, finished: bool = True) -> Structure:
         raise NotACache(f"{path}: cannot be read ({problem.strerror or problem}).") from problem
 
 
-def _inspect(path: Path, finished: bool) -> Structure:
+def _inspect(path: Path, finished: bool, identified: bool) -> Structure:
     size = _file_size(path)
     try:
         file = h5py.File(path, "r", locking=False)
@@ -89,7 +89,7 @@ def _inspect(path: Path, finished: bool) -> Structure:
         manifest = decode_manifest(_bytes(raw.fileno(), found, "manifest", MANIFEST_BYTES), finished=finished)
         dimensions = _dimensions(manifest, found)
         _check_shapes(dimensions, found)
-        if finished:
+        if finished and identified:
             _check_id(raw.fileno(), found)
     return Structure(manifest, dimensions, found)
 

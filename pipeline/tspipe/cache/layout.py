@@ -26,7 +26,7 @@ ID_BYTES = 64
 SPLITS = ("train", "test")
 CHECKSUM_BYTES = 32
 DIGEST_BYTES = 8
-COLUMNS = ("features", "logits", "labels", "keys", "digests", "views", "images")  # the order a checksum covers them in
+COLUMNS = ("features", "logits", "labels", "keys", "digests", "views", "images")  # in this order in the file
 
 Manifest = dict[str, Any]
 
@@ -39,7 +39,7 @@ class Dimensions:
     width: int  # d, of the penultimate features
     classes: int  # c
     feature_dtype: str  # "<f2" or "<f4"
-    block_rows: int  # images a checksum covers
+    block_rows: int  # images of a block, each of whose columns has a checksum
     class_bytes: int  # the longest class name, in bytes
     key_bytes: Mapping[str, int]  # the longest key of each split, in bytes
     weights_bytes: int = 0  # 0: the teacher's weights are not in the file
@@ -47,15 +47,30 @@ class Dimensions:
     image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
     random_rows: int | None = None  # P, the random pool
 
+    def images(self, split: str) -> int:
+        """How many images a split (or the `random` pool) has."""
+        return (self.random_rows or 0) if split == "random" else self.rows[split]
+
     def blocks(self, split: str) -> int:
-        """How many checksums a split (or the `random` pool) has."""
-        rows = (self.random_rows or 0) if split == "random" else self.rows[split]
-        return math.ceil(rows / self.block_rows)
+        """How many blocks a split (or the `random` pool) has."""
+        return math.ceil(self.images(split) / self.block_rows)
 
     def block(self, split: str, index: int) -> range:
         """The images that block `index` of a split covers."""
         start = index * self.block_rows
-        return range(start, min(start + self.block_rows, self.rows[split]))
+        return range(start, min(start + self.block_rows, self.images(split)))
+
+    def columns(self, split: str) -> list[str]:
+        """The columns of a split that checksums cover, in the order of the checksums."""
+        if split == "random":
+            return ["features", "logits"]
+        absent = {"views": self.views is None, "images": self.image_shape is None}
+        return [column for column in COLUMNS if not absent.get(column)]
+
+    def column_rows(self, column: str, images: range) -> slice:
+        """The rows of a column that belong to these images: those with a row per view have V each."""
+        times = (self.views or 1) if column in ("features", "logits", "views") else 1
+        return slice(images.start * times, images.stop * times)
 
     def datasets(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Name -> (dtype, shape) of every dataset, in the order in which the file holds them."""
@@ -77,11 +92,11 @@ class Dimensions:
                 yield f"{split}_views", "<i2", (views, 3)
             if self.image_shape is not None:
                 yield f"{split}_images", "u1", (n, *self.image_shape)
-            yield f"{split}_checksums", "u1", (self.blocks(split), CHECKSUM_BYTES)
+            yield f"{split}_checksums", "u1", (self.blocks(split), len(self.columns(split)), CHECKSUM_BYTES)
         if self.random_rows is not None:
             yield "random_features", self.feature_dtype, (self.random_rows, self.width)
             yield "random_logits", "<f4", (self.random_rows, self.classes)
-            yield "random_checksums", "u1", (self.blocks("random"), CHECKSUM_BYTES)
+            yield "random_checksums", "u1", (self.blocks("random"), 2, CHECKSUM_BYTES)
         if self.weights_bytes:
             yield "teacher_weights", "u1", (self.weights_bytes,)
 

@@ -128,7 +128,7 @@ class Split:
     labels: NDArray[np.int64]  # (n,), checked to be classes
     keys: Column  # (n,) bytes
     digests: Column  # (n, 8) uint8
-    checksums: Column  # (blocks, 32) uint8
+    checksums: Column  # (blocks, columns, 32) uint8
     views: Column | None = None  # (n·V, 3) int16: dy, dx, flip
     images: Column | None = None  # (n, H, W, C) uint8
 

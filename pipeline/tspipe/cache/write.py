@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from tspipe.cache.check import Structure, checksum_names, identify, inspect
 from tspipe.cache.layout import (
-    CHECKSUM_BYTES,
-    COLUMNS,
     FORMAT,
     SPLITS,
     VERSION,
@@ -33,8 +31,6 @@ from tspipe.cache.layout import (
 from tspipe.cache.read import Column, Split, split_columns
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
 from tspipe.files import lock, sync_folder
-
-_NOTHING = bytes(CHECKSUM_BYTES)  # the checksum of a block not yet written
 
 
 class CacheWriter:
@@ -84,16 +80,17 @@ class CacheWriter:
 
     def missing(self, split: str) -> list[int]:
         """The blocks still to be computed: without a checksum, or, after a crash of the machine, with a wrong one."""
-        checksums = self._columns[f"{split}_checksums"].load()
+        stored = self._columns[f"{split}_checksums"].load()
         return [
             block
-            for block, stored in enumerate(checksums)
-            if stored.tobytes() == _NOTHING or stored.tobytes() != self._stored_checksum(split, block)
+            for block in range(self.dimensions.blocks(split))
+            if not stored[block].any()
+            or stored[block].tobytes() != block_checksums(self._columns, self.dimensions, split, block)
         ]
 
     def written(self, split: str) -> NDArray[np.int64]:
         """The images of a split whose block has a checksum, (n,) int64."""
-        stored = self._columns[f"{split}_checksums"].load().any(axis=1)
+        stored = self._columns[f"{split}_checksums"].load().any(axis=(1, 2))
         return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.rows[split]])
 
     def split(self, split: str) -> Split:
@@ -101,22 +98,22 @@ class CacheWriter:
         return split_columns(self._columns, split)
 
     def write_block(self, split: str, block: int, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Write one block's rows, column by column, then its checksum.
+        """Write one block's rows, column by column, then their checksums.
 
         Arrays hold the rows of `dimensions.block(split, block)` in the column's shape; they are cast to its dtype.
         """
-        rows = self.dimensions.block(split, block)
-        digest = hashlib.sha256()
+        images = self.dimensions.block(split, block)
+        checksums = b""
         with self._explained():
-            for column in self._split_columns(split):
-                data, (start, stop) = columns[column], self._range(split, column, rows)
+            for column in self.dimensions.columns(split):
+                data, rows = columns[column], self.dimensions.column_rows(column, images)
                 dataset = self._columns[f"{split}_{column}"]
-                if data.shape != (stop - start, *dataset.row_shape):
-                    raise ValueError(f"{split}_{column}: {data.shape} for rows {start} to {stop} of {dataset.shape}")
-                data = np.ascontiguousarray(data, dataset.dtype)
-                digest.update(raw := data.tobytes())
-                self._write(f"{split}_{column}", start * dataset.row_bytes, raw)
-            self._write(f"{split}_checksums", block * CHECKSUM_BYTES, digest.digest())
+                if data.shape != (rows.stop - rows.start, *dataset.row_shape):
+                    raise ValueError(f"{split}_{column}: {data.shape} for {rows} of {dataset.shape}")
+                raw = np.ascontiguousarray(data, dataset.dtype).tobytes()
+                checksums += hashlib.sha256(raw).digest()
+                self._write(f"{split}_{column}", rows.start * dataset.row_bytes, raw)
+            self._write(f"{split}_checksums", block * len(checksums), checksums)
 
     def finish(self) -> str:
         """Complete the manifest, write the id, and give the file its name; returns the id (64 hex digits).
@@ -171,21 +168,6 @@ class CacheWriter:
                 f"Give the same settings to go on with it, or delete it to begin again."
             )
 
-    def _split_columns(self, split: str) -> list[str]:
-        return [column for column in COLUMNS if f"{split}_{column}" in self._columns]
-
-    def _range(self, split: str, column: str, images: range) -> tuple[int, int]:
-        """The rows of a column that belong to these images; those with a row per view have V each."""
-        times = (self.dimensions.views or 1) if column in ("features", "logits", "views") else 1
-        return images.start * times, images.stop * times
-
-    def _stored_checksum(self, split: str, block: int) -> bytes:
-        rows, digest = self.dimensions.block(split, block), hashlib.sha256()
-        for column in self._split_columns(split):
-            start, stop = self._range(split, column, rows)
-            digest.update(self._columns[f"{split}_{column}"][start:stop])
-        return digest.digest()
-
     def _correct(self, split: str) -> int:
         """How many of a split's images the teacher classifies rightly (of each image's first view)."""
         logits = self._columns[f"{split}_logits"].load()[:: self.dimensions.views or 1]
@@ -225,6 +207,13 @@ def write_skeleton(path: Path, dimensions: Dimensions) -> None:
             h5py.h5d.create(
                 file.id, name.encode("ascii"), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), plan
             )
+
+
+def block_checksums(columns: Mapping[str, Column], dimensions: Dimensions, split: str, block: int) -> bytes:
+    """SHA-256 of each column of a block as it lies in the file, in the order of `dimensions.columns`."""
+    images = dimensions.block(split, block)
+    parts = (columns[f"{split}_{name}"][dimensions.column_rows(name, images)] for name in dimensions.columns(split))
+    return b"".join(hashlib.sha256(part).digest() for part in parts)
 
 
 def fingerprint(columns: Mapping[str, Column]) -> str:
