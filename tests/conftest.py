@@ -39,6 +39,10 @@ class Result(NamedTuple):
         lines = [line.strip("│ ") for line in self.err.splitlines() if line.startswith("│")]
         return " ".join(lines)
 
+    def says(self, sentence: str) -> bool:
+        """Whether that is the panel's text, wherever long paths were broken."""
+        return "".join(self.error.split()) == "".join(sentence.split())
+
 
 @pytest.fixture
 def tspipe(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tspipe.errors import NetworkError, RecipeError, TspipeError
+from tspipe.errors import CacheDamaged, NetworkError, RecipeError, TspipeError
 
 if TYPE_CHECKING:
+    from tspipe.cache.verify import Damage
     from tspipe.recipe import Recipe
     from tspipe.train_teacher import TeacherConfig
     from tspipe.weights import Weights
@@ -129,31 +130,19 @@ def student(
     recipe: RecipeName = None,
     settings: Settings = None,
     download: Download = False,
+    trust_data: Annotated[
+        bool, typer.Option("--trust-data", help="Do not compare the images with the cache's; the run says so.")
+    ] = False,
 ) -> None:
     """Stage two: train students against a cache."""
-    from tspipe import datasets, learner, report, train_students
-    from tspipe import recipe as recipes
+    from tspipe import learner, report, train_students
     from tspipe.cache import open_cache
 
     opened = open_cache(cache)
-    dataset = opened.manifest["dataset"]["name"]
-    flags = {
-        "dataset": dataset,
-        "student": student or None,
-        "random_images": random_images,
-        "seeds": seeds,
-        "epochs": epochs,
-    }
-    if recipe is None and dataset.partition(":")[0] not in datasets.names():
-        raise RecipeError(
-            f"{cache} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
-            f"--set dataset=./{dataset}.py --recipe NAME"
-        )
-    facts = {"preprocess": opened.manifest["preprocess"]}
-    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), flags, facts)
+    flags = {"student": student or None, "random_images": random_images, "seeds": seeds, "epochs": epochs}
+    chosen, usual = _recipe_of(cache, opened.manifest, recipe, settings, flags)
     arms = learner.arms(compare, chosen.random_images)
-    data = data or Path("data") / datasets.stem(dataset)
-    config = train_students.StudentConfig(chosen, opened, arms, data, out, download)
+    config = train_students.StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
     run = train_students.train_students(config)
     report.show(run)
 
@@ -165,6 +154,51 @@ def info(file: Annotated[Path, typer.Argument(help="A feature cache.", show_defa
     from tspipe.show import show_cache
 
     show_cache(open_cache(file))
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="A feature cache.", show_default=False)],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where its dataset lies; else data/<name>.", show_default=False)
+    ] = None,
+    data: Annotated[bool, typer.Option("--data", help="Compare every image of the dataset with the cache.")] = False,
+    teacher: Annotated[int, typer.Option(metavar="N", help="Run the teacher again on N random images.")] = 0,
+    repair: Annotated[bool, typer.Option("--repair", help="Put back the damaged rows, computed again.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="The teacher's, where the cache has none.", show_default=False)
+    ] = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+) -> None:
+    """Is every byte of a cache what was written?"""
+    from tspipe.cache import open_cache
+    from tspipe.cache.check import inspect
+    from tspipe.cache.verify import explain
+    from tspipe.show import size
+
+    damage = _find_damage(file)
+    if damage and not repair:
+        raise CacheDamaged(explain(file, damage))
+    if data or teacher or damage:
+        from tspipe import verify as stage
+        from tspipe import weights as weight_files
+
+        manifest = inspect(file, identified=False).manifest
+        chosen, usual = _recipe_of(file, manifest, recipe, settings, {})
+        config = stage.VerifyConfig(chosen, folder or usual, weight_files.read(weights) if weights else None)
+    if damage:
+        stage.repair(file, damage, config)
+        _say("Put back: " + "; ".join(part.where for part in damage))
+        if damage := _find_damage(file):
+            raise CacheDamaged(explain(file, damage))
+    opened = open_cache(file)
+    images = sum(opened.manifest["dataset"]["rows"].values())
+    _say(f"{file} is what was written: {images:,} images, {size(file.stat().st_size)}, id {opened.id[:12]}")
+    if data:
+        _say(f"All {stage.match_data(opened, config):,} images are those of {config.root}.")
+    if teacher:
+        stage.show(stage.compare_teacher(opened, config, teacher))
 
 
 @app.command("list")
@@ -227,6 +261,32 @@ def _check_network(found: "Weights", network: str) -> None:
     stated = found.metadata.get("network")
     if "identity" in found.metadata and stated != networks.stated_name(network):
         raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
+
+
+def _find_damage(file: Path) -> list["Damage"]:
+    from tspipe.cache.verify import find_damage
+    from tspipe.progress import moving
+
+    with moving(f"reading {file.name}", file.stat().st_size if file.exists() else 0) as moved:
+        return find_damage(file, moved)
+
+
+def _recipe_of(
+    file: Path, manifest: dict[str, Any], recipe: str | None, settings: list[str] | None, flags: dict[str, Any]
+) -> tuple["Recipe", Path]:
+    """The recipe for a cache's dataset and preprocess, and where that dataset usually lies."""
+    from tspipe import datasets
+    from tspipe import recipe as recipes
+
+    dataset: str = manifest["dataset"]["name"]
+    if recipe is None and dataset.partition(":")[0] not in datasets.names():
+        raise RecipeError(
+            f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
+            f"--set dataset=./{dataset}.py --recipe NAME"
+        )
+    facts = {"preprocess": manifest["preprocess"]}
+    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), {"dataset": dataset, **flags}, facts)
+    return chosen, Path("data") / datasets.stem(dataset)
 
 
 def _needed_again(dataset: str, data: Path | None, recipe: str, chosen: "Recipe") -> list[str]:

@@ -1,7 +1,6 @@
 """Stage one: every image once through the frozen teacher, into the cache."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tspipe import feature_net, networks, weights
+from tspipe import feature_net, networks, rows, weights
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
-from tspipe.cache.layout import as_plan, digest
+from tspipe.cache.layout import as_plan
 from tspipe.cache.write import differing
-from tspipe.datasets import Dataset, Images, open_dataset, stem
+from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheError, CacheMismatch
 from tspipe.feature_net import FeatureNet
-from tspipe.pixels import read, read_ahead, stack
-from tspipe.preprocess import Preprocess
+from tspipe.pixels import read
 from tspipe.progress import progress
 from tspipe.recipe import Recipe
 from tspipe.weights import Weights
 
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
-Block = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # pixels (n, H, W, C), digests (n, 8)
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ def extract(config: ExtractConfig) -> Cache:
     recipe, name = config.recipe, config.recipe.teacher.network
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     device = pick_device(recipe.compute.device)
-    # Bytes must not depend on which kernel won a race, nor lose digits the features have.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    rows.exact()
 
     height, width, channels = read(dataset.train, recipe.preprocess, 0)[1].shape
     shape, classes = (channels, height, width), len(dataset.train.classes)
@@ -84,53 +79,23 @@ def extract(config: ExtractConfig) -> Cache:
 
 def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, recipe: Recipe) -> None:
     missing = {split: writer.missing(split) for split in SPLITS}
-    rows = {split: [writer.dimensions.block(split, block) for block in missing[split]] for split in SPLITS}
+    ranges = {split: [writer.dimensions.block(split, block) for block in missing[split]] for split in SPLITS}
     total = sum(len(dataset.split(split)) for split in SPLITS)
-    left = sum(len(images) for split in SPLITS for images in rows[split])
+    left = sum(len(images) for split in SPLITS for images in ranges[split])
     with progress("teacher", total, "images", total - left) as advance:
         for split in SPLITS:
-            images = dataset.split(split)
-            blocks = _decoded(images, recipe.preprocess, rows[split])
-            for block, indices, (pixels, digests) in zip(missing[split], rows[split], blocks, strict=True):
-                features, logits = _targets(teacher, recipe, pixels)
-                keys = np.array([images.keys[i].encode() for i in indices])
-                _check_features(features, keys, recipe)
+            blocks = rows.decoded(dataset.split(split), recipe.preprocess, ranges[split])
+            for number, block in zip(missing[split], blocks, strict=True):
+                features, logits = rows.taught(teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels)
+                _check_features(features, block.keys, recipe)
                 columns: dict[str, NDArray[Any]] = {
                     "features": features,
                     "logits": logits,
-                    "labels": images.labels[indices.start : indices.stop],
-                    "keys": keys,
-                    "digests": digests,
+                    "labels": block.labels,
+                    "keys": block.keys,
                 }
-                writer.write_block(split, block, columns)
-                advance(len(indices), f"teacher, {split}")
-
-
-def _decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iterator[Block]:
-    """Each block's preprocessed pixels and digests, decoded in threads ahead of the teacher."""
-
-    def work(index: int) -> tuple[NDArray[np.uint8], bytes]:
-        original, pixels = read(images, preprocess, index)
-        return pixels, digest(original)
-
-    for indices, results in zip(blocks, read_ahead(work, blocks), strict=True):
-        pixels, digests = zip(*results, strict=True)
-        keys = [images.keys[i] for i in indices]
-        yield stack(pixels, keys), np.frombuffer(b"".join(digests), np.uint8).reshape(len(indices), -1)
-
-
-@torch.inference_mode()
-def _targets(
-    teacher: FeatureNet, recipe: Recipe, pixels: NDArray[np.uint8]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features (n, d) and logits (n, c) of (n, H, W, C) pixels, batch by batch; a batch never crosses a block."""
-    device = teacher.head.weight.device
-    outputs = [
-        teacher(recipe.preprocess.normalise(batch.to(device).permute(0, 3, 1, 2)))
-        for batch in torch.from_numpy(pixels).split(recipe.compute.batch_size)
-    ]
-    features, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
-    return features, logits
+                writer.write_block(split, number, {**columns, "digests": block.digests})
+                advance(len(block.indices), f"teacher, {split}")
 
 
 def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], recipe: Recipe) -> None:

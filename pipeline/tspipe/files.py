@@ -34,6 +34,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at an offset of an open file."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[done:], offset + done
+
+
 @contextlib.contextmanager
 def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
     """Hold `<path>.lock`, in which the holder's process and host stand; raise `error` if another process holds it.

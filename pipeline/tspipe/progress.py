@@ -1,6 +1,7 @@
 """Progress with a rate and the time left: a bar on a terminal, a plain line now and then elsewhere."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,7 @@ from rich.text import Text
 
 LINE_SECONDS = 15.0  # between plain lines
 Advance = Callable[[int, str], None]
+_MIB = 2**20
 
 console = Console(stderr=True, highlight=False)
 
@@ -39,6 +41,22 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
     shown = _bar if console.is_terminal else _lines
     with shown(what, total, unit, done) as advance:
         yield advance
+
+
+@contextlib.contextmanager
+def moving(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of `total` bytes that are read or sent; gives `moved(count)`."""
+    done = shown = 0
+
+    with progress(what, math.ceil(total / _MIB), "MiB") as advance:
+
+        def moved(count: int) -> None:
+            nonlocal done, shown
+            done += count
+            advance(done // _MIB - shown, what)
+            shown = done // _MIB
+
+        yield moved
 
 
 @contextlib.contextmanager

@@ -117,6 +117,8 @@ def show(run: RunFolder) -> None:
         out.print(Text(f"  {sentence}"))
     if (run.path / "random_labels.json").exists():
         out.print(Text(shares(run.read_json("random_labels.json"))))
+    if run.config.get("trust_data"):
+        out.print("The images were not compared with those of the cache (--trust-data).")
     curves = draw_curves(run)
     missing = "no curves: pip install 'tspipe[plots]'"
     out.print(Text(f"Run folder: {run.path} ({'metrics.csv, curves.png, students' if curves else missing})"))

@@ -10,7 +10,7 @@ from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output, Target
 from tspipe.recipe import Recipe
 
-_MOST_DIFFERENCE = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
+ROUNDING = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
 
 
 class Targets:
@@ -55,18 +55,20 @@ class Targets:
         )
 
 
-def load_teacher(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
-    """The teacher of a cache, from the weights the file carries.
+def load_teacher(
+    cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], device: torch.device, data: bytes | None = None
+) -> FeatureNet:
+    """The teacher of a cache, from the weights the file carries or, where it carries none, from `data`, the same bytes.
 
     Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
     """
-    name, options = _teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
+    name, options = teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
     if options.get("input_shape") != list(input_shape):
         raise CacheMismatch(
             f"{cache.path.name}: its teacher takes images of {options.get('input_shape')}, its dataset's are of "
             f"{list(input_shape)}."
         )
-    tensors = weights.parse(cache.teacher_weights(), f"the teacher's weights in {cache.path.name}")
+    tensors = weights.parse(data or cache.teacher_weights(), f"the teacher's weights in {cache.path.name}")
     module, _ = feature_net.load_teacher(
         name, len(cache.classes), input_shape, options, tensors, f"the teacher's weights in {cache.path.name}"
     )
@@ -78,7 +80,7 @@ def load_teacher(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]
     return network
 
 
-def _teacher_name(cache: Cache, recipe: Recipe) -> str:
+def teacher_name(cache: Cache, recipe: Recipe) -> str:
     """The network of the cache's teacher: tspipe's own or torchvision's; a user's file only if the recipe names it."""
     name: str = cache.manifest["teacher"]["network"]
     own = recipe.teacher.network
@@ -106,7 +108,7 @@ def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:
     live = run_teacher(teacher, images).features.cpu()
     cached = torch.from_numpy(cache.train.features[: len(images)]).float()
     difference = float((live - cached).abs().max() / cached.abs().max().clamp(min=1e-12))
-    if not difference <= _MOST_DIFFERENCE:
+    if not difference <= ROUNDING:
         raise CacheMismatch(
             f"{cache.path.name}: the teacher built here gives other features than the file holds, by up to "
             f"{difference:.0%} of the largest. The code of its network has changed, or is not the one named."
@@ -117,6 +119,6 @@ def teacher_parameters(cache: Cache, recipe: Recipe, input_shape: tuple[int, int
     """How many weights the cache's teacher has; None of one that cannot be built here."""
     options = cache.manifest["teacher"]["options"]
     try:
-        return feature_net.count_parameters(_teacher_name(cache, recipe), len(cache.classes), input_shape, options)
+        return feature_net.count_parameters(teacher_name(cache, recipe), len(cache.classes), input_shape, options)
     except NetworkError:
         return None

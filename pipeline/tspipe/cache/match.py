@@ -1,6 +1,7 @@
 """Does a cache belong to this data? Rows of another order, split or version would train students on wrong targets."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +60,7 @@ def match_split(
     *,
     rows: NDArray[np.int64] | None = None,
     sample: int | None = SAMPLE,
+    advance: Callable[[int], object] = lambda images: None,
 ) -> None:
     """Compare a split's keys and labels, and the pixels of a random sample, with the local dataset.
 
@@ -66,6 +68,7 @@ def match_split(
         name: what to call the cache in an error.
         rows: only these (of a file not finished); None: all, and then the count too.
         sample: how many images to compare by digest; None: all of them.
+        advance: is told how many more images were compared.
 
     Raises CacheMismatch naming the first image that differs: its key, index, what was expected and found.
     """
@@ -86,12 +89,16 @@ def match_split(
         _differs(name, split, i, what, keys, local_keys)
     if sample is not None and sample < len(rows):
         rows = np.sort(np.random.default_rng().choice(rows, sample, replace=False))
-    for i, expected in zip(rows.tolist(), stored.digests.take(rows), strict=True):
-        found = digest(local.read(i))
-        if found != expected.tobytes():
-            there, here = expected.tobytes().hex(), found.hex()
-            what = f"the pixels of {keys[i]!r} are not the same: digest {there} in the cache, {here} in the dataset"
-            _differs(name, split, i, what, keys, local_keys)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without holding Python's lock
+        for start in range(0, len(rows), SAMPLE):
+            some = rows[start : start + SAMPLE]
+            digests = pool.map(lambda i: digest(local.read(i)), some.tolist())
+            for i, expected, found in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
+                if found != expected.tobytes():
+                    both = f"digest {expected.tobytes().hex()} in the cache, {found.hex()} in the dataset"
+                    what = f"the pixels of {keys[i]!r} are not the same: {both}"
+                    _differs(name, split, i, what, keys, local_keys)
+            advance(len(some))
 
 
 def _differs(name: str, split: str, i: int, what: str, stored: Sequence[str], local: Sequence[str]) -> None:

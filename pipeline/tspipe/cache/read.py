@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tspipe.cache.check import Region, inspect
+from tspipe.cache.check import Region, Structure, inspect
 from tspipe.cache.layout import SPLITS, Dimensions, Manifest
 from tspipe.errors import CacheDamaged, CacheError
 
@@ -177,21 +177,26 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     Raises NotACache, CacheIncomplete or CacheDamaged.
     """
     path = Path(path)
-    structure = inspect(path)
+    cache = assemble(path, inspect(path))
+    for split in SPLITS:
+        labels = cache.split(split).labels
+        if not (labels.min() >= 0 and labels.max() < len(cache.classes)):
+            raise CacheDamaged(f"{path}: {split}_labels has labels outside its {len(cache.classes)} classes.")
+    return cache
+
+
+def assemble(path: Path, structure: Structure, *, watched: bool = True) -> Cache:
+    """A file of this structure as a Cache, its labels not checked; `watched` reads nothing once the file changes."""
     path = path.absolute()  # columns open it again later, from wherever the process then is
-    stamp = _stamp(path.stat())
+    stamp = _stamp(path.stat()) if watched else None
     columns = {name: Column(path, region, stamp) for name, region in structure.regions.items()}
-    classes = columns["classes"].load()
     splits = {split: split_columns(columns, split) for split in SPLITS}
-    for split, found in splits.items():
-        if not (found.labels.min() >= 0 and found.labels.max() < len(classes)):
-            raise CacheDamaged(f"{path}: {split}_labels has labels outside its {len(classes)} classes.")
     return Cache(
         path=path,
         id=columns["id"].load().tobytes().decode("ascii"),
         manifest=structure.manifest,
         dimensions=structure.dimensions,
-        classes=[name.decode("utf-8", "replace") for name in classes.tolist()],
+        classes=[name.decode("utf-8", "replace") for name in columns["classes"].load().tolist()],
         train=splits["train"],
         test=splits["test"],
         _weights=columns.get("teacher_weights"),

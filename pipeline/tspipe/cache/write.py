@@ -30,7 +30,7 @@ from tspipe.cache.layout import (
 )
 from tspipe.cache.read import Column, Split, split_columns
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
-from tspipe.files import lock, sync_folder
+from tspipe.files import lock, sync_folder, write_at
 
 
 class CacheWriter:
@@ -122,10 +122,14 @@ class CacheWriter:
         """
         if left := sum(len(self.missing(split)) for split in SPLITS):
             raise CacheError(f"{self.part} still lacks {left} blocks. Run the same command again.")
+        classes = self._columns["classes"].load().tobytes()
         manifest = {
             **self.plan,
-            "dataset": {**self.plan["dataset"], "fingerprint": fingerprint(self._columns)},
-            "teacher": {**self.plan["teacher"], "correct": {split: self._correct(split) for split in SPLITS}},
+            "dataset": {**self.plan["dataset"], "fingerprint": fingerprint(classes, self._columns)},
+            "teacher": {
+                **self.plan["teacher"],
+                "correct": {s: correct(self._columns, self.dimensions, s) for s in SPLITS},
+            },
         }
         encoded = encode_manifest(manifest)
         identity = identify(encoded, [self._columns[n].load().tobytes() for n in checksum_names(self._columns)])
@@ -168,16 +172,8 @@ class CacheWriter:
                 f"Give the same settings to go on with it, or delete it to begin again."
             )
 
-    def _correct(self, split: str) -> int:
-        """How many of a split's images the teacher classifies rightly (of each image's first view)."""
-        logits = self._columns[f"{split}_logits"].load()[:: self.dimensions.views or 1]
-        return int((logits.argmax(axis=1) == self._columns[f"{split}_labels"].load()).sum())
-
     def _write(self, name: str, start: int, data: bytes) -> None:
-        rest, offset = memoryview(data), self._offsets[name] + start
-        while rest:
-            done = os.pwrite(self._file, rest, offset)
-            rest, offset = rest[done:], offset + done
+        write_at(self._file, data, self._offsets[name] + start)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -216,13 +212,19 @@ def block_checksums(columns: Mapping[str, Column], dimensions: Dimensions, split
     return b"".join(hashlib.sha256(part).digest() for part in parts)
 
 
-def fingerprint(columns: Mapping[str, Column]) -> str:
+def fingerprint(classes: bytes, columns: Mapping[str, Column]) -> str:
     """A dataset's identity: SHA-256, as hex, over classes, then labels ‖ keys ‖ digests of train, then of test."""
-    digest = hashlib.sha256(columns["classes"].load().tobytes())
+    digest = hashlib.sha256(classes)
     for split in SPLITS:
         for column in ("labels", "keys", "digests"):
             digest.update(columns[f"{split}_{column}"].load().tobytes())
     return digest.hexdigest()
+
+
+def correct(columns: Mapping[str, Column], dimensions: Dimensions, split: str) -> int:
+    """How many of a split's images the teacher classifies rightly (of each image's first view)."""
+    logits = columns[f"{split}_logits"].load()[:: dimensions.views or 1]
+    return int((logits.argmax(axis=1) == columns[f"{split}_labels"].load()).sum())
 
 
 def differing(there: Any, here: Any, where: str = "") -> Iterator[str]:

@@ -1,0 +1,171 @@
+"""Is every byte of a cache the one that was written, and where not, which?"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tspipe.cache.check import checksum_names, identify, inspect
+from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
+from tspipe.cache.read import Column
+from tspipe.cache.write import correct, fingerprint
+
+_PIECE = 2**22  # bytes read at once
+_WINDOW = 64  # blocks in hand at once
+_ID_ITSELF = 8  # of its 64 digits: an id that misses by so few is damaged itself; that of another file misses by 60
+
+_SHOWN = 8  # places in a message
+NOT_WRITTEN = "not what was written"
+Advance = Callable[[int], object]
+Checksums = NDArray[np.uint8]  # (blocks, columns, 32)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Rows of a dataset that are not what they should be; `data` is what they should be, where that is known."""
+
+    dataset: str
+    rows: range
+    why: str = NOT_WRITTEN
+    data: bytes | None = None
+
+    @property
+    def repairable(self) -> bool:
+        """Whether the file says enough to know its own bytes again; a manifest cannot be known again."""
+        return self.why == NOT_WRITTEN
+
+    @property
+    def where(self) -> str:
+        """In words: `train_features, rows 256 to 511`."""
+        first, last = self.rows.start, self.rows.stop - 1
+        return f"{self.dataset}, {f'row {first:,}' if first == last else f'rows {first:,} to {last:,}'}"
+
+
+def find_damage(path: Path, advance: Advance = lambda count: None) -> list[Damage]:
+    """Read all of a file; compare it with its checksums, these with the id, and the rest with the manifest.
+
+    Args:
+        advance: is told how many more bytes have been read.
+
+    Raises NotACache or CacheIncomplete where opening does, because the structure or the manifest is not sound.
+    """
+    return _Verification(path, advance).damage()
+
+
+def explain(path: Path, damage: list[Damage]) -> str:
+    """What to tell a person of the damage."""
+    places = [part.where if part.why == NOT_WRITTEN else f"{part.where} ({part.why})" for part in damage]
+    shown = "; ".join(places[:_SHOWN]) + (f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+    where = f"{path} is not what was written: {shown}."
+    if any(not part.repairable for part in damage):
+        return f"{where} Get the file again from where it came from, or make it again: tspipe cache --force"
+    return f"{where} Get the file again, or put back what was there: tspipe verify --repair {path}"
+
+
+class _Verification:
+    def __init__(self, path: Path, advance: Advance):
+        structure = inspect(path, identified=False)
+        self.manifest, self.sizes, self.advance = structure.manifest, structure.dimensions, advance
+        self.columns = {name: Column(path, region) for name, region in structure.regions.items()}
+
+    def damage(self) -> list[Damage]:
+        found: list[Damage] = []
+        strange: list[Damage] = []
+        names = checksum_names(self.columns)
+        stored: dict[str, Checksums] = {name: self.columns[name].load() for name in names}
+        computed = {name: np.empty_like(checksums) for name, checksums in stored.items()}
+        for name in names:
+            strange += self._read(name.removesuffix("_checksums"), computed[name])
+        manifest, identity = (self.columns[name].load().tobytes() for name in ("manifest", "id"))
+        ids = [identify(manifest, [part.tobytes() for part in some.values()]) for some in (stored, computed)]
+        missed = [sum(a != b for a, b in zip(identity, expected, strict=True)) for expected in ids]
+        # Of the stored checksums and the computed ones, those are right that give the id, or nearly.
+        right = int(missed[1] < missed[0])
+        for name in names:
+            compare = self._wrong_checksums if right else self._wrong_rows
+            found += compare(name, stored[name], computed[name])
+        damaged = [part.dataset for part in found]  # there, what is no number is no surprise
+        found += [part for part in strange if part.dataset not in damaged]
+        if missed[right] > _ID_ITSELF:  # and then nothing else can be compared with the manifest
+            return [*found, Damage("manifest", range(len(manifest)), "not what the id says")]
+        if missed[right]:
+            found.append(Damage("id", range(len(identity)), data=ids[right]))
+        return [*found, *self._beside_checksums({damage.dataset for damage in found})]
+
+    def _read(self, split: str, checksums: Checksums) -> Iterator[Damage]:
+        """Read a split, fill in its checksums, and find what is no number."""
+        blocks = range(self.sizes.blocks(split))
+        with ThreadPoolExecutor() as pool:  # hashlib works without holding Python's lock
+            for start in blocks[::_WINDOW]:
+                window = blocks[start : start + _WINDOW]
+                results = pool.map(lambda block: self._block(split, block), window)
+                for block, (found, count, strange) in zip(window, results, strict=True):
+                    checksums[block] = found
+                    self.advance(count)
+                    yield from strange
+
+    def _block(self, split: str, block: int) -> tuple[NDArray[np.uint8], int, list[Damage]]:
+        """A block's checksums (columns, 32), how many bytes it has, and what in it is no number."""
+        images, names = self.sizes.block(split, block), self.sizes.columns(split)
+        count, strange, checksums = 0, [], b""
+        for name in names:
+            column, rows = self.columns[f"{split}_{name}"], self.sizes.column_rows(name, images)
+            digest = hashlib.sha256()
+            for start, piece in _pieces(column, rows.start, rows.stop):
+                digest.update(piece.data)
+                count += piece.nbytes
+                if piece.dtype.kind == "f" and not (finite := np.isfinite(piece).all(axis=1)).all():
+                    row = start + int(finite.argmin())
+                    strange.append(Damage(f"{split}_{name}", range(row, row + 1), "not a number, or infinite"))
+            checksums += digest.digest()
+        return np.frombuffer(checksums, np.uint8).reshape(len(names), CHECKSUM_BYTES), count, strange
+
+    def _wrong_rows(self, name: str, stored: Checksums, computed: Checksums) -> Iterator[Damage]:
+        """The rows whose checksums are not those stored, column by column; neighbouring blocks are joined."""
+        split = name.removesuffix("_checksums")
+        for i, column in enumerate(self.sizes.columns(split)):
+            wrong = np.flatnonzero((stored[:, i] != computed[:, i]).any(axis=1))
+            for run in np.split(wrong, np.flatnonzero(np.diff(wrong) > 1) + 1):
+                if len(run):
+                    first, last = (self.sizes.block(split, int(block)) for block in (run[0], run[-1]))
+                    rows = self.sizes.column_rows(column, range(first.start, last.stop))
+                    yield Damage(f"{split}_{column}", range(rows.start, rows.stop))
+
+    def _wrong_checksums(self, name: str, stored: Checksums, computed: Checksums) -> Iterator[Damage]:
+        for block in np.flatnonzero((stored != computed).any(axis=(1, 2))).tolist():
+            yield Damage(name, range(block, block + 1), data=computed[block].tobytes())
+
+    def _beside_checksums(self, damaged: set[str]) -> Iterator[Damage]:
+        """What only the manifest tells: the weights, the classes, and what the teacher gets right."""
+        if (weights := self.columns.get("teacher_weights")) is not None:
+            digest = hashlib.sha256()
+            for _, piece in _pieces(weights, 0, len(weights)):
+                digest.update(piece.data)
+            if digest.hexdigest() != self.manifest["teacher"]["weights_sha256"]:
+                yield Damage("teacher_weights", range(len(weights)))
+        described = {f"{split}_{column}" for split in SPLITS for column in ("labels", "keys", "digests")}
+        classes = self.columns["classes"].load()
+        wrong = fingerprint(classes.tobytes(), self.columns) != self.manifest["dataset"]["fingerprint"]
+        if wrong and not damaged & described:
+            yield Damage("classes", range(len(classes)))
+        for split in SPLITS:
+            keys, count = self.columns[f"{split}_keys"].load(), self.manifest["teacher"]["correct"][split]
+            if f"{split}_keys" not in damaged and len(np.unique(keys)) < len(keys):
+                yield Damage(f"{split}_keys", range(len(keys)), "two images have one key")
+            if (
+                not damaged & {f"{split}_logits", f"{split}_labels"}
+                and correct(self.columns, self.sizes, split) != count
+            ):
+                yield Damage(f"{split}_logits", range(self.sizes.images(split)), f"not {count:,} images right")
+
+
+def _pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Rows `start` to `stop`, some at a time, each part with the number of its first row."""
+    step = max(1, _PIECE // max(1, column.row_bytes))
+    for first in range(start, stop, step):
+        yield first, column[first : min(first + step, stop)]

@@ -1,0 +1,63 @@
+"""What a cache's rows are made of: images decoded block by block, and what the teacher says of them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tspipe.cache.layout import digest
+from tspipe.datasets import Images
+from tspipe.feature_net import FeatureNet
+from tspipe.pixels import read, read_ahead, stack
+from tspipe.preprocess import Preprocess
+
+
+class Block(NamedTuple):
+    """The decoded images of a block."""
+
+    indices: range
+    pixels: NDArray[np.uint8]  # (n, H, W, C), preprocessed, before normalisation
+    digests: NDArray[np.uint8]  # (n, 8), of the images as the dataset has them
+    labels: NDArray[np.int64]  # (n,)
+    keys: NDArray[np.bytes_]  # (n,)
+
+
+def exact() -> None:
+    """Have cuDNN and cuBLAS compute what the inputs say: no TF32, no kernel that won a race."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iterator[Block]:
+    """Each block's images, decoded in threads ahead of the teacher."""
+
+    def work(index: int) -> tuple[NDArray[np.uint8], bytes]:
+        original, pixels = read(images, preprocess, index)
+        return pixels, digest(original)
+
+    for indices, results in zip(blocks, read_ahead(work, blocks), strict=True):
+        pixels, digests = zip(*results, strict=True)
+        keys = [images.keys[i] for i in indices]
+        yield Block(
+            indices,
+            stack(pixels, keys),
+            np.frombuffer(b"".join(digests), np.uint8).reshape(len(indices), -1),
+            images.labels[indices.start : indices.stop],
+            np.array([key.encode() for key in keys]),
+        )
+
+
+@torch.inference_mode()
+def taught(
+    teacher: FeatureNet, preprocess: Preprocess, batch_size: int, pixels: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features (n, d) and logits (n, c) of (n, H, W, C) pixels, batch by batch; a batch never crosses a block."""
+    device = teacher.head.weight.device
+    outputs = [
+        teacher(preprocess.normalise(batch.to(device).permute(0, 3, 1, 2)))
+        for batch in torch.from_numpy(pixels).split(batch_size)
+    ]
+    features, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
+    return features, logits

@@ -1,0 +1,237 @@
+"""Beside `tspipe verify`: is a cache of this data, does its teacher still say the same; and repair of its bytes."""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+
+from tspipe import feature_net, rows, weights
+from tspipe.cache import SPLITS, Cache, match
+from tspipe.cache.repair import Repair
+from tspipe.cache.verify import Damage, explain
+from tspipe.datasets import Dataset, open_dataset
+from tspipe.distributed import pick_device
+from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
+from tspipe.feature_net import FeatureNet
+from tspipe.pixels import read
+from tspipe.preprocess import Preprocess
+from tspipe.progress import progress
+from tspipe.recipe import Recipe
+from tspipe.show import console
+from tspipe.teaching import ROUNDING, load_teacher, teacher_name
+from tspipe.weights import Weights
+
+_BY_TEACHER = {"features", "logits"}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What a cache is compared with: the recipe's dataset in `root`, and the teacher in the file or in `weights`."""
+
+    recipe: Recipe
+    root: Path | None = None
+    weights: Weights | None = None
+
+    def dataset(self) -> Dataset:
+        """The local dataset."""
+        return open_dataset(self.recipe.dataset, self.root)
+
+
+def match_data(cache: Cache, config: VerifyConfig) -> int:
+    """Compare classes, keys, labels and the pixels of every image with the local dataset; gives how many images.
+
+    Raises CacheMismatch naming the first that differs.
+    """
+    dataset = config.dataset()
+    name, total = cache.path.name, sum(len(cache.split(split)) for split in SPLITS)
+    match.match_classes(name, cache.classes, dataset.train.classes)
+    with progress("comparing", total, "images") as advance:
+        for split in SPLITS:
+            match.match_split(
+                name,
+                split,
+                cache.split(split),
+                dataset.split(split),
+                sample=None,
+                advance=lambda count: advance(count, "comparing"),
+            )
+    return total
+
+
+class Difference(NamedTuple):
+    """How far a column is from what the teacher says now."""
+
+    largest: float
+    mean: float
+    of: float  # the largest value in the column
+
+    @classmethod
+    def between(cls, there: NDArray[np.floating], here: NDArray[np.floating]) -> "Difference":
+        """Of two arrays of one shape."""
+        apart = np.abs(there.astype(np.float64) - here)
+        return cls(float(apart.max()), float(apart.mean()), float(np.abs(there).max()))
+
+
+class Agreement(NamedTuple):
+    """What the teacher says of `images` random images, against what the file says."""
+
+    images: int
+    features: Difference
+    logits: Difference
+    changed: int  # images whose argmax is another
+
+    @property
+    def same(self) -> bool:
+        """Whether no more than rounding lies between them."""
+        return all(part.largest <= ROUNDING * part.of for part in (self.features, self.logits))
+
+
+def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
+    """Run the teacher again on random images of both splits."""
+    dataset, preprocess = config.dataset(), Preprocess.from_dict(cache.manifest["preprocess"])
+    teacher = _teacher(cache, config, dataset, preprocess, pick_device(config.recipe.device))
+    sizes = [len(cache.split(split)) for split in SPLITS]
+    chosen = np.random.default_rng().choice(sum(sizes), min(count, sum(sizes)), replace=False)
+    views, found = cache.dimensions.views or 1, []
+    for split, first, size in zip(SPLITS, (0, sizes[0]), sizes, strict=True):
+        mine = np.sort(chosen[(chosen >= first) & (chosen < first + size)]) - first
+        images, stored = dataset.split(split), cache.split(split)
+        with progress(f"teacher, {split}", len(mine), "images") as advance:
+            for some in np.array_split(mine, np.arange(64, len(mine), 64)):
+                pixels = np.stack([read(images, preprocess, int(i))[1] for i in some])
+                features, logits = rows.taught(teacher, preprocess, len(some), pixels)
+                found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
+                advance(len(some), f"teacher, {split}")
+    was_features, features, was_logits, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Agreement(
+        len(chosen),
+        Difference.between(was_features, features),
+        Difference.between(was_logits, logits),
+        int((was_logits.argmax(1) != logits.argmax(1)).sum()),
+    )
+
+
+def show(agreement: Agreement) -> None:
+    """Print it as a table; raises CacheMismatch if the teacher says something else."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("difference", "largest", "mean", "largest, relative"):
+        table.add_column(heading, justify="left" if heading == "difference" else "right")
+    for name, part in (("features", agreement.features), ("logits", agreement.logits)):
+        share = part.largest / part.of if part.of else 0.0
+        table.add_row(name, f"{part.largest:.2g}", f"{part.mean:.2g}", f"{share:.1e}")
+    out = console()
+    out.print(f"The teacher, run again on {agreement.images:,} random images, against the file:")
+    out.print(table)
+    out.print(f"Changed argmax: {agreement.changed:,} of {agreement.images:,}")
+    if not agreement.same:
+        raise CacheMismatch(
+            "The teacher gives other features or logits than the file holds, by more than rounding. Other images or "
+            "other code of its network may be why: tspipe verify --data"
+        )
+
+
+def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
+    """Put the original bytes back: first what the rest of the file tells, then what the teacher and the dataset tell.
+
+    Raises CacheDamaged where they cannot be known again, CacheMismatch where what is computed here is not what was
+    written; that place is then left as it is.
+    """
+    if not all(part.repairable for part in damage):
+        raise CacheDamaged(explain(path, damage))
+    with Repair(path) as file:
+        for part in damage:
+            if part.data is not None:
+                file.known(part)
+        left = [part for part in damage if part.data is None]
+        names = {part.dataset for part in left}
+        if "teacher_weights" in names:
+            file.weights(_given_weights(file.cache, config))
+        if blocks := _damaged_blocks(file.cache, left):
+            _repair_blocks(file, blocks, config)
+        if "classes" in names and not file.classes(config.dataset().train.classes):
+            raise CacheMismatch(f"{path}: its classes cannot be put back, the dataset's are others.")
+
+
+def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int], set[str]]:
+    """(split, block) -> the columns that are damaged in it."""
+    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    sizes = cache.dimensions
+    for part in damage:
+        split, _, column = part.dataset.partition("_")
+        if split not in (*SPLITS, "random"):
+            continue
+        if split == "random" or column == "views" or (column in _BY_TEACHER and sizes.views):
+            raise CacheError(f"{cache.path}: this tspipe cannot compute {part.dataset} again. Get the file again.")
+        for block in range(sizes.blocks(split)):
+            if sizes.column_rows(column, sizes.block(split, block)).start in part.rows:
+                found[split, block].add(column)
+    return found
+
+
+def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config: VerifyConfig) -> None:
+    cache, dataset = file.cache, config.dataset()
+    preprocess, compute = Preprocess.from_dict(cache.manifest["preprocess"]), cache.manifest["compute"]
+    teacher = None
+    if any(columns & _BY_TEACHER for columns in blocks.values()):
+        rows.exact()
+        teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
+    with progress("repairing", len(blocks), "blocks") as advance:
+        for split in SPLITS:
+            mine = sorted(block for where, block in blocks if where == split)
+            ranges = [cache.dimensions.block(split, block) for block in mine]
+            if ranges and ranges[-1].stop > len(dataset.split(split)):
+                raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
+            for number, block in zip(mine, rows.decoded(dataset.split(split), preprocess, ranges), strict=True):
+                columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
+                if teacher is not None and blocks[split, number] & _BY_TEACHER:
+                    features, logits = rows.taught(teacher, preprocess, compute["batch_size"], block.pixels)
+                    columns |= {"features": features, "logits": logits}
+                wrong = file.block(split, number, {name: columns[name] for name in blocks[split, number]})
+                if wrong:
+                    raise CacheMismatch(_not_the_same(file.path, split, block, wrong))
+                advance(1, "repairing")
+
+
+def _not_the_same(path: Path, split: str, block: rows.Block, wrong: list[str]) -> str:
+    return (
+        f"{path}: {split} images {block.indices.start:,} to {block.indices.stop - 1:,} give other "
+        f"{' and '.join(sorted(wrong))} here than were written, so these are left as they are. Either the images "
+        "differ (tspipe verify --data), or this processor or PyTorch rounds differently. Get the file again."
+    )
+
+
+def _teacher(
+    cache: Cache, config: VerifyConfig, dataset: Dataset, preprocess: Preprocess, device: torch.device
+) -> FeatureNet:
+    """The teacher in the file, else the one in `--weights`."""
+    height, width, channels = read(dataset.train, preprocess, 0)[1].shape
+    data = None if cache.has_teacher else _given_weights(cache, config)
+    return load_teacher(cache, config.recipe, (channels, height, width), device, data)
+
+
+def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
+    """The weights in `--weights` as the file holds them, or would; raises CacheMismatch if they are others."""
+    there = cache.manifest["teacher"]
+    if config.weights is None:
+        raise CacheError(
+            f"{cache.path}: its teacher's weights are needed. Give the file they came from, SHA-256 "
+            f"{there['file_sha256'][:12]}…: --weights FILE"
+        )
+    module, _ = feature_net.load_teacher(
+        teacher_name(cache, config.recipe),
+        len(cache.classes),
+        tuple(there["options"]["input_shape"]),
+        there["options"],
+        config.weights.tensors,
+        config.weights.source,
+    )
+    data = weights.canonical(module)
+    if hashlib.sha256(data).hexdigest() != there["weights_sha256"]:
+        raise CacheMismatch(f"{config.weights.source} is not what {cache.path.name} was made with.")
+    return data

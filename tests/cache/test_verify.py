@@ -1,0 +1,184 @@
+"""Every byte that is not what was written is found, and in which dataset and rows."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pets import plan, write
+from tspipe.cache import SPLITS, open_cache
+from tspipe.cache.check import Region, identify, inspect
+from tspipe.cache.layout import Manifest, encode_manifest
+from tspipe.cache.read import Column
+from tspipe.cache.verify import explain, find_damage
+from tspipe.cache.write import block_checksums, fingerprint
+from tspipe.errors import CacheError
+
+WEIGHTS = b"in place of weights"
+AGAIN = "Get the file again, or put back what was there: tspipe verify --repair"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 10 + 3 images in blocks of 4."""
+    path = tmp_path_factory.mktemp("verify") / "pets.h5"
+    manifest = plan({"train": 10, "test": 3})
+    manifest["teacher"]["weights_sha256"] = hashlib.sha256(WEIGHTS).hexdigest()
+    write(path, manifest, WEIGHTS)
+    return path
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "pets.h5"
+    path.write_bytes(sound.read_bytes())
+    return path
+
+
+def flip(path: Path, position: int, mask: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= mask
+    path.write_bytes(data)
+
+
+def region(path: Path, name: str) -> Region:
+    return inspect(path, identified=False).regions[name]
+
+
+def put(path: Path, name: str, row: int, data: bytes) -> None:
+    where = region(path, name)
+    with path.open("r+b") as file:
+        file.seek(where.offset + row * (where.nbytes // where.shape[0]))
+        file.write(data)
+
+
+def test_a_sound_file_is_what_was_written(sound: Path) -> None:
+    read: list[int] = []
+    assert find_damage(sound, read.append) == []
+    columns = ("features", "logits", "labels", "keys", "digests")
+    assert sum(read) == sum(region(sound, f"{split}_{column}").nbytes for split in SPLITS for column in columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "where"),
+    [
+        *[(f"train_{c}", 5, "rows 4 to 7") for c in ("features", "logits", "labels", "keys", "digests")],
+        *[(f"test_{c}", 1, "rows 0 to 2") for c in ("features", "logits", "labels", "keys", "digests")],
+        ("train_features", 9, "rows 8 to 9"),
+        ("train_checksums", 1, "row 1"),
+        ("test_checksums", 0, "row 0"),
+        ("classes", 0, "rows 0 to 1"),
+        ("id", 3, "rows 0 to 63"),
+        ("teacher_weights", 4, f"rows 0 to {len(WEIGHTS) - 1}"),
+    ],
+)
+@pytest.mark.parametrize("mask", [1, 0x80])
+def test_a_flipped_byte_is_found_in_its_dataset_and_rows(
+    copy: Path, name: str, row: int, where: str, mask: int
+) -> None:
+    found = region(copy, name)
+    flip(copy, found.offset + row * (found.nbytes // found.shape[0]), mask)
+    assert explain(copy, find_damage(copy)) == f"{copy} is not what was written: {name}, {where}. {AGAIN} {copy}"
+
+
+def test_a_changed_manifest_is_named(copy: Path) -> None:
+    manifest = inspect(copy).manifest
+    manifest["dataset"]["license"] = "CC1"
+    put(copy, "manifest", 0, encode_manifest(manifest))
+    assert explain(copy, find_damage(copy)) == (
+        f"{copy} is not what was written: manifest, rows 0 to 65,535 (not what the id says). Get the file again from "
+        "where it came from, or make it again: tspipe cache --force"
+    )
+
+
+def test_several_places_are_all_named_and_neighbours_joined(copy: Path) -> None:
+    for name, row in (("train_features", 0), ("train_features", 4), ("train_keys", 9), ("test_logits", 2)):
+        found = region(copy, name)
+        flip(copy, found.offset + row * (found.nbytes // found.shape[0]))
+    places = [damage.where for damage in find_damage(copy)]
+    assert places == ["train_features, rows 0 to 7", "train_keys, rows 8 to 9", "test_logits, rows 0 to 2"]
+
+
+@settings(max_examples=150)
+@given(position=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+@example(position=0.0, mask=1)
+@example(position=0.99999, mask=255)
+def test_a_flip_anywhere_is_reported_or_changes_nothing(
+    sound: Path, tmp_path_factory: pytest.TempPathFactory, position: float, mask: int
+) -> None:
+    path = tmp_path_factory.mktemp("flip") / "pets.h5"
+    path.write_bytes(sound.read_bytes())
+    flip(path, int(position * path.stat().st_size), mask)
+    assert_reported_or_unchanged(path, sound)
+
+
+@settings(max_examples=150)
+@given(data=st.data(), mask=st.integers(1, 255))
+def test_a_flip_in_what_hdf5_uses_is_reported_or_changes_nothing(
+    sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, mask: int
+) -> None:
+    """Most of the bytes before the manifest are free space; here the others are tried."""
+    path = tmp_path_factory.mktemp("flip") / "pets.h5"
+    whole = sound.read_bytes()
+    used = [i for i in range(inspect(sound).regions["manifest"].offset) if any(whole[max(0, i - 8) : i + 9])]
+    path.write_bytes(whole)
+    flip(path, data.draw(st.sampled_from(used)), mask)
+    assert_reported_or_unchanged(path, sound)
+
+
+def assert_reported_or_unchanged(path: Path, sound: Path) -> None:
+    try:
+        damage = find_damage(path)
+    except CacheError:
+        return
+    if damage:
+        return
+    before, after = open_cache(sound), open_cache(path)
+    assert (after.id, after.manifest, after.classes) == (before.id, before.manifest, before.classes)
+    assert after.teacher_weights() == before.teacher_weights()
+    for split in SPLITS:
+        for column in ("features", "logits", "keys", "digests", "checksums"):
+            there, here = getattr(before.split(split), column), getattr(after.split(split), column)
+            assert there.dtype == here.dtype
+            assert there.load().tobytes() == here.load().tobytes()
+        np.testing.assert_array_equal(before.split(split).labels, after.split(split).labels)
+
+
+def fit(path: Path, change: Callable[[Manifest], object] = lambda manifest: None) -> None:
+    """Make the checksums, the manifest and the id fit the rows, as a writer with a fault would."""
+    structure = inspect(path, identified=False)
+    columns = {name: Column(path, region) for name, region in structure.regions.items()}
+    for split in SPLITS:
+        for block in range(structure.dimensions.blocks(split)):
+            put(path, f"{split}_checksums", block, block_checksums(columns, structure.dimensions, split, block))
+    structure.manifest["dataset"]["fingerprint"] = fingerprint(columns["classes"].load().tobytes(), columns)
+    change(structure.manifest)
+    encoded = encode_manifest(structure.manifest)
+    put(path, "manifest", 0, encoded)
+    put(path, "id", 0, identify(encoded, [columns[f"{split}_checksums"].load().tobytes() for split in SPLITS]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("column", "dtype"), [("features", "<f2"), ("logits", "<f4")])
+def test_targets_that_are_no_numbers(copy: Path, column: str, dtype: str, value: float) -> None:
+    put(copy, f"train_{column}", 6, np.array([value], dtype).tobytes())
+    fit(copy)
+    open_cache(copy)
+    found = [damage for damage in find_damage(copy) if "number" in damage.why]
+    assert [damage.where for damage in found] == [f"train_{column}, row 6"]
+    assert "(not a number, or infinite). Get the file again from" in explain(copy, found)
+
+
+def test_two_images_of_one_key(copy: Path) -> None:
+    put(copy, "train_keys", 1, b"tr0\0\0\0")
+    fit(copy)
+    assert [(damage.dataset, damage.why) for damage in find_damage(copy)] == [("train_keys", "two images have one key")]
+
+
+def test_a_manifest_that_counts_other_right_answers(copy: Path) -> None:
+    fit(copy, lambda manifest: manifest["teacher"]["correct"].update(train=10))
+    assert [(part.dataset, part.why) for part in find_damage(copy)] == [("train_logits", "not 10 images right")]
