@@ -1,8 +1,10 @@
 """What the tests share: one small teacher on the digits, its cache, and the command line in this process."""
 
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +63,44 @@ def tspipe(
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+class Run(NamedTuple):
+    """How a process ended, and what it printed."""
+
+    killed: bool
+    code: int
+    lines: list[str]
+
+    @property
+    def error(self) -> str:
+        """The text of the red panel, without the spaces, since long paths are broken anywhere."""
+        return "".join("".join(line.strip("│ ").split()) for line in self.lines if line.startswith("│"))
+
+
+class Zygote:
+    """Runs commands as processes of their own; see zygote.py."""
+
+    def __init__(self) -> None:
+        program = [sys.executable, Path(__file__).with_name("zygote.py")]
+        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, *arguments: object, seconds: float | None = None, **conditions: object) -> Run:
+        """Run a command to its end, or kill it after `seconds`."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        order = {"arguments": list(map(str, arguments)), "seconds": seconds, **conditions}
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return Run(*json.loads(self.process.stdout.readline()))
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Real processes that start in a tenth of a second."""
+    found = Zygote()
+    yield found
+    found.process.kill()
+    found.process.wait()
 
 
 @pytest.fixture(scope="session")

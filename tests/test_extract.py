@@ -1,11 +1,5 @@
 """Stage one: the cache holds what the teacher says of the images, whatever happens on the way."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,41 +119,3 @@ def test_cache_names() -> None:
     assert cache_path("cifar10", "resnet56", "resnet56") == Path("cache/cifar10.h5")
     assert cache_path("folder:birds", "torchvision:resnet18", "resnet56") == Path("cache/birds-torchvision-resnet18.h5")
     assert cache_path("cifar10", "./mine.py", "resnet56") == Path("cache/cifar10-mine.h5")
-
-
-def test_killed_again_and_again_it_ends_with_the_same_bytes(digits: Cache, teacher: Path, tmp_path: Path) -> None:
-    """A real process, killed at random moments of its work, then run to its end."""
-    path = tmp_path / "digits.h5"
-    program = (
-        "import sys; sys.argv = ['tspipe', *sys.argv[1:]]\n"
-        "import tspipe.extract, tspipe.weights, tspipe.cache.write as w, time\n"
-        "whole = w.CacheWriter.write_block\n"
-        "def slow(self, split, block, columns):\n"
-        "    whole(self, split, block, columns)\n"
-        "    print(split, block, flush=True)\n"
-        "    time.sleep(0.05)\n"
-        "w.CacheWriter.write_block = slow\n"
-        "from tspipe.cli import main; main()"
-    )
-    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", path]
-    command = [sys.executable, "-c", program, *map(str, arguments), *(f"--set={o}" for o in [*TEACHER, BLOCKS])]
-    uninterrupted = extract(config(teacher, tmp_path / "whole.h5", BLOCKS))
-    draw, written = random.Random(0), []
-    for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            while " " in (line := process.stdout.readline()) and not line.startswith(("train", "test")):
-                pass  # what it says before its first block
-            written.append(line)
-            time.sleep(draw.uniform(0, 0.5))
-            os.kill(process.pid, signal.SIGKILL)
-            written += process.stdout.readlines()
-        assert not path.exists()
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    written += [line for line in finished.stdout.splitlines(True) if line.startswith(("train ", "test "))]
-    assert path.read_bytes() == uninterrupted.path.read_bytes()
-    # A block whose line was printed was not computed again.
-    assert len(written) == len(set(written))
-
-
-BLOCKS = "compute.block_rows=32"

@@ -1,11 +1,6 @@
 """Stage two: what a cohort shares, what a run leaves, and that a kill changes nothing."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -166,46 +161,6 @@ def test_rows_read_from_the_file_teach_what_loaded_rows_teach(run: RunFolder, di
     small = train_students(config(digits, tmp_path / "small", "memory=1", arms=(TAUGHT,)))
     ((name, weights),) = weights_of(small).items()
     assert weights == weights_of(run)[name]
-
-
-KILLED = """
-import sys, time
-import tspipe.learner
-whole = tspipe.learner.Learner.step
-def slow(self, batch, number):
-    whole(self, batch, number)
-    time.sleep(0.01)
-tspipe.learner.Learner.step = slow
-from tspipe.cli import main
-main()
-"""
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_weights(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
-    """A real process, killed in the middle of epochs, whose every start goes on where the last was stopped."""
-    out = tmp_path / "killed"
-    arguments = ["student", "--cache", digits.path, "--compare", "--out", out, *(f"--set={s}" for s in SMALL)]
-    command = [sys.executable, "-c", KILLED, *map(str, arguments), "--set=seeds=2", "--set=checkpoint_seconds=0"]
-    positions = []
-    for pause in (0.25, 0.6):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        previous, deadline = positions[-1] if positions else None, time.monotonic() + 60
-        while time.monotonic() < deadline:
-            found = position(out)
-            if found is not None and found != previous:
-                break
-            time.sleep(0.01)
-        time.sleep(pause)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        positions.append(position(out))
-    assert positions == sorted(positions, key=lambda p: (p["seed"], p["epoch"], p["batch"]))
-    assert not (out / "summary.json").exists()
-    subprocess.run(command, check=True, capture_output=True)
-    finished = RunFolder(out, {}, {})
-    assert weights_of(finished) == weights_of(run)
-    assert metrics_of(finished) == metrics_of(run)
-    assert not finished.checkpoint.exists()
 
 
 def position(out: Path) -> dict[str, int] | None:

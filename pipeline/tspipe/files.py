@@ -11,18 +11,31 @@ from pathlib import Path
 from tspipe.errors import TspipeError
 
 
+@contextlib.contextmanager
+def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None]:
+    """Say of a write that the system refuses (no room, no permission) which file it was and what to do, as `error`."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(
+            f"{path} cannot be written: {problem.strerror or problem}. "
+            "What is already there is kept: run the same command again when this is put right."
+        ) from problem
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it: under its own name it is never half there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from tspipe.cache.write import differing
 from tspipe.errors import RecipeError
-from tspipe.files import write_whole
+from tspipe.files import write_whole, writing
 
 Row = dict[str, Any]
 
@@ -49,11 +49,9 @@ class RunFolder:
         """Make the folder, with its config, unless it is there."""
         if (self.path / "config.json").exists():
             return
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", {"config": self.config, "environment": self.environment})
-        except OSError as problem:
-            raise RecipeError(f"The run folder {self.path} cannot be made: {problem.strerror}.") from problem
+        self.write_json("config.json", {"config": self.config, "environment": self.environment})
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one of the folder's JSON files."""
@@ -76,7 +74,7 @@ class RunFolder:
         """Add rows to metrics.csv."""
         path = self.path / "metrics.csv"
         new = not path.exists()
-        with path.open("a", newline="") as file:
+        with writing(path), path.open("a", newline="") as file:
             _write_rows(file, rows, columns, header=new)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows must not outlive its rows

@@ -30,7 +30,7 @@ from tspipe.cache.layout import (
 )
 from tspipe.cache.read import Column, Split, split_columns
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
-from tspipe.files import lock, sync_folder, write_at
+from tspipe.files import lock, sync_folder, write_at, writing
 
 
 class CacheWriter:
@@ -56,7 +56,7 @@ class CacheWriter:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        with self._stack, self._explained():
+        with self._stack, writing(self.part, CacheError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stack.enter_context(lock(self.path, CacheBusy))
             if not self.part.exists():
@@ -104,7 +104,7 @@ class CacheWriter:
         """
         images = self.dimensions.block(split, block)
         checksums = b""
-        with self._explained():
+        with writing(self.part, CacheError):
             for column in self.dimensions.columns(split):
                 data, rows = columns[column], self.dimensions.column_rows(column, images)
                 dataset = self._columns[f"{split}_{column}"]
@@ -133,7 +133,7 @@ class CacheWriter:
         }
         encoded = encode_manifest(manifest)
         identity = identify(encoded, [self._columns[n].load().tobytes() for n in checksum_names(self._columns)])
-        with self._explained():
+        with writing(self.part, CacheError):
             self._write("manifest", 0, encoded)
             os.fsync(self._file)
             self._write("id", 0, identity)
@@ -174,16 +174,6 @@ class CacheWriter:
 
     def _write(self, name: str, start: int, data: bytes) -> None:
         write_at(self._file, data, self._offsets[name] + start)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            raise CacheError(
-                f"{self.part} cannot be written: {problem.strerror or problem}. "
-                "What is already there is kept: run the same command again when this is put right."
-            ) from problem
 
 
 def write_skeleton(path: Path, dimensions: Dimensions) -> None:

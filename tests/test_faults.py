@@ -1,0 +1,126 @@
+"""A disk that is full or forbidden is one sentence; what is there already stays usable, and the command goes on."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import Run, Zygote
+from shared import TEACHER
+from tspipe.cache import Cache
+
+KEPT = "Whatisalreadythereiskept:runthesamecommandagainwhenthisisputright."
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def filled(folder: Path, left: int) -> Iterator[None]:
+    """Leave only so many bytes free."""
+    filler = folder / "filler"
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    filler.write_bytes(bytes(free - left))
+    yield
+    filler.unlink()
+
+
+def stage_one(teacher: Path, out: Path, *settings: str) -> list[object]:
+    flags = [f"--set={setting}" for setting in (*TEACHER, *settings)]
+    return ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, *flags]
+
+
+def stage_two(cache: Path, out: Path) -> list[object]:
+    settings = ["epochs=3", "seeds=1", "random_images=4", "checkpoint_seconds=0"]
+    return ["student", "--cache", cache, "--student", "lenet5", "--out", out, *(f"--set={s}" for s in settings)]
+
+
+def test_stage_one_on_a_full_disk(zygote: Zygote, digits: Cache, teacher: Path, small_disk: Path) -> None:
+    out = small_disk / "digits.h5"
+    with filled(small_disk, 300_000):
+        found = zygote.run(*stage_one(teacher, out))
+        assert found.code == 1
+        assert found.error == f"{out}.partcannotbewritten:Nospaceleftondevice.{KEPT}"
+        assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    assert zygote.run(*stage_one(teacher, out)).code == 0
+    assert out.read_bytes() == digits.path.read_bytes()
+
+
+def test_stage_one_at_a_limit_on_files(zygote: Zygote, digits: Cache, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digits.h5"
+    found = zygote.run(*stage_one(teacher, out), limit=100_000)
+    assert found.code == 1
+    assert found.error == f"{out}.partcannotbewritten:Filetoolarge.{KEPT}"
+    assert list(tmp_path.iterdir()) == []
+    assert zygote.run(*stage_one(teacher, out)).code == 0
+    assert out.read_bytes() == digits.path.read_bytes()
+
+
+def test_a_limit_that_comes_when_half_is_written(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
+    """The room was reserved, and still a write fails, as on a network disk whose quota shrank."""
+    blocks = "compute.block_rows=16"
+    whole, out = tmp_path / "whole.h5", tmp_path / "digits.h5"
+    assert zygote.run(*stage_one(teacher, whole, blocks)).code == 0
+    part = tmp_path / "digits.h5.part"
+    written: list[str] = []
+    while not written:
+        written = zygote.run(*stage_one(teacher, out, blocks), seconds=0.5).lines
+        written = [line for line in written if line.startswith("written train")]
+    found = zygote.run(*stage_one(teacher, out, blocks), limit=part.stat().st_size // 2)
+    assert found.code == 1
+    assert found.error == f"{part}cannotbewritten:Filetoolarge.{KEPT}"
+    assert not out.exists()
+    rest = zygote.run(*stage_one(teacher, out, blocks))
+    assert rest.code == 0
+    done = {line for run in (written, found.lines) for line in run if line.startswith("written")}
+    assert not done & set(rest.lines)  # nothing was computed twice
+    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("left", [0, 20_000, 120_000])
+def test_stage_two_on_a_full_disk(zygote: Zygote, digits: Cache, small_disk: Path, tmp_path: Path, left: int) -> None:
+    whole, out = tmp_path / "whole", small_disk / "run"
+    assert zygote.run(*stage_two(digits.path, whole)).code == 0
+    with filled(small_disk, left):
+        found = zygote.run(*stage_two(digits.path, out))
+        assert found.code == 1
+        assert found.error.startswith(str(out))
+        assert found.error.endswith(f"cannotbewritten:Nospaceleftondevice.{KEPT}")
+    finished = zygote.run(*stage_two(digits.path, out))
+    assert finished.code == 0, finished.lines
+    (student,) = [path.name for path in whole.glob("student-*")]
+    assert (out / student).read_bytes() == (whole / student).read_bytes()
+
+
+def test_a_folder_one_may_not_write_to(digits: Cache, teacher: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tspipe"]
+    if os.getuid() == 0:  # who may write anywhere, unless this right is dropped
+        if not shutil.which("setpriv"):
+            pytest.skip("the superuser may write anywhere")
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    for arguments, what in (
+        (stage_one(teacher, locked / "digits.h5"), "digits.h5.part"),
+        (stage_two(digits.path, locked / "run"), "run"),
+    ):
+        found = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+        run = Run(False, found.returncode, found.stderr.splitlines())
+        assert run.code == 1
+        assert run.error == f"{locked}/{what}cannotbewritten:Permissiondenied.{KEPT}"
+    assert list(locked.iterdir()) == []

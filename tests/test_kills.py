@@ -1,0 +1,84 @@
+"""Killed at random moments, many times in a row, both stages end with what they would have ended with.
+
+TSPIPE_KILLS=1000 in the environment kills each of them that often.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import safetensors.torch
+
+from conftest import Zygote
+from shared import TEACHER
+from tspipe import recipe as recipes
+from tspipe import training, weights
+from tspipe.cache import SPLITS, Cache
+from tspipe.extract import ExtractConfig, extract
+
+KILLS = int(os.environ.get("TSPIPE_KILLS", "25"))
+
+
+def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
+    """A file that is done is removed and begun again, so that kills fall everywhere, also into the end."""
+    settings = [*TEACHER, "compute.block_rows=16"]
+    whole = extract(ExtractConfig(recipes.load("digits", settings), weights.read(teacher), tmp_path / "whole.h5"))
+    blocks = {f"{split} {block}" for split in SPLITS for block in range(whole.dimensions.blocks(split))}
+    out = tmp_path / "digits.h5"
+    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, *(f"--set={s}" for s in settings)]
+    draw, kills, files = random.Random(0), 0, 0
+    written: set[str] = set()
+    while kills < KILLS or not out.exists():
+        run = zygote.run(*arguments, seconds=draw.uniform(0, 0.5) if kills < KILLS else None)
+        kills += run.killed
+        assert run.killed or run.code == 0, run.lines
+        for what, block in (line.split(" ", 1) for line in run.lines if line.startswith(("computed ", "written "))):
+            assert block not in written  # a block is never computed again after its checksum was written
+            if what == "written":
+                written.add(block)
+        if out.exists():  # also where the kill came after the last step
+            assert out.read_bytes() == whole.path.read_bytes()
+            assert written <= blocks
+            assert len(blocks - written) <= kills  # a kill may come between a checksum and its line
+            assert zygote.run(*arguments).code == 0
+            out.unlink()
+            written, files = set(), files + 1
+            if kills >= KILLS:
+                break
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["whole.h5"]
+    print(f"\nstage one: {kills} kills, {files} files of {len(blocks)} blocks, no block twice, all bytes the same")
+
+
+SMALL = ["epochs=2", "seeds=2", "random_images=8", "batch_size=50", "checkpoint_seconds=0"]
+
+
+def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    def arguments(out: Path) -> list[object]:
+        return [
+            "student",
+            "--cache",
+            digits.path,
+            "--student",
+            "lenet5",
+            "--compare",
+            "--out",
+            out,
+            *(f"--set={s}" for s in SMALL),
+        ]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished = zygote.run(*arguments(whole))
+    assert finished.code == 0, finished.lines
+    draw, kills, positions = random.Random(0), 0, []
+    while kills < KILLS // 3 or not (killed / "summary.json").exists():
+        run = zygote.run(*arguments(killed), seconds=draw.uniform(0, 0.8) if kills < KILLS // 3 else None)
+        kills += run.killed
+        found = training.load_checkpoint(killed / "checkpoint.safetensors")
+        positions += [found[1]] if found else []
+    order = [(p["seed"], p["epoch"], p["batch"]) for p in positions]
+    assert order == sorted(order)  # nothing done is done again
+    for path in whole.glob("student-*"):
+        there, here = (safetensors.torch.load_file(folder / path.name) for folder in (whole, killed))
+        assert here.keys() == there.keys()
+        assert all(here[name].equal(there[name]) for name in there)
+    print(f"\nstage two: {kills} kills, weights the same to the last bit")
