@@ -15,6 +15,7 @@ LAYERS = [
     {"errors"},
     {"files", "plugins", "distributed", "randomness", "progress"},
     {"cache", "preprocess", "losses", "datasets", "networks"},
+    {"cached_targets"},
     {"weights", "random_images", "recipe", "run_folder", "pixels", "show"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},

@@ -90,6 +90,12 @@ class Preprocess:
             raise DatasetError(f"the image has {image.shape[2]} channels, mean and std have {self.channels}.")
         return np.ascontiguousarray(image)
 
+    def __call__(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
+        """Both halves for one image, (H, W) or (H, W, C) uint8, as torchvision's datasets want a transform."""
+        array = np.array(image)  # a copy: Pillow's own memory cannot be written to, which PyTorch warns of
+        pixels = torch.from_numpy(self.apply(array.reshape(*array.shape[:2], -1)))
+        return self.normalise(pixels.permute(2, 0, 1))
+
     def normalise(self, images: Tensor) -> Tensor:
         """(n, C, H, W) of uint8, or of float32 in [0, 1], to the network's float32 of the same shape."""
         scale, shift = _scale_and_shift(self.mean, self.std, images.dtype == torch.uint8, images.device)
