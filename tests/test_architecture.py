@@ -20,6 +20,7 @@ LAYERS = [
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
     STAGES | {"report"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

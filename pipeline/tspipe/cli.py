@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tspipe.errors import CacheDamaged, NetworkError, RecipeError, TspipeError
+from tspipe import commands
+from tspipe.commands import RecipeName, Settings, local, recipe_of, say
+from tspipe.errors import NetworkError, TspipeError
 
 if TYPE_CHECKING:
-    from tspipe.cache.verify import Damage
     from tspipe.recipe import Recipe
     from tspipe.train_teacher import TeacherConfig
     from tspipe.weights import Weights
@@ -28,10 +29,6 @@ app = typer.Typer(
 Dataset = Annotated[str, typer.Option(help="A name (see `tspipe list datasets`), folder:PATH, or a file ./mine.py.")]
 Data = Annotated[Path | None, typer.Option(help="Where the dataset lies; else data/<name>.", show_default=False)]
 Teacher = Annotated[str | None, typer.Option(help="The network; else the recipe's.", show_default=False)]
-RecipeName = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or TOML file; else the dataset's.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; repeatable.")
-]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the dataset first, if it is not there.")]
 
 
@@ -100,22 +97,22 @@ def cache(
                 f"There are no weights for {chosen.teacher.network} on {stated}: {path} does not exist. "
                 f"Give a file (--weights FILE) or train it: tspipe teacher --dataset {dataset}"
             )
-        _say(f"{chosen.teacher.network} has no weights for {stated} yet, so it is trained first.")
+        say(f"{chosen.teacher.network} has no weights for {stated} yet, so it is trained first.")
         _train_teacher(stage.TeacherConfig(chosen, data, None, path, download=download))
     found = weight_files.read(path)
     _check_network(found, chosen.teacher.network)
     chosen = recipes.load(name, settings or (), flags, _stated(found))
     usual = recipes.load(name).teacher.network
     out = out or extract.cache_path(stated, chosen.teacher.network, usual)
-    _say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
+    say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
     made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download))
-    info(made.path)
-    _say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(dataset, data, name, chosen)]))
+    commands.info(str(made.path))
+    say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(dataset, data, name, chosen)]))
 
 
 @app.command()
 def student(
-    cache: Annotated[Path, typer.Option(help="The file stage one wrote.")],
+    cache: Annotated[str, typer.Option(help="The file stage one wrote, or its URL.", metavar="FILE|URL")],
     student: Annotated[
         list[str] | None, typer.Option(help="A network; repeatable. Else the recipe's.", show_default=False)
     ] = None,
@@ -138,81 +135,18 @@ def student(
     from tspipe import learner, report, train_students
     from tspipe.cache import open_cache
 
-    opened = open_cache(cache)
+    opened = open_cache(local(cache))
     flags = {"student": student or None, "random_images": random_images, "seeds": seeds, "epochs": epochs}
-    chosen, usual = _recipe_of(cache, opened.manifest, recipe, settings, flags)
+    chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, flags)
     arms = learner.arms(compare, chosen.random_images)
     config = train_students.StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
     run = train_students.train_students(config)
     report.show(run)
 
 
-@app.command()
-def info(file: Annotated[Path, typer.Argument(help="A feature cache.", show_default=False)]) -> None:
-    """What is in a cache, in one screen."""
-    from tspipe.cache import open_cache
-    from tspipe.show import show_cache
-
-    show_cache(open_cache(file))
-
-
-@app.command()
-def verify(
-    file: Annotated[Path, typer.Argument(help="A feature cache.", show_default=False)],
-    folder: Annotated[
-        Path | None, typer.Argument(help="Where its dataset lies; else data/<name>.", show_default=False)
-    ] = None,
-    data: Annotated[bool, typer.Option("--data", help="Compare every image of the dataset with the cache.")] = False,
-    teacher: Annotated[int, typer.Option(metavar="N", help="Run the teacher again on N random images.")] = 0,
-    repair: Annotated[bool, typer.Option("--repair", help="Put back the damaged rows, computed again.")] = False,
-    weights: Annotated[
-        Path | None, typer.Option(help="The teacher's, where the cache has none.", show_default=False)
-    ] = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
-) -> None:
-    """Is every byte of a cache what was written?"""
-    from tspipe.cache import open_cache
-    from tspipe.cache.check import inspect
-    from tspipe.cache.verify import explain
-    from tspipe.show import size
-
-    damage = _find_damage(file)
-    if damage and not repair:
-        raise CacheDamaged(explain(file, damage))
-    if data or teacher or damage:
-        from tspipe import verify as stage
-        from tspipe import weights as weight_files
-
-        manifest = inspect(file, identified=False).manifest
-        chosen, usual = _recipe_of(file, manifest, recipe, settings, {})
-        config = stage.VerifyConfig(chosen, folder or usual, weight_files.read(weights) if weights else None)
-    if damage:
-        stage.repair(file, damage, config)
-        _say("Put back: " + "; ".join(part.where for part in damage))
-        if damage := _find_damage(file):
-            raise CacheDamaged(explain(file, damage))
-    opened = open_cache(file)
-    images = sum(opened.manifest["dataset"]["rows"].values())
-    _say(f"{file} is what was written: {images:,} images, {size(file.stat().st_size)}, id {opened.id[:12]}")
-    if data:
-        _say(f"All {stage.match_data(opened, config):,} images are those of {config.root}.")
-    if teacher:
-        stage.show(stage.compare_teacher(opened, config, teacher))
-
-
-@app.command("list")
-def list_(
-    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes", show_default=False)],
-) -> None:
-    """The datasets, networks, losses or recipes there are."""
-    from tspipe import plugins
-    from tspipe import recipe as recipes
-
-    if what != "recipes" and what not in plugins.KINDS:
-        raise typer.BadParameter(f"{what!r}: choose from datasets, networks, losses, recipes")
-    for name in recipes.names() if what == "recipes" else plugins.names(what):
-        print(name)
+for command in (commands.info, commands.verify, commands.diff, commands.push, commands.pull):
+    app.command()(command)
+app.command("list")(commands.list_)
 
 
 def main() -> None:
@@ -221,7 +155,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # Ctrl-C
-            _say("Stopped. The same command goes on where it was.")
+            say("Stopped. The same command goes on where it was.")
         raise
     except Exception as problem:
         text = _sentence(problem)
@@ -250,10 +184,6 @@ def _sentence(problem: Exception) -> str | None:
     return None
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def _check_network(found: "Weights", network: str) -> None:
     """Weights that tspipe wrote say of which network they are."""
     from tspipe import networks
@@ -261,32 +191,6 @@ def _check_network(found: "Weights", network: str) -> None:
     stated = found.metadata.get("network")
     if "identity" in found.metadata and stated != networks.stated_name(network):
         raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
-
-
-def _find_damage(file: Path) -> list["Damage"]:
-    from tspipe.cache.verify import find_damage
-    from tspipe.progress import moving
-
-    with moving(f"reading {file.name}", file.stat().st_size if file.exists() else 0) as moved:
-        return find_damage(file, moved)
-
-
-def _recipe_of(
-    file: Path, manifest: dict[str, Any], recipe: str | None, settings: list[str] | None, flags: dict[str, Any]
-) -> tuple["Recipe", Path]:
-    """The recipe for a cache's dataset and preprocess, and where that dataset usually lies."""
-    from tspipe import datasets
-    from tspipe import recipe as recipes
-
-    dataset: str = manifest["dataset"]["name"]
-    if recipe is None and dataset.partition(":")[0] not in datasets.names():
-        raise RecipeError(
-            f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
-            f"--set dataset=./{dataset}.py --recipe NAME"
-        )
-    facts = {"preprocess": manifest["preprocess"]}
-    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), {"dataset": dataset, **flags}, facts)
-    return chosen, Path("data") / datasets.stem(dataset)
 
 
 def _needed_again(dataset: str, data: Path | None, recipe: str, chosen: "Recipe") -> list[str]:
@@ -321,7 +225,7 @@ def _train_teacher(config: "TeacherConfig") -> None:
     from tspipe.train_teacher import train_teacher
 
     trained = train_teacher(config)
-    _say(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
+    say(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
 
 
 if __name__ == "__main__":

@@ -44,14 +44,16 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
 
 
 @contextlib.contextmanager
-def moving(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress of `total` bytes that are read or sent; gives `moved(count)`."""
+def moving(what: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
+    """Progress in bytes that are read or sent; gives `moved(count)`. `total` is asked when the first bytes move."""
     done = shown = 0
-
-    with progress(what, math.ceil(total / _MIB), "MiB") as advance:
+    with contextlib.ExitStack() as stack:
+        advance: Advance | None = None
 
         def moved(count: int) -> None:
-            nonlocal done, shown
+            nonlocal advance, done, shown
+            if advance is None:
+                advance = stack.enter_context(progress(what, math.ceil((total() or 0) / _MIB), "MiB"))
             done += count
             advance(done // _MIB - shown, what)
             shown = done // _MIB

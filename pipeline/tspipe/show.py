@@ -1,26 +1,36 @@
 """What people see of a cache and of a run."""
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tspipe.cache import SPLITS, Cache
+from tspipe.cache import SPLITS, Manifest, open_cache
+from tspipe.cache.diff import Diff, SplitDiff
+from tspipe.errors import CacheError
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+_DTYPES = {"<f2": "float16", "<f4": "float32"}
+_NAME = 60  # characters shown of a class's name
 
 
-def plain(text: str) -> str:
-    """Text of a foreign file made harmless for a terminal: control characters and line ends become visible."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def plain(text: str, most: int = 2000) -> str:
+    """Text of a foreign file made harmless for a terminal: control characters and line ends become visible.
+
+    A longer one than `most` loses its middle: of an error, what to do about it comes last.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}"
 
 
 def shares(counts: dict[str, int]) -> str:
     """What the teacher calls the random images, as a sentence; classes under half a percent are left out."""
     total = sum(counts.values())
-    found = [f"{plain(name)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
+    found = [f"{plain(name, _NAME)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
     return f"The teacher calls the random images: {', '.join(found[:5])}"
 
 
@@ -30,7 +40,26 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=80)
 
 
-def show_cache(cache: Cache) -> None:
+class Facts(Protocol):
+    """What is shown of a cache; an opened one has it, and the head of a remote one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def has_teacher(self) -> bool: ...
+    @property
+    def identified(self) -> bool: ...
+
+
+def show_cache(cache: Facts) -> None:
     """A cache's facts, in one screen."""
     manifest = cache.manifest
     dataset, teacher, features = manifest["dataset"], manifest["teacher"], manifest["features"]
@@ -38,22 +67,95 @@ def show_cache(cache: Cache) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in {
-        "file": f"{cache.path.name}, {size(cache.path.stat().st_size)}",
-        "id": cache.id[:12],
-        "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes)}",
+        "file": f"{cache.name}, {size(cache.size)}",
+        "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
+        "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
         "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS),
-        "licence": dataset["license"] or "not stated",
+        "licence": plain(dataset["license"], 400) or "not stated",
         "preprocess": _preprocess(manifest["preprocess"]),
         "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"
         + (" (in the file)" if cache.has_teacher else " (not in the file)"),
-        "accuracy": ", ".join(
-            f"{100 * teacher['correct'][split] / dataset['rows'][split]:.2f} % {split}" for split in SPLITS
-        ),
-        "features": f"{features['width']} × {cache.train.features.dtype}, logits {dataset['classes']} × float32",
+        "accuracy": ", ".join(f"{_accuracy(manifest, split):.2f} % {split}" for split in SPLITS),
+        "features": f"{features['width']} × {_DTYPES[features['dtype']]}, logits {dataset['classes']} × float32",
         "computed": "{device}, {precision}, batches of {batch_size}".format(**manifest["compute"]),
     }.items():
         table.add_row(name, Text(plain(value)))
     console().print(table)
+
+
+def show_caches(folder: Path) -> None:
+    """The caches in a folder and below it, a line each; what cannot be opened is named with the reason."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("name", "id", "dataset", "teacher"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "id")
+    for heading in ("test %", "images", "d", "dtype", "size"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    problems: list[str] = []
+    for path in sorted(folder.rglob("*.h5")):
+        try:
+            cache = open_cache(path)
+        except CacheError as problem:
+            problems.append(str(problem))
+            continue
+        manifest = cache.manifest
+        dataset, features = manifest["dataset"], manifest["features"]
+        texts = str(path.relative_to(folder)), cache.id[:12], dataset["name"], manifest["teacher"]["network"]
+        dtype = _DTYPES[features["dtype"]].replace("float", "f")
+        numbers = f"{sum(dataset['rows'].values()):,}", str(features["width"]), dtype, size(cache.size)
+        table.add_row(*(Text(plain(t, 40)) for t in texts), f"{_accuracy(manifest, 'test'):.2f}", *numbers)
+    out = console()
+    if table.row_count:
+        out.print(table)
+    elif not problems:
+        out.print(Text(f"There are no caches in {folder}. Make one: tspipe cache --dataset NAME"))
+    for reason in problems:
+        out.print(Text(plain(reason)))
+
+
+def show_diff(found: Diff) -> None:
+    """What differs between two caches, A and B."""
+    out = console()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "A", "B"):
+        table.add_column(heading, overflow="fold")
+    for name, one, two in found.fields:
+        table.add_row(*(Text(plain(text, 100)) for text in (name, _value(one), _value(two))))
+    if table.row_count:
+        out.print(table)
+    for split, rows in found.splits.items():
+        for line in _row_lines(rows):
+            out.print(Text(plain(f"{split}: {line}", 400)))
+    if found.same:
+        out.print("They hold the same.")
+
+
+def _row_lines(rows: SplitDiff) -> Iterator[str]:
+    """A split's differences in sentences."""
+    for side, keys in zip("AB", rows.only, strict=True):
+        if keys:
+            yield f"{len(keys):,} images only in {side}, first {keys[0]!r}"
+    for what, keys in (("another image", rows.edited), ("another label", rows.relabelled)):
+        if keys:
+            yield f"{len(keys):,} keys of {what}, first {keys[0]!r}"
+    if rows.moved:
+        yield f"{rows.moved:,} of {rows.common:,} common images in another order"
+    same = rows.common - len(rows.edited)
+    if rows.features is None:
+        yield "features of different widths"
+    elif rows.features:
+        yield f"features of {same:,} unchanged images differ by up to {rows.features:.2g}"
+    if rows.logits is None:
+        yield "logits of different numbers of classes"
+    elif rows.logits:
+        yield f"logits of {same:,} unchanged images differ by up to {rows.logits:.2g}, {rows.argmax:,} in their argmax"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:8])) + (", …" if len(value) > 8 else "")
+    if isinstance(value, str) and len(value) == 64:  # a SHA-256
+        return f"{value[:12]}…"
+    return "none" if value is None else str(value)
 
 
 def size(count: int) -> str:
@@ -62,8 +164,12 @@ def size(count: int) -> str:
     return f"{count:,} bytes" if step == 0 else f"{count / 1024**step:.1f} {_UNITS[step]}"
 
 
-def _few(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def _few(names: list[str], of: int, most: int = 5) -> str:
+    return ", ".join(plain(name, _NAME) for name in names[:most]) + (", …" if of > most else "")
+
+
+def _accuracy(manifest: Manifest, split: str) -> float:
+    return 100 * float(manifest["teacher"]["correct"][split]) / float(manifest["dataset"]["rows"][split])
 
 
 def _preprocess(fields: dict[str, Any]) -> str:

@@ -148,6 +148,17 @@ class Cache:
     train: Split
     test: Split
     _weights: Column | None = None
+    identified: bool = True  # opening checks the id
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def size(self) -> int:
+        """The file's bytes."""
+        return self.path.stat().st_size
 
     def split(self, name: str) -> Split:
         """`train` or `test` by name."""

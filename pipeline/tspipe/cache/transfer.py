@@ -1,0 +1,373 @@
+"""Moving a cache between here and a place a team shares: a mounted folder, a bucket, a hub, a web server (pull only).
+
+Beside the file there lies `NAME.h5.sha256`, as `sha256sum -c` reads it. What arrives is compared with it, and at
+either end a name shows a file only when the file is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from tspipe.cache.check import Region, checksum_names, inspect
+from tspipe.cache.layout import Manifest
+from tspipe.cache.read import Cache, Column, open_cache
+from tspipe.cache.remote import Advance, ReadPiece, Remote, RemoteError, file_name, is_url, without_secrets
+from tspipe.errors import CacheBusy, CacheDamaged, CacheError, CacheMismatch
+from tspipe.files import lock, sync_folder, write_whole
+
+__all__ = [
+    "Advance",
+    "Fetched",
+    "Peek",
+    "Pulled",
+    "Pushed",
+    "RemoteError",
+    "carried",
+    "fetch",
+    "file_name",
+    "is_url",
+    "peek",
+    "pull",
+    "push",
+    "remote_size",
+    "without_secrets",
+]
+
+_CHUNK = 4 * 2**20
+_HEAD = 200 * 2**10  # HDF5's own metadata, the manifest, the id and the first class names lie in so many bytes
+_PEEK = 252 * 2**10  # what a peek reads at most
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A cache that lies at `address` (without secrets); `new` is False if it already did."""
+
+    address: str
+    sha256: str
+    new: bool
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A cache that lies at `path`; `new` is False if it already did.
+
+    Where `stated` is False nothing told its SHA-256: only the checksums inside the file can show that it is whole.
+    """
+
+    path: Path
+    sha256: str
+    new: bool
+    stated: bool
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The copy kept here of a remote cache.
+
+    `how` is `fetched`, `unchanged`, or `unreachable`: then `problem` says why the remote could not be asked. `stated`
+    is that of `Pulled`, True for a copy that was there before.
+    """
+
+    path: Path
+    how: str
+    problem: str = ""
+    stated: bool = True
+
+
+@dataclass(frozen=True)
+class Peek:
+    """What the head of a remote cache tells of it.
+
+    Its structure and manifest are checked as a local file's are. `identified` says whether its id was, too:
+    that takes all checksums, which a big cache has too many of.
+    """
+
+    name: str
+    size: int
+    id: str
+    classes: list[str]  # the first ones; how many there are is in the manifest
+    manifest: Manifest
+    has_teacher: bool
+    identified: bool
+
+
+def remote_size(url: str) -> int | None:
+    """How many bytes the file at an address has, or None where its place does not tell. Raises CacheError."""
+    return Remote.at(url).size()
+
+
+def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Pushed:
+    """Put a cache where others can pull it, and its SHA-256 beside it. It is read back before it takes its name.
+
+    Args:
+        path: the cache, which the caller has opened and so checked.
+        url: an address or a path: of the file if it ends in `.h5`, else of the folder to put it into.
+        advance: told the bytes moved, twice the file's size in all.
+        force: whether another file of that name is replaced.
+
+    Raises CacheMismatch when another file has that name, CacheDamaged when what is read back differs, CacheError.
+    """
+    target = _target(path, url)
+    if (size := target.existing_size()) is not None:
+        if (there := _same(path, target, size)) is not None:
+            return there
+        if not force:
+            how = "Push under another name, or replace it: --force"
+            raise CacheMismatch(f"{target.shown} is another file than {path}. {how}")
+    digest = hashlib.sha256()
+
+    def upload(part: Remote) -> None:
+        part.write(_read(path, digest, advance))
+        if part.sha256(advance) != digest.hexdigest():
+            raise CacheDamaged(f"{target.shown} reads back other than it was written. Run the same command again.")
+        target.checksum.remove()  # an older file's: until the new one is there, none is better than a wrong one
+
+    target.clear()
+    target.publish(upload)
+    _state(target, digest.hexdigest())
+    return Pushed(target.shown, digest.hexdigest(), new=True)
+
+
+def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pulled:
+    """Fetch a cache. An interrupted pull of the same bytes goes on where it stopped.
+
+    Args:
+        url: the address or path of the file.
+        path: where it goes; what names it should come from `file_name`, not from the address as it is.
+        advance: told the bytes moved, those of an earlier attempt included.
+        force: whether another file at `path` is replaced.
+
+    Raises CacheMismatch when another file is at `path`, CacheDamaged when the bytes are not those that were pushed,
+    NotACache, CacheIncomplete, CacheBusy when another process pulls to `path`, CacheError.
+    """
+    remote = Remote.at(url)
+    with _here(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path, CacheBusy):
+            size, stated = remote.size(), remote.stated()
+            if path.exists():
+                if stated and path.stat().st_size == size and _sha256(path) == stated:
+                    return Pulled(path, stated, new=False, stated=True)
+                if not force:
+                    raise CacheMismatch(f"{path} is not known to be {remote.shown}. Delete it, or replace it: --force")
+            part = _part(path, stated)
+            found = _download(remote, part, size, advance)
+            _check(part, found, stated, remote.shown)
+            part.replace(path)
+            sync_folder(path.parent)
+    return Pulled(path, found, new=True, stated=stated is not None)
+
+
+def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
+    """The copy of a remote cache that is kept here, brought up to date where its place can be asked.
+
+    `home` is the folder of all copies, by default `$XDG_CACHE_HOME/tspipe`. Raises what `pull` does; only where
+    the remote cannot be had and there is a copy, that is the answer.
+    """
+    folder = (home or _home()) / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = folder / file_name(url)
+    note = path.with_suffix(".json")
+    try:
+        version = Remote.at(url).version()
+        if version and path.exists() and _noted(note) == version:
+            return Fetched(path, "unchanged")
+        pulled = pull(url, path, advance, force=True)
+    except RemoteError as problem:
+        if not path.exists():
+            raise
+        return Fetched(path, "unreachable", str(problem))
+    with _here(note):
+        write_whole(note, json.dumps({"url": without_secrets(url), "version": version}).encode())
+    return Fetched(path, "fetched" if pulled.new else "unchanged", stated=pulled.stated)
+
+
+def peek(url: str) -> Peek:
+    """What a remote cache is, from at most four requests and 256 KiB, however big it is.
+
+    Raises NotACache, CacheIncomplete or CacheDamaged as for a local file, CacheError.
+    """
+    remote = Remote.at(url)
+    with tempfile.TemporaryDirectory(prefix="tspipe-") as folder:
+        # The head of the file in a sparse file of the whole size: the checks see what they see of a local one.
+        sparse = Path(folder) / file_name(url)
+        with _named(sparse, remote.shown), remote.pieces() as read:
+            head, size = read(0, _HEAD)
+            with _here(sparse):
+                sparse.write_bytes(head)
+                os.truncate(sparse, size)
+            found = inspect(sparse, identified=False)
+            identified = _complete(sparse, found.regions, read, requests=3 if remote.web else 2)
+            if identified:
+                inspect(sparse)
+            names = found.regions["classes"]
+            return Peek(
+                name=sparse.name,
+                size=size,
+                id=Column(sparse, found.regions["id"]).load().tobytes().decode("ascii", "replace"),
+                classes=_texts(Column(sparse, names)[: max(0, len(head) - names.offset) // names.dtype.itemsize]),
+                manifest=found.manifest,
+                has_teacher="teacher_weights" in found.regions,
+                identified=identified,
+            )
+
+
+def carried(cache: Cache) -> list[str]:
+    """Whose work a cache passes on, and under which licence: a line each. The text is the file's: escape it."""
+    dataset, teacher = cache.manifest["dataset"], cache.manifest["teacher"]
+    lines = [f"features of {dataset['name']}; its licence: {dataset['license'] or 'not stated'}"]
+    if cache.train.images is not None:
+        lines.append(f"the pixels of the images of {dataset['name']}, under the same licence")
+    if cache.has_teacher:
+        weights = f"{teacher['network']}, {teacher['weights_sha256'][:12]}"
+        lines.append(f"the teacher's weights ({weights}); their licence is their publisher's")
+    return lines
+
+
+def _target(path: Path, url: str) -> Remote:
+    """Where a push of this file to this address goes."""
+    target = Remote.at(url)
+    if target.web:
+        raise CacheError(
+            f"{target.shown}: a web server takes no files. Push to a mounted folder, s3://, gs:// or hf://."
+        )
+    return target if target.shown.endswith(".h5") else target.child(path.name)
+
+
+def _same(path: Path, target: Remote, size: int) -> Pushed | None:
+    """The answer to a push where the other end has these very bytes already."""
+    with _here(path):
+        if path.stat().st_size != size:
+            return None
+        sha256 = _sha256(path)
+    stated = target.stated()
+    if sha256 != (stated or target.sha256()):
+        return None
+    if not stated:  # the push that wrote them was killed just before
+        _state(target, sha256)
+    return Pushed(target.shown, sha256, new=False)
+
+
+def _state(target: Remote, sha256: str) -> None:
+    """Write the file beside it that `sha256sum -c` reads."""
+    line = f"{sha256}  {target.name}\n".encode()
+    target.checksum.publish(lambda part: part.write([line]))
+
+
+def _read(path: Path, digest: Any, advance: Advance) -> Iterator[bytes]:
+    """A file's bytes, taking their digest on the way."""
+    with _here(path), path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            yield chunk
+            advance(len(chunk))
+
+
+def _part(path: Path, stated: str | None) -> Path:
+    """The file a pull writes into, named by what it will hold; those of other content are removed."""
+    part = path.with_name(f".{path.name}.{(stated or '0' * 16)[:16]}.part")
+    for other in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 16}.part"):
+        if other != part or not stated:  # without a SHA-256 nothing tells that the rest would fit what is there
+            other.unlink()
+    return part
+
+
+def _download(remote: Remote, part: Path, size: int | None, advance: Advance) -> str:
+    """Bring the part file to its end from where an earlier pull left it; returns the SHA-256 of all of it."""
+    with part.open("a+b") as file:
+        have = file.tell()
+        if size is None or have > size:
+            file.truncate(have := 0)
+        elif size - have > (free := shutil.disk_usage(part.parent).free):
+            more = f"{remote.shown} takes {size - have:,} bytes more, and there is room for {free:,}"
+            raise CacheError(f"{part.parent}: {more}. Make room, then run the same command again.")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256")
+        if have != size:
+            with remote.open_at(have) as (source, begins_there):
+                if not begins_there:
+                    file.truncate(have := 0)
+                    digest = hashlib.sha256()
+                advance(have)
+                for chunk in remote.chunks(source):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    advance(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _check(part: Path, found: str, stated: str | None, shown: str) -> None:
+    """Refuse and delete a part file that is not what was pushed, or no sound cache."""
+    try:
+        if stated and found != stated:
+            raise CacheDamaged(
+                f"{shown} came with SHA-256 {found[:12]}, not {stated[:12]}: it was damaged, or replaced meanwhile. "
+                "Run the same command again; if that does not help, push the file again."
+            )
+        with _named(part, shown):
+            open_cache(part)
+    except CacheError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _complete(sparse: Path, regions: dict[str, Region], read: ReadPiece, requests: int) -> bool:
+    """Fetch the checksums that the head does not hold, unless that takes too much; whether they are all there."""
+    left = [regions[name] for name in checksum_names(regions)]
+    left = [region for region in left if region.offset + region.nbytes > _HEAD]
+    if len(left) > requests or sum(region.nbytes for region in left) > _PEEK - _HEAD:
+        return False
+    with _here(sparse), sparse.open("r+b") as file:
+        for region in left:
+            file.seek(region.offset)
+            file.write(read(region.offset, region.offset + region.nbytes)[0])
+    return True
+
+
+def _texts(names: Any) -> list[str]:
+    return [name.decode("utf-8", "replace") for name in names.tolist()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tspipe"
+
+
+def _noted(note: Path) -> Any:
+    """The version an earlier fetch noted, or None."""
+    try:
+        return json.loads(note.read_bytes())["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def _here(path: Path) -> Iterator[None]:
+    """Tell what this end's disk says in one sentence."""
+    try:
+        yield
+    except (OSError, OverflowError) as problem:  # no file is as long as a server may claim
+        why = getattr(problem, "strerror", None) or problem
+        raise CacheError(f"{path}: {why}. When that is put right, run the same command again.") from problem
+
+
+@contextlib.contextmanager
+def _named(path: Path, shown: str) -> Iterator[None]:
+    """Tell of a temporary file by the address it comes from."""
+    try:
+        yield
+    except CacheError as problem:
+        raise type(problem)(str(problem).replace(str(path), shown)) from problem.__cause__

@@ -1,0 +1,219 @@
+"""The commands on cache files: what is in them, are they sound, how do they differ, and how a team shares them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tspipe.errors import CacheDamaged, RecipeError
+
+if TYPE_CHECKING:
+    from tspipe.cache import Cache
+    from tspipe.cache.verify import Damage
+    from tspipe.recipe import Recipe
+
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or TOML file; else the dataset's.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe; repeatable.")
+]
+File = Annotated[Path, typer.Argument(help="A feature cache.", show_default=False)]
+FileOrUrl = Annotated[str, typer.Argument(metavar="FILE|URL", help="A feature cache.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace another file of that name.")]
+
+
+def info(file: FileOrUrl) -> None:
+    """What is in a cache, in one screen; of a URL only the head is read."""
+    from tspipe.cache import open_cache
+    from tspipe.cache.transfer import is_url, peek
+    from tspipe.show import show_cache
+
+    show_cache(peek(file) if is_url(file) else open_cache(file))
+
+
+def verify(
+    file: File,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where its dataset lies; else data/<name>.", show_default=False)
+    ] = None,
+    data: Annotated[bool, typer.Option("--data", help="Compare every image of the dataset with the cache.")] = False,
+    teacher: Annotated[int, typer.Option(metavar="N", min=0, help="Run the teacher again on N random images.")] = 0,
+    repair: Annotated[bool, typer.Option("--repair", help="Put back the damaged rows, computed again.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="The teacher's, where the cache has none.", show_default=False)
+    ] = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+) -> None:
+    """Is every byte of a cache what was written?"""
+    from tspipe.cache import open_cache
+    from tspipe.cache.check import inspect
+    from tspipe.show import size
+
+    damage = _find_damage(file)
+    if damage and not repair:
+        raise _damaged(file, damage)
+    if data or teacher or damage:
+        from tspipe import verify as stage
+        from tspipe import weights as weight_files
+
+        manifest = inspect(file, identified=False).manifest
+        chosen, usual = recipe_of(str(file), manifest, recipe, settings, {})
+        config = stage.VerifyConfig(chosen, folder or usual, weight_files.read(weights) if weights else None)
+    if damage:
+        stage.repair(file, damage, config)
+        say("Put back: " + "; ".join(part.where for part in damage))
+        _sound(file)
+    opened = open_cache(file)
+    images = sum(opened.manifest["dataset"]["rows"].values())
+    say(f"{file} is what was written: {images:,} images, {size(file.stat().st_size)}, id {opened.id[:12]}")
+    if data:
+        say(f"All {stage.match_data(opened, config):,} images are those of the dataset here.")
+    if teacher:
+        stage.show(stage.compare_teacher(opened, config, teacher))
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A feature cache, or its URL.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)],
+) -> None:
+    """What differs between two caches; exit code 0 where nothing does, else 1."""
+    from tspipe.cache import open_cache
+    from tspipe.cache.diff import compare
+    from tspipe.show import show_diff
+
+    found = compare(open_cache(local(first)), open_cache(local(second)))
+    show_diff(found)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def push(
+    file: File,
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="A folder, or an address: s3://, gs://, hf://.", show_default=False)
+    ],
+    force: Force = False,
+) -> None:
+    """Put a cache where a team finds it, with its SHA-256 beside it."""
+    from tspipe.cache import open_cache, transfer
+    from tspipe.progress import moving
+
+    opened = open_cache(file)
+    _sound(file)
+    with moving(f"pushing {file.name}", lambda: 2 * opened.size) as moved:  # there, and read back
+        pushed = transfer.push(file, url, moved, force=force)
+    say(f"{pushed.address} {'has the file now' if pushed.new else 'had the file already'}: id {opened.id[:12]}")
+    _say_carried(opened)
+    say(f"Beside it lies its SHA-256. Next: tspipe student --cache {pushed.address}")
+
+
+def pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where somebody pushed it.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Else cache/<its name>.", show_default=False)] = None,
+    force: Force = False,
+) -> None:
+    """Fetch a cache and check it; an interrupted pull goes on where it stopped."""
+    from tspipe.cache import open_cache, transfer
+    from tspipe.progress import moving
+
+    out = out or Path("cache") / transfer.file_name(url)
+    with moving(f"pulling {out.name}", lambda: transfer.remote_size(url)) as moved:
+        pulled = transfer.pull(url, out, moved, force=force)
+    if not pulled.stated:
+        _sound(out)
+    opened = open_cache(out)
+    checked = "its SHA-256 is the one stated" if pulled.stated else "no SHA-256 is stated; its own checksums are right"
+    say(f"{out} {'is here now' if pulled.new else 'was here already'}: id {opened.id[:12]}, {checked}")
+    _say_carried(opened)
+    say(f"Next: tspipe student --cache {out}")
+
+
+def list_(
+    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes|caches", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Where caches are looked for.")] = Path("cache"),
+) -> None:
+    """The datasets, networks, losses and recipes there are, or the caches in a folder."""
+    from tspipe import plugins
+    from tspipe import recipe as recipes
+    from tspipe.show import show_caches
+
+    if what == "caches":
+        show_caches(folder)
+        return
+    if what != "recipes" and what not in plugins.KINDS:
+        raise typer.BadParameter(f"{what!r}: choose from datasets, networks, losses, recipes, caches")
+    for name in recipes.names() if what == "recipes" else plugins.names(what):
+        print(name)
+
+
+def local(cache: str) -> Path:
+    """The path of a cache; one at a URL is fetched once and kept, and used again while the remote is unchanged."""
+    from tspipe.cache import transfer
+    from tspipe.progress import moving
+
+    if not transfer.is_url(cache):
+        return Path(cache)
+    name = transfer.without_secrets(cache)
+    with moving(f"fetching {transfer.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
+        found = transfer.fetch(cache, moved)
+    if found.how == "fetched":
+        say(f"Fetched {name} to {found.path}")
+    elif found.how == "unchanged":
+        say(f"{name} is unchanged: using the copy {found.path}")
+    else:
+        say(f"Using the copy of {name}, which cannot be asked. {found.problem}")
+    if not found.stated:
+        _sound(found.path)
+    return found.path
+
+
+def recipe_of(
+    file: str, manifest: dict[str, Any], recipe: str | None, settings: list[str] | None, flags: dict[str, Any]
+) -> tuple["Recipe", Path]:
+    """The recipe for a cache's dataset and preprocess, and where that dataset usually lies."""
+    from tspipe import datasets
+    from tspipe import recipe as recipes
+
+    dataset: str = manifest["dataset"]["name"]
+    if recipe is None and dataset.partition(":")[0] not in datasets.names():
+        raise RecipeError(
+            f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
+            f"--set dataset=./{dataset}.py --recipe NAME"
+        )
+    facts = {"preprocess": manifest["preprocess"]}
+    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), {"dataset": dataset, **flags}, facts)
+    return chosen, Path("data") / datasets.stem(dataset)
+
+
+def say(text: str) -> None:
+    """Print a line now, harmless for a terminal whatever is in it."""
+    from tspipe.show import plain
+
+    print(plain(text), flush=True)
+
+
+def _say_carried(opened: "Cache") -> None:
+    from tspipe.cache.transfer import carried
+
+    for line in carried(opened):
+        say(f"  It carries {line}.")
+
+
+def _find_damage(file: Path) -> list["Damage"]:
+    from tspipe.cache.verify import find_damage
+    from tspipe.progress import moving
+
+    with moving(f"reading {file.name}", lambda: file.stat().st_size) as moved:
+        return find_damage(file, moved)
+
+
+def _damaged(file: Path, damage: list["Damage"]) -> CacheDamaged:
+    from tspipe.cache.verify import explain
+
+    return CacheDamaged(explain(file, damage))
+
+
+def _sound(file: Path) -> None:
+    """Raise CacheDamaged unless every byte is what was written."""
+    if damage := _find_damage(file):
+        raise _damaged(file, damage)
