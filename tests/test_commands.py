@@ -116,7 +116,7 @@ def test_a_damaged_cache_is_not_pushed(tspipe: Tspipe, digits: Cache, tmp_path: 
     path.write_bytes(data)
     found = tspipe("push", path, tmp_path / "team")
     assert found.code == 1
-    assert found.error.startswith(f"{path} is not what was written: train_features, rows 0 to 255.")
+    assert found.says(f"{path} is not what was written: train_features, rows 0 to 255. …")
     assert not (tmp_path / "team").exists()
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tspipe import networks, weights
-from tspipe.errors import NetworkError
+from tspipe.errors import NetworkError, TspipeError
 
 PUBLISHED = Path(__file__).parents[1] / "../shared/data/resnet56-cifar10.th"
 REFUSED = (
@@ -335,8 +335,12 @@ def test_save_replaces_and_leaves_the_old_file_when_it_fails(tmp_path, state, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TspipeError) as refused:
         weights.save(path, {"a": torch.zeros(1)}, {})
+    assert str(refused.value) == (
+        f"{path} cannot be written: No space left on device. What is already there is kept: run the same command "
+        "again when this is put right."
+    )
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 

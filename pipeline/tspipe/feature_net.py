@@ -122,10 +122,9 @@ def last_linear(module: nn.Module, name: str, probe: Tensor) -> tuple[str, Tenso
     try:
         with _evaluated(module):
             output = module(probe)
-    except (RuntimeError, ValueError, TypeError) as problem:
-        raise NetworkError(
-            f"{name} does not take images of {tuple(probe.shape[1:])}: {str(problem).splitlines()[0]}"
-        ) from problem
+    except Exception as problem:  # what images that do not fit raise differs from network to network
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise NetworkError(f"{name} does not take images of {tuple(probe.shape[1:])}: {reason}") from problem
     finally:
         for hook in hooks:
             hook.remove()

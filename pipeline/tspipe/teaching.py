@@ -11,6 +11,7 @@ from tspipe.losses import Output, Target
 from tspipe.recipe import Recipe
 
 ROUNDING = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
+_MOST_BYTES = 16  # of a weight: as float64, and again for what is no parameter
 
 
 class Targets:
@@ -68,10 +69,14 @@ def load_teacher(
             f"{cache.path.name}: its teacher takes images of {options.get('input_shape')}, its dataset's are of "
             f"{list(input_shape)}."
         )
-    tensors = weights.parse(data or cache.teacher_weights(), f"the teacher's weights in {cache.path.name}")
-    module, _ = feature_net.load_teacher(
-        name, len(cache.classes), input_shape, options, tensors, f"the teacher's weights in {cache.path.name}"
-    )
+    source = f"the teacher's weights in {cache.path.name}"
+    count = feature_net.count_parameters(name, len(cache.classes), input_shape, options)
+    if cache.dimensions.weights_bytes > _MOST_BYTES * count + 2**20:  # before they are read: a file may have holes
+        raise NetworkError(
+            f"{source} take {cache.dimensions.weights_bytes:,} bytes, more than the {count:,} weights of {name} need."
+        )
+    tensors = weights.parse(data or cache.teacher_weights(), source)
+    module, _ = feature_net.load_teacher(name, len(cache.classes), input_shape, options, tensors, source)
     network = feature_net.frozen(module, name, input_shape, device)
     if network.width != cache.dimensions.width:
         raise CacheMismatch(

@@ -74,7 +74,7 @@ def parse(data: bytes, source: str) -> dict[str, Tensor]:
     """The tensors in the bytes of a safetensors file; `source` is what to call it in the NetworkError for others."""
     try:
         return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as problem:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as problem:  # the last: of absurd shapes
         raise NetworkError(_damaged(source)) from problem
 
 
@@ -109,6 +109,7 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
     missing = [key for key in wanted if key not in found and not key.endswith(_TRACKED)]
     reshaped = [key for key in wanted if key in found and found[key] != wanted[key]]
     if not (unexpected or missing or reshaped):
+        _check_types(module, tensors, network, source)
         return
     if not (unexpected or missing) and (classes := _other_classes(reshaped, found, wanted)):
         raise NetworkError(
@@ -124,6 +125,15 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
     ]
     remedy = _guess(tensors, network) or "Name the network that they belong to: --teacher NAME"
     raise NetworkError(f"{source} does not fit {network}: {', '.join(filter(None, problems))}. {remedy}")
+
+
+def _check_types(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:
+    """Floating-point numbers of another precision are rounded; whole or complex ones are no weights."""
+    state = module.state_dict()
+    floats = [key for key in tensors if state[key].is_floating_point()]
+    if wrong := [f"{key} {tensors[key].dtype}" for key in floats if not tensors[key].is_floating_point()]:
+        problem = _counted(wrong, "holds no floating-point numbers", "hold no floating-point numbers")
+        raise NetworkError(f"{source} does not fit {network}: {problem}. Save them as float32.")
 
 
 def canonical(module: nn.Module) -> bytes:
@@ -239,7 +249,7 @@ def _guess(tensors: Mapping[str, Tensor], network: str) -> str:
         found = _without_counters(_shapes(state))
         channels = next((shape[1] for shape in found.values() if len(shape) == 4), 0)
         classes = next((shape[0] for shape in reversed(found.values()) if len(shape) == 2), 0)
-        if not channels or not classes:
+        if not (0 < channels < 2**16 and 0 < classes < 2**24):
             return ""
         for side in _SIDES:
             wanted = _without_counters(_meta_shapes(name, classes, (channels, side, side), options))

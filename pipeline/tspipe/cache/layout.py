@@ -131,9 +131,10 @@ def decode_manifest(data: bytes, *, finished: bool = True) -> Manifest:
     text = data.rstrip(b"\0")
     try:
         manifest = json.loads(text)
+        _check(manifest, _SCHEMA, "manifest", finished)
     except (ValueError, RecursionError) as problem:
         raise NotACache("its manifest is not JSON.") from problem
-    _check(manifest, _SCHEMA, "manifest", finished)
+    _agree(manifest)
     # One text per manifest: duplicate keys, other spellings of a number and trailing bytes end here.
     if encode_manifest(manifest) != data:
         raise NotACache("its manifest is not canonical JSON.")
@@ -174,10 +175,8 @@ def _numbers(value: Any) -> bool:
 
 
 def _scalar(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, int):
-        return abs(value) <= _LARGEST_OPTION
+    if isinstance(value, int | float):
+        return abs(value) <= _LARGEST_OPTION  # neither NaN nor infinite
     return value is None or (isinstance(value, str) and len(value) <= 200)
 
 
@@ -208,13 +207,13 @@ _SCHEMA: dict[str, Any] = {
         "precision": _text(r"float32|bfloat16"),
     },
     "dataset": {
-        "classes": _integer(1, 2**24),
+        "classes": _integer(1, 2**20),
         "fingerprint": _Optional(_sha256, only_unfinished=True),
         "license": _any_text,
         "name": _text(f"(folder:)?{_NAME}"),
         "rows": {"test": _integer(1), "train": _integer(1)},
     },
-    "features": {"dtype": _text(r"<f2|<f4"), "width": _integer(1, 2**24)},
+    "features": {"dtype": _text(r"<f2|<f4"), "width": _integer(1, 2**18)},
     "preprocess": {
         "crop": _Optional(_integer(1, _LARGEST_SIDE)),
         "interpolation": _text(r"nearest|bilinear|bicubic"),
@@ -257,3 +256,13 @@ def _check(value: Any, schema: Any, where: str, finished: bool) -> None:
             _check(value[key], inner, f"{where}.{key}", finished)
     elif not schema(value):
         raise NotACache(f"{where} cannot be {json.dumps(value)[:60]}.")
+
+
+def _agree(manifest: Manifest) -> None:
+    """Check what no field shows alone."""
+    correct, rows, preprocess = manifest["teacher"]["correct"], manifest["dataset"]["rows"], manifest["preprocess"]
+    for split in SPLITS if correct else ():
+        if correct[split] > rows[split]:
+            raise NotACache(f"manifest.teacher.correct.{split} is {correct[split]} of {rows[split]} images.")
+    if len(preprocess["mean"]) != len(preprocess["std"]):
+        raise NotACache("manifest.preprocess has a mean and a std of different lengths.")

@@ -1,0 +1,91 @@
+"""How someone who means harm changes a sound cache: its bytes, its HDF5 structure, its manifest."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+
+from tspipe.cache import open_cache
+from tspipe.cache.check import identify
+from tspipe.errors import CacheError, NotACache
+
+Change = Callable[[Path], None]
+
+
+def refusal(path: Path, error: type[CacheError] = NotACache) -> str:
+    """What is said of a file that is refused, after its name."""
+    with pytest.raises(error) as refused:
+        open_cache(path)
+    assert type(refused.value) is error
+    text = str(refused.value)
+    assert text.startswith(f"{path}: ")
+    return text.removeprefix(f"{path}: ")
+
+
+def overwrite(path: Path, name: str, data: bytes, at: int = 0) -> None:
+    """Change a dataset's bytes, of any layout that has an offset."""
+    with h5py.File(path, "r") as file:
+        offset = file[name].id.get_offset()
+    poke(path, offset + at, data)
+
+
+def poke(path: Path, offset: int, data: bytes) -> None:
+    """Change bytes of the file."""
+    with path.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write(data)
+
+
+def forge(path: Path, change: Callable[[dict], None]) -> None:
+    """Change the manifest and make the id fit it."""
+    with h5py.File(path, "r") as file:
+        manifest = json.loads(file["manifest"][()].tobytes().rstrip(b"\0"))
+    change(manifest)
+    forge_text(path, json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def forge_text(path: Path, text: bytes) -> None:
+    """Give the manifest any text, and the file the id that fits it."""
+    with h5py.File(path, "r") as file:
+        checksums = [file[f"{split}_checksums"][()].tobytes() for split in ("train", "test")]
+    overwrite(path, "manifest", text.ljust(65536, b"\0"))
+    overwrite(path, "id", identify(text.ljust(65536, b"\0"), checksums))
+
+
+def message(path: Path, name: str, number: int) -> int:
+    """Where the data of a message of this number lie in a dataset's object header (HDF5's version 1)."""
+    with h5py.File(path, "r") as file:
+        at = h5py.h5o.get_info(file[name].id).addr + 16
+    with path.open("rb") as raw:
+        data = raw.read(2**17)  # where the writer puts all that is HDF5's own
+    while (found := struct.unpack_from("<HH", data, at))[0] != number:
+        at += 8 + found[1]
+    return at + 8
+
+
+DATASPACE, DATATYPE, LAYOUT = 0x01, 0x03, 0x08  # the messages of a dataset's shape, its type, its address and size
+
+
+def move(path: Path, name: str, address: int) -> None:
+    """Make a dataset begin at another address."""
+    poke(path, message(path, name, LAYOUT) + 2, struct.pack("<Q", address))
+
+
+def stretch(path: Path, name: str, rows: int, row_bytes: int) -> None:
+    """Make a dataset claim another number of rows, and as many bytes."""
+    space, layout = message(path, name, DATASPACE), message(path, name, LAYOUT)
+    with path.open("rb") as raw:
+        rank = raw.read(space + 2)[-1]
+    poke(path, layout + 10, struct.pack("<Q", rows * row_bytes % 2**64))
+    for at in (space + 8, space + 8 + 8 * rank):  # what it is, and the most it may be
+        poke(path, at, struct.pack("<Q", rows))
+
+
+def resize(path: Path, size: int) -> None:
+    """Make the file longer, by a hole, or shorter, and its superblock say so."""
+    with path.open("r+b") as raw:
+        raw.truncate(size)
+    poke(path, 40, struct.pack("<Q", size))
