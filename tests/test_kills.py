@@ -49,7 +49,7 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     print(f"\nstage one: {kills} kills, {files} files of {len(blocks)} blocks, no block twice, all bytes the same")
 
 
-SMALL = ["epochs=2", "seeds=2", "random_images=8", "batch_size=50", "checkpoint_seconds=0"]
+SMALL = ["epochs=2", "seeds=2", "random_images=8", "batch_size=100", "checkpoint_seconds=0"]
 
 
 def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:

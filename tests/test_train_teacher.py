@@ -1,15 +1,12 @@
 """A teacher is trained once: a kill loses nothing, and nobody's weights are overwritten."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from conftest import Zygote
 from shared import TEACHER
 from tspipe import recipe as recipes
 from tspipe import training, weights
@@ -40,36 +37,17 @@ def test_views_change_what_is_learned_and_are_the_same_again(tmp_path: Path) -> 
     assert not files[0].equal(files[2])
 
 
-KILLED = """
-import sys, time
-import tspipe.training
-whole = tspipe.training.save_checkpoint
-def slow(*arguments):
-    whole(*arguments)
-    time.sleep(0.02)
-tspipe.training.save_checkpoint = slow
-from tspipe.cli import main
-main()
-"""
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_weights(teacher: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_ends_with_the_same_weights(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "digits-lenet5.safetensors"
     part = tmp_path / "digits-lenet5.safetensors.part"
     settings = [f"--set={setting}" for setting in [*TEACHER, "checkpoint_seconds=0"]]
-    command = [sys.executable, "-c", KILLED, "teacher", "--dataset", "digits", "--out", str(out), *settings]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not part.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    found = training.load_checkpoint(part)
-    assert found is not None
-    assert found[1]["batch"] > 0
-    assert not out.exists()
-    subprocess.run(command, check=True, capture_output=True)
+    draw, positions = random.Random(0), []
+    for _ in range(5):
+        zygote.run("teacher", "--dataset", "digits", "--out", out, *settings, seconds=draw.uniform(0.1, 0.6))
+        if found := training.load_checkpoint(part):
+            positions.append((found[1]["epoch"], found[1]["batch"]))
+    assert positions == sorted(positions)
+    assert zygote.run("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
     assert out.read_bytes() == teacher.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name]
 
