@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 
-from tspipe import datasets, networks
+from shared import make_folder
+from tspipe import datasets, networks, weights
+from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.cli import app
+from tspipe.extract import ExtractConfig, extract
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,6 +25,11 @@ def test_the_code_runs(text: str, digits: Cache, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     Path("cache").mkdir()
     shutil.copy(digits.path, "cache/digits.h5")
+    torch.manual_seed(0)
+    make_folder(Path("data/photos"))
+    weights.save(Path("w.safetensors"), networks.build("lenet5", 2, (3, 16, 16)), {})
+    recipe = recipes.load("folder", ["dataset=folder:data/photos", "teacher.network=lenet5"])
+    extract(ExtractConfig(recipe, weights.read(Path("w.safetensors")), Path("cache/photos.h5")))
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     for block in blocks:
@@ -28,14 +37,14 @@ def test_the_code_runs(text: str, digits: Cache, tmp_path: Path, monkeypatch: py
 
 
 def commands() -> list[str]:
-    """The tspipe commands in the README, without their comments."""
-    lines = re.findall(r"^    (tspipe .*)$", README, re.MULTILINE)
+    """The tspipe commands in the READMEs, without their comments."""
+    lines = re.findall(r"^    (tspipe .*)$", README + FORMAT, re.MULTILINE)
     return [line.split("#")[0].strip() for line in lines]
 
 
 def test_the_commands_and_their_flags_exist() -> None:
     group = typer.main.get_command(app)
-    assert len(commands()) >= 8
+    assert len(commands()) >= 18
     for line in commands():
         _, name, *words = line.split()
         command = group.commands[name]
@@ -59,7 +68,7 @@ def test_the_make_targets_exist() -> None:
 
 def test_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        assert (ROOT / link.partition("#")[0]).exists(), link
 
 
 def test_the_first_forty_lines_hold_the_story() -> None:

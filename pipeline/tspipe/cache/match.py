@@ -1,5 +1,7 @@
 """Does a cache belong to this data? Rows of another order, split or version would train students on wrong targets."""
 
+import itertools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from tspipe.cache.layout import digest
 from tspipe.errors import CacheMismatch
 
+_TASK = 16  # images a thread takes at once: handing out single ones costs more than a small JPEG
 SAMPLE = 256  # images whose pixels are compared at a start; `None` compares all
 _REMEDY = "Give the data the cache was made from (--data), or make the cache again (tspipe cache --force)."
 
@@ -89,10 +92,15 @@ def match_split(
         _differs(name, split, i, what, keys, local_keys)
     if sample is not None and sample < len(rows):
         rows = np.sort(np.random.default_rng().choice(rows, sample, replace=False))
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without holding Python's lock
+
+    def digests_of(images: list[int]) -> list[bytes]:
+        return [digest(local.read(i)) for i in images]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
         for start in range(0, len(rows), SAMPLE):
             some = rows[start : start + SAMPLE]
-            digests = pool.map(lambda i: digest(local.read(i)), some.tolist())
+            tasks = [some[i : i + _TASK].tolist() for i in range(0, len(some), _TASK)]
+            digests = itertools.chain.from_iterable(pool.map(digests_of, tasks))
             for i, expected, found in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
                 if found != expected.tobytes():
                     both = f"digest {expected.tobytes().hex()} in the cache, {found.hex()} in the dataset"

@@ -15,7 +15,7 @@ from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
 from tspipe.cache.read import Column
 from tspipe.cache.write import correct, fingerprint
 
-_PIECE = 2**22  # bytes read at once
+_PIECE = 2**20  # bytes read at once
 _WINDOW = 64  # blocks in hand at once
 _ID_ITSELF = 8  # of its 64 digits: an id that misses by so few is damaged itself; that of another file misses by 60
 
@@ -119,8 +119,8 @@ class _Verification:
             for start, piece in _pieces(column, rows.start, rows.stop):
                 digest.update(piece.data)
                 count += piece.nbytes
-                if piece.dtype.kind == "f" and not (finite := np.isfinite(piece).all(axis=1)).all():
-                    row = start + int(finite.argmin())
+                if piece.dtype.kind == "f" and (beyond := _not_finite(piece)).any():
+                    row = start + int(beyond.any(axis=1).argmax())
                     strange.append(Damage(f"{split}_{name}", range(row, row + 1), "not a number, or infinite"))
             checksums += digest.digest()
         return np.frombuffer(checksums, np.uint8).reshape(len(names), CHECKSUM_BYTES), count, strange
@@ -162,6 +162,13 @@ class _Verification:
                 and correct(self.columns, self.sizes, split) != count
             ):
                 yield Damage(f"{split}_logits", range(self.sizes.images(split)), f"not {count:,} images right")
+
+
+def _not_finite(values: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Where float16 or float32 is NaN or infinite: all bits of its exponent are set. numpy.isfinite is 10 × slower."""
+    exponent = 0x7C00 if values.itemsize == 2 else 0x7F800000
+    bits = values.view(f"<u{values.itemsize}")
+    return np.equal(np.bitwise_and(bits, exponent), exponent)  # type: ignore[no-any-return]
 
 
 def _pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, NDArray[Any]]]:
