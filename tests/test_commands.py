@@ -1,5 +1,6 @@
 """The commands on cache files, as a person meets them: diff, push, pull, list caches, and a cache at a URL."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 
 from conftest import Result
 from pets import plan, rows_of, write
-from shared import TEACHER
+from shared import TEACHER, make_folder
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, open_cache
 
 Tspipe = Callable[..., Result]
@@ -175,3 +176,45 @@ def test_list_caches(tspipe: Tspipe, digits: Cache, pets: Path, tmp_path: Path) 
 
 def test_list_caches_of_an_empty_folder(tspipe: Tspipe) -> None:
     assert tspipe("list", "caches").out == "There are no caches in cache. Make one: tspipe cache --dataset NAME\n"
+
+
+@pytest.fixture
+def photos(tspipe: Tspipe) -> Path:
+    """`photos/` of two classes and its cache, `cache/photos.h5`, in the folder where the commands run."""
+    import torch
+
+    from tspipe import networks, weights
+
+    torch.manual_seed(0)
+    weights.save(Path("w.safetensors"), networks.build("lenet5", 2, (3, 16, 16)), {})
+    make_folder(Path("photos"))
+    command = "cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --out cache/photos.h5"
+    assert tspipe(*command.split()).code == 0
+    return Path("photos")
+
+
+STUDENT = "student --cache cache/photos.h5 --data photos --student lenet5 --random-images 0 --seeds 1 --epochs 1"
+
+
+def test_trusted_data_are_not_compared_and_the_run_says_so(tspipe: Tspipe, photos: Path) -> None:
+    command = [*STUDENT.split(), "--set=batch_size=4"]
+    (photos / "train/a/03.png").write_bytes((photos / "train/b/00.png").read_bytes())
+    found = tspipe(*command)
+    assert found.code == 1
+    assert found.error.startswith("photos.h5 is not of this data: at train index 3, the pixels of 'a/03.png' are not")
+    assert not Path("runs").exists()
+    found = tspipe(*command, "--trust-data")
+    assert (found.code, found.error) == (0, "")
+    assert "The images were not compared with those of the cache (--trust-data).\n" in found.out
+    (run,) = Path("runs").iterdir()
+    assert json.loads((run / "config.json").read_text())["config"]["trust_data"] is True
+
+
+def test_even_trusted_data_need_a_row_for_each_image(tspipe: Tspipe, photos: Path) -> None:
+    (photos / "train/a/03.png").unlink()
+    found = tspipe(*STUDENT.split(), "--set=batch_size=4", "--trust-data")
+    assert found.code == 1
+    assert found.error == (
+        "photos.h5 has 16 + 8 images of 2 classes, the dataset 15 + 8 images of 2 classes: --trust-data skips the "
+        "comparison of images, but cannot do without their rows."
+    )
