@@ -218,3 +218,35 @@ def test_even_trusted_data_need_a_row_for_each_image(tspipe: Tspipe, photos: Pat
         "photos.h5 has 16 + 8 images of 2 classes, the dataset 15 + 8 images of 2 classes: --trust-data skips the "
         "comparison of images, but cannot do without their rows."
     )
+
+
+def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) -> None:
+    """Students trained from the images in the file are those trained from the folder, to the last bit."""
+    resized = "--set=preprocess.resize=[24,24] --set=preprocess.crop=16"
+    command = f"cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --images {resized}".split()
+    found = tspipe(*command, "--out", "cache/with.h5")
+    assert (found.code, found.error) == (0, "")
+    assert tspipe(*[part for part in command if part != "--images"], "--out", "cache/without.h5").code == 0
+    cache = open_cache("cache/with.h5")
+    assert cache.train.images is not None
+    assert cache.train.images.shape == (16, 16, 16, 3)
+    students = []
+    for name, more in (("without", ["--data", "photos"]), ("with", []), ("with", ["--set=memory=1"])):
+        out = f"runs/{len(students)}"
+        flags = ["--student", "lenet5", "--random-images", "3", "--seeds", "1", "--epochs", "1", "--set=batch_size=4"]
+        found = tspipe("student", "--cache", f"cache/{name}.h5", *flags, *more, "--out", out)
+        assert (found.code, found.error) == (0, "")
+        students.append(weights_of(Path(out)))
+    assert all(students[0][name].equal(other[name]) for other in students[1:] for name in other)
+    assert tspipe("verify", "cache/with.h5", "photos", "--data", "--teacher", "9").code == 0
+    found = tspipe(*[part for part in command if part != "--images"], "--out", "cache/with.h5")
+    assert found.error == (
+        "cache/with.h5 is another cache: images is True there and False here. Replace it with --force, or choose --out."
+    )
+
+
+def weights_of(run: Path) -> dict:
+    import safetensors.torch
+
+    (path,) = run.glob("student-*")
+    return safetensors.torch.load_file(path)

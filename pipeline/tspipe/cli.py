@@ -74,6 +74,9 @@ def cache(
     out: Annotated[Path | None, typer.Option(help="Else cache/<dataset>.h5.", show_default=False)] = None,
     recipe: RecipeName = None,
     settings: Settings = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Keep the pixels, too: stage two then needs no dataset.")
+    ] = False,
     train_teacher: Annotated[
         bool, typer.Option("--train-teacher", help="Train the teacher first, if it has no weights yet.")
     ] = False,
@@ -105,7 +108,7 @@ def cache(
     usual = recipes.load(name).teacher.network
     out = out or extract.cache_path(stated, chosen.teacher.network, usual)
     say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
-    made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download))
+    made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download, images))
     commands.info(str(made.path))
     say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(dataset, data, name, chosen)]))
 

@@ -35,6 +35,7 @@ class ExtractConfig:
     data: Path | None = None
     force: bool = False
     download: bool = False
+    images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
 
 
 def cache_path(dataset: str, teacher: str, usual: str) -> Path:
@@ -64,9 +65,9 @@ def extract(config: ExtractConfig) -> Cache:
     teacher = feature_net.frozen(module, name, shape, device)
     plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
     if config.out.exists() and not config.force:
-        return _finished(config.out, plan, dataset)
+        return _finished(config, plan, dataset)
 
-    dimensions = _dimensions(plan, dataset, len(stored))
+    dimensions = _dimensions(plan, dataset, len(stored), (height, width, channels) if config.images else None)
     with CacheWriter(config.out, plan, dimensions, dataset.train.classes, stored) as writer:
         for split in SPLITS:
             match.match_split(
@@ -94,7 +95,7 @@ def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, reci
                     "labels": block.labels,
                     "keys": block.keys,
                 }
-                writer.write_block(split, number, {**columns, "digests": block.digests})
+                writer.write_block(split, number, {**columns, "digests": block.digests, "images": block.pixels})
                 advance(len(block.indices), f"teacher, {split}")
 
 
@@ -145,7 +146,9 @@ def _plan(
     }
 
 
-def _dimensions(plan: Manifest, dataset: Dataset, weights_bytes: int) -> Dimensions:
+def _dimensions(
+    plan: Manifest, dataset: Dataset, weights_bytes: int, image_shape: tuple[int, int, int] | None
+) -> Dimensions:
     return Dimensions(
         rows=plan["dataset"]["rows"],
         width=plan["features"]["width"],
@@ -155,6 +158,7 @@ def _dimensions(plan: Manifest, dataset: Dataset, weights_bytes: int) -> Dimensi
         class_bytes=_longest(dataset.train.classes),
         key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
         weights_bytes=weights_bytes,
+        image_shape=image_shape,
     )
 
 
@@ -162,10 +166,15 @@ def _longest(texts: Any) -> int:
     return max(1, *(len(text.encode()) for text in texts))
 
 
-def _finished(path: Path, plan: Manifest, dataset: Dataset) -> Cache:
+def _finished(config: ExtractConfig, plan: Manifest, dataset: Dataset) -> Cache:
     """The finished cache of this name, if it is what would be written."""
+    path = config.out
     cache = open_cache(path)
-    if differences := list(differing(as_plan(cache.manifest), plan)):
+    there, here = (
+        {**manifest, "images": images}
+        for manifest, images in ((as_plan(cache.manifest), cache.train.images is not None), (plan, config.images))
+    )
+    if differences := list(differing(there, here)):
         raise CacheMismatch(
             f"{path} is another cache: {'; '.join(differences[:3])}. Replace it with --force, or choose --out."
         )

@@ -165,7 +165,7 @@ class CacheWriter:
         # A writer that was killed at the very end has the manifest complete and the id not yet written.
         differences = list(differing(as_plan(structure.manifest), self.plan))
         if structure.dimensions != self.dimensions and not differences:
-            differences = ["the lengths of class names, keys or weights"]
+            differences = ["whether it has images, or the lengths of class names, keys or weights"]
         if differences:
             raise CacheMismatch(
                 f"{self.part} was begun with another plan: {'; '.join(differences[:3])}. "
