@@ -15,13 +15,14 @@ from tspipe import datasets, feature_net, learner, networks, random_images, trai
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.errors import CacheError, CacheMismatch, DatasetError, NetworkError, RecipeError, TrainingError
-from tspipe.learner import ALONE, ARMS, RANDOM, TAUGHT
+from tspipe.learner import ALONE, OWN, RANDOM, TAUGHT
 from tspipe.preprocess import Preprocess
 from tspipe.randomness import seed_torch
 from tspipe.run_folder import RunFolder
 from tspipe.teaching import load_teacher
 from tspipe.train_students import StudentConfig, train_students
 
+ARMS = (ALONE, TAUGHT, RANDOM)
 SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
 
 
@@ -151,10 +152,28 @@ def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, 
 
 
 def test_arms_of_a_command() -> None:
-    assert learner.arms(False, 178) == (RANDOM,)
-    assert learner.arms(False, 0) == (TAUGHT,)
-    assert learner.arms(True, 178) == ARMS
-    assert learner.arms(True, 0) == (ALONE, TAUGHT)
+    def arms(compare: bool, *overrides: str) -> tuple[str, ...]:
+        return learner.arms(compare, recipes.load("digits", overrides))
+
+    assert arms(False) == (RANDOM,)
+    assert arms(False, "random_images=0") == (TAUGHT,)
+    assert arms(True) == ARMS
+    assert arms(True, "random_images=0") == (ALONE, TAUGHT)
+    assert arms(True, "alone.lr=1e-4") == (ALONE, OWN, TAUGHT, RANDOM)
+
+
+def test_the_student_alone_may_have_a_schedule_of_its_own(digits: Cache, tmp_path: Path) -> None:
+    """With the settings of the other arms in it, it is the student alone to the last bit."""
+    both = (ALONE, OWN)
+    same = train_students(config(digits, tmp_path / "same", "alone.lr=0.001", "lr=0.001", arms=both))
+    other = train_students(config(digits, tmp_path / "other", "alone.lr=0.01", "lr=0.001", arms=both))
+    names = [f"student-lenet5-{arm}-seed0.safetensors" for arm in ("alone", "alone-own-schedule")]
+    one, two = ([safetensors.torch.load_file(run.path / name) for name in names] for run in (same, other))
+    last = "head.weight"
+    assert one[0][last].equal(one[1][last])
+    assert two[0][last].equal(one[0][last])
+    assert not two[1][last].equal(one[0][last])
+    assert other.config["alone"] == {"lr": 0.01}
 
 
 def test_rows_read_from_the_file_teach_what_loaded_rows_teach(run: RunFolder, digits: Cache, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def student(
     opened = open_cache(local(cache))
     flags = {"student": student or None, "random_images": random_images, "seeds": seeds, "epochs": epochs}
     chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, flags)
-    arms = learner.arms(compare, chosen.random_images)
+    arms = learner.arms(compare, chosen)
     config = train_students.StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
     run = train_students.train_students(config)
     report.show(run)

@@ -1,5 +1,6 @@
 """One student in training: its network, its loss, its optimiser, and what it has counted this epoch."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,20 @@ from tspipe import feature_net, losses, networks, training
 from tspipe.errors import RecipeError
 from tspipe.losses import Output, Target
 from tspipe.randomness import seed_torch
-from tspipe.recipe import Recipe
+from tspipe.recipe import Own, Recipe
 
-ALONE, TAUGHT, RANDOM = ARMS = ("alone", "taught", "taught + random")
+ALONE, OWN, TAUGHT, RANDOM = ARMS = ("alone", "alone, own schedule", "taught", "taught + random")
 
 
-def arms(compare: bool, random_images: int) -> tuple[str, ...]:
-    """The arms to train: the method itself, or all to compare; without random images none has them."""
-    chosen = ARMS if compare else (RANDOM if random_images else TAUGHT,)
-    return tuple(arm for arm in chosen if arm != RANDOM or random_images)
+def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
+    """The arms to train: the method itself, or all to compare that the recipe has settings for.
+
+    Where a paper fits the student alone in another way than the taught one, it is trained in both: `alone` differs from
+    the taught arms in the loss only, `alone, own schedule` is the paper's.
+    """
+    there = {ALONE: True, OWN: recipe.alone != Own(), TAUGHT: True, RANDOM: recipe.random_images > 0}
+    chosen = ARMS if compare else (RANDOM if there[RANDOM] else TAUGHT,)
+    return tuple(arm for arm in chosen if there[arm])
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,10 @@ class Learner:
         device: torch.device,
     ):
         self.student, self.arm, self.seed, self.device = student, arm, seed, device
-        self.loss_name = "xent" if arm == ALONE else recipe.loss
+        self.loss_name = "xent" if arm in (ALONE, OWN) else recipe.loss
         self.loss = losses.build(self.loss_name, recipe.model_dump()).to(device)
         self.separate = recipe.random_forward == "separate"
-        self.how = recipe.optimisation(student)
+        self.how = recipe.optimisation(student, alone=arm == OWN)
         options = recipe.student_options(student)
         # The same seed for every arm: they begin as the same network.
         seed_torch(seed, "weights")
@@ -82,7 +88,8 @@ class Learner:
     @property
     def name(self) -> str:
         """As in file names: `lenet5-taught-random-seed0`."""
-        return f"{networks.stated_name(self.student)}-{self.arm.replace(' + ', '-')}-seed{self.seed}".replace(":", "-")
+        arm = re.sub("[^a-z]+", "-", self.arm)
+        return f"{networks.stated_name(self.student)}-{arm}-seed{self.seed}".replace(":", "-")
 
     def start_epoch(self, epoch: int, *, counted: bool = False) -> None:
         """Set the epoch's learning rate; forget what the last one counted, unless this one was `counted` in part."""

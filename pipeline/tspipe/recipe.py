@@ -64,16 +64,21 @@ class Compute(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
-class Student(Section):
-    """What one student has of its own; None means as the recipe says."""
+class Own(Section):
+    """What differs from the recipe's optimisation; None means as there."""
 
-    options: dict[str, Any] = {}
     optimizer: Literal["adam", "sgd"] | None = None
     lr: float | None = Field(None, gt=0)
     lr_drop_every: int | None = Field(None, ge=1)
     lr_drop_factor: float | None = Field(None, gt=0, le=1)
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
+
+
+class Student(Own):
+    """What one student has of its own."""
+
+    options: dict[str, Any] = {}
 
 
 class Recipe(Optimisation):
@@ -86,6 +91,7 @@ class Recipe(Optimisation):
     compute: Compute = Compute()
     student: list[str] = Field(["lenet5"], min_length=1, description="the students trained when none is named")
     students: dict[str, Student] = {}
+    alone: Own = Field(Own(), description="of the student alone, which --compare then trains in this way, too")
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2, description="batch norm needs two")
     loss: str = Field("ts", description="of the taught arms: a name, or the path of a Python file")
@@ -118,9 +124,10 @@ class Recipe(Optimisation):
         """The options this student's network is built with."""
         return self.students.get(_stated(student), Student()).options
 
-    def optimisation(self, student: str) -> Optimisation:
-        """How this student is fitted."""
+    def optimisation(self, student: str, *, alone: bool = False) -> Optimisation:
+        """How this student is fitted; `alone` in the way of its own that the student alone may have."""
         own = self.students.get(_stated(student), Student()).model_dump(exclude_none=True, exclude={"options"})
+        own |= self.alone.model_dump(exclude_none=True) if alone else {}
         return Optimisation(**{name: own.get(name, getattr(self, name)) for name in Optimisation.model_fields})
 
 

@@ -22,7 +22,7 @@ from tspipe.datasets import Dataset, Images, open_dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
-from tspipe.learner import RANDOM, Batch, Learner
+from tspipe.learner import OWN, RANDOM, Batch, Learner
 from tspipe.losses import Target
 from tspipe.pixels import Pixels, memory_bound
 from tspipe.preprocess import Preprocess
@@ -98,6 +98,7 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         "arms": list(config.arms),
         "students": students,
         **recipe.model_dump(include=shared),
+        **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
         **({"trust_data": True} if config.trust_data else {}),
     }
 
