@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 import tspipe
@@ -175,3 +175,32 @@ def test_importing_the_reader_loads_no_torch() -> None:
     program = "import sys, tspipe; tspipe.open_cache; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
+
+
+def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Cache) -> None:
+    order = np.random.default_rng(2).permutation(1000)
+    parts = [Subset(Shuffled(order), list(range(600, 1000))), Subset(Shuffled(order), list(range(600)))]
+    taught = tspipe.CachedTargets(ConcatDataset(parts), digits)
+    for i, index in ((0, 600), (399, 999), (400, 0), (999, 599)):
+        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[index])])
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(ConcatDataset([Shuffled(order[:500]), plain(digits)]), digits)
+    assert str(refused.value) == "Some of the concatenated datasets have keys and some have not. Give all: keys=[…]"
+
+
+@pytest.mark.parametrize("label", ["3", (1, 0), torch.tensor([0.0, 1.0]), None])
+def test_a_label_that_is_no_class_number(photos: Cache, label: object) -> None:
+    dataset = [("image", label)] * 16
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(dataset, photos)[3]
+    assert str(refused.value) == (
+        "The label of image 3 is no class number, so it cannot be compared with the cache's. Where that is meant: "
+        "CachedTargets(…, check_labels=False)"
+    )
+    assert tspipe.CachedTargets(dataset, photos, check_labels=False)[3][1] is label
+
+
+def test_a_dataset_without_a_length(photos: Cache) -> None:
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(iter([]), photos)
+    assert str(refused.value) == "CachedTargets takes a map-style dataset, one with a length and dataset[i]."

@@ -275,7 +275,7 @@ def test_ctrl_c_says_that_nothing_is_lost(tspipe: Callable, monkeypatch: pytest.
     monkeypatch.setattr("tspipe.train_teacher.train_teacher", interrupted)
     found = tspipe("teacher", "--dataset", "digits")
     assert found.code == 130
-    assert found.out == "Stopped. The same command goes on where it was.\n"
+    assert found.err == "Stopped. Run the same command again: what it keeps on the way is kept.\n"
 
 
 @pytest.mark.parametrize(

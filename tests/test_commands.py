@@ -145,9 +145,7 @@ def test_a_student_of_a_url(tspipe: Tspipe, digits: Cache, tmp_path: Path, monke
     assert found.out.splitlines()[0] == f"Fetched {url} to {copy}"
     assert tspipe(*command).out.splitlines()[0] == f"{url} is unchanged: using the copy {copy}"
     (tmp_path / "digits.h5").unlink()
-    assert tspipe(*command).out.splitlines()[0] == (
-        f"Using the copy of {url}, which cannot be asked. There is no file {url}. Check the address."
-    )
+    assert tspipe(*command).out.splitlines()[0] == (f"Using the copy of {url}: There is no file {url}.")
 
 
 def test_info_of_a_url_says_what_info_of_the_file_says(tspipe: Tspipe, digits: Cache) -> None:
@@ -175,7 +173,11 @@ def test_list_caches(tspipe: Tspipe, digits: Cache, pets: Path, tmp_path: Path) 
 
 
 def test_list_caches_of_an_empty_folder(tspipe: Tspipe) -> None:
+    Path("cache").mkdir()
     assert tspipe("list", "caches").out == "There are no caches in cache. Make one: tspipe cache --dataset NAME\n"
+    assert tspipe("list", "caches", "nowhere").error == (
+        "nowhere is not a folder here. Name the one that the caches are in: tspipe list caches FOLDER"
+    )
 
 
 @pytest.fixture

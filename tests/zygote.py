@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -64,6 +65,8 @@ def start(arguments: list[str], limit: int | None = None, obey: bool = False) ->
         main()
     except SystemExit as stop:
         code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

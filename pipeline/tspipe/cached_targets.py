@@ -26,7 +26,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
 
     Each image is found in the cache by its key, where the dataset has keys: a sequence `dataset.keys`, or the files of
     torchvision's `ImageFolder`, whose keys are the paths below its root. Other datasets must have the cache's length
-    and are taken in its order. `torch.utils.data.Subset` of either works. Every label is compared with the cache's.
+    and are taken in its order. `Subset` and `ConcatDataset` of either work. Every label is compared with the cache's.
 
     In a `DataLoader` it works with any start method: it pickles without its rows, and each worker opens the file.
 
@@ -68,7 +68,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         image, label = self._sample(index)
         row = range(len(self))[index] if self._rows is None else int(self._rows[index])
         opened = self._open()
-        if self.check_labels and label != opened.labels[row]:
+        if self.check_labels and _number(label, index) != opened.labels[row]:
             raise CacheMismatch(
                 f"{self.path.name}: image {index} has label {label} in the dataset, {opened.labels[row]} in the cache "
                 f"(row {row}). Give the dataset the cache was made from, or check_labels=False."
@@ -94,6 +94,18 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         return {**self.__dict__, "_opened": None}
 
 
+def _number(label: Any, index: int) -> int:
+    try:
+        if isinstance(label, str | bytes):
+            raise TypeError
+        return int(label)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise DatasetError(
+            f"The label of image {index} is no class number, so it cannot be compared with the cache's. Where that is "
+            "meant: CachedTargets(…, check_labels=False)"
+        ) from problem
+
+
 def _open(cache: Cache, split: str) -> _Opened:
     found = cache.split(split)
     return _Opened(found.features, found.logits, found.labels)
@@ -102,6 +114,8 @@ def _open(cache: Cache, split: str) -> _Opened:
 def _rows(dataset: Any, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64] | None:
     """The cache's row of each of the dataset's images; None where they are in the same order."""
     stored, name = cache.split(split), cache.path.name
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DatasetError("CachedTargets takes a map-style dataset, one with a length and dataset[i].")
     base, indices = _unwrapped(dataset)
     own = keys if keys is not None else _keys(base)
     if own is None:
@@ -123,6 +137,19 @@ def _rows(dataset: Any, cache: Cache, split: str, keys: Sequence[str] | None) ->
     return None if np.array_equal(rows, np.arange(len(stored))) else rows
 
 
+def _concatenated(datasets: Sequence[Any]) -> list[str] | None:
+    """The keys of several datasets, one after the other; None if none has any."""
+    found = []
+    for base, indices in map(_unwrapped, datasets):
+        own = _keys(base)
+        found.append(own if own is None or indices is None else [own[i] for i in indices])
+    if all(own is None for own in found):
+        return None
+    if any(own is None for own in found):
+        raise DatasetError("Some of the concatenated datasets have keys and some have not. Give all: keys=[…]")
+    return [key for own in found if own is not None for key in own]
+
+
 def _unwrapped(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
     """The dataset below any number of `Subset`s, and which of its images are meant; None: all."""
     if not isinstance(dataset, torch.utils.data.Subset):
@@ -134,6 +161,8 @@ def _unwrapped(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
 
 def _keys(dataset: Any) -> list[str] | None:
     """A dataset's own keys; those of torchvision's `ImageFolder` are the paths below its root, as for `folder`."""
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        return _concatenated(dataset.datasets)
     keys = getattr(dataset, "keys", None)
     if keys is not None and not callable(keys):
         return [str(key) for key in keys]

@@ -158,7 +158,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # Ctrl-C
-            say("Stopped. The same command goes on where it was.")
+            print("Stopped. Run the same command again: what it keeps on the way is kept.", file=sys.stderr)
         raise
     except Exception as problem:
         text = _sentence(problem)

@@ -39,7 +39,7 @@ def verify(
     teacher: Annotated[int, typer.Option(metavar="N", min=0, help="Run the teacher again on N random images.")] = 0,
     repair: Annotated[bool, typer.Option("--repair", help="Put back the damaged rows, computed again.")] = False,
     weights: Annotated[
-        Path | None, typer.Option(help="The teacher's, where the cache has none.", show_default=False)
+        Path | None, typer.Option(help="The teacher's, where the cache has none or damaged ones.", show_default=False)
     ] = None,
     recipe: RecipeName = None,
     settings: Settings = None,
@@ -59,10 +59,12 @@ def verify(
         manifest = inspect(file, identified=False).manifest
         chosen, usual = recipe_of(str(file), manifest, recipe, settings, {})
         config = stage.VerifyConfig(chosen, folder or usual, weight_files.read(weights) if weights else None)
-    if damage:
+    while damage:
         stage.repair(file, damage, config)
         say("Put back: " + "; ".join(part.where for part in damage))
-        _sound(file)
+        before, damage = damage, _find_damage(file)  # behind some damage other damage may have been hidden
+        if damage == before:
+            raise _damaged(file, damage)
     opened = open_cache(file)
     images = sum(opened.manifest["dataset"]["rows"].values())
     say(f"{file} is what was written: {images:,} images, {size(file.stat().st_size)}, id {opened.id[:12]}")
@@ -74,7 +76,7 @@ def verify(
 
 def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A feature cache, or its URL.", show_default=False)],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another to compare it with.", show_default=False)],
 ) -> None:
     """What differs between two caches; exit code 0 where nothing does, else 1."""
     from tspipe.cache import open_cache
@@ -109,14 +111,15 @@ def push(
 
 def pull(
     url: Annotated[str, typer.Argument(metavar="URL", help="Where somebody pushed it.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Else cache/<its name>.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="A file, or a folder to put it into.", show_default=False)] = None,
     force: Force = False,
 ) -> None:
     """Fetch a cache and check it; an interrupted pull goes on where it stopped."""
     from tspipe.cache import open_cache, transfer
     from tspipe.progress import moving
 
-    out = out or Path("cache") / transfer.file_name(url)
+    out = out or Path("cache")
+    out = out / transfer.file_name(url) if out.suffix != ".h5" or out.is_dir() else out
     with moving(f"pulling {out.name}", lambda: transfer.remote_size(url)) as moved:
         pulled = transfer.pull(url, out, moved, force=force)
     if not pulled.stated:
@@ -161,7 +164,8 @@ def local(cache: str) -> Path:
     elif found.how == "unchanged":
         say(f"{name} is unchanged: using the copy {found.path}")
     else:
-        say(f"Using the copy of {name}, which cannot be asked. {found.problem}")
+        reason = found.problem.split(". ")[0]
+        say(f"Using the copy of {name}: {reason}.")
     if not found.stated:
         _sound(found.path)
     return found.path

@@ -63,7 +63,8 @@ def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
     """
     name = path.with_name(path.name + ".lock")
     while True:
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Not through a link, which another may have laid in a folder that all can write to.
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -90,6 +90,10 @@ def show_caches(folder: Path) -> None:
         table.add_column(heading, overflow="fold", no_wrap=heading == "id")
     for heading in ("test %", "images", "d", "dtype", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
+    if not folder.is_dir():
+        raise CacheError(
+            f"{folder} is not a folder here. Name the one that the caches are in: tspipe list caches FOLDER"
+        )
     problems: list[str] = []
     for path in sorted(folder.rglob("*.h5")):
         try:

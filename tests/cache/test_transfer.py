@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -336,13 +337,73 @@ def kill_pull(web: Web, path: Path, url: str) -> None:
     web.stalled.set()
 
 
-def test_a_killed_push_leaves_a_part_file_that_the_next_removes(cache: Path, tmp_path: Path) -> None:
+def test_a_killed_push_leaves_a_part_file_that_a_later_one_removes(cache: Path, tmp_path: Path) -> None:
+    """Not the next one at once: the file could be that of another push, which is running."""
     team = tmp_path / "team"
     kill_after(1, "push", cache, str(team))
     [left] = names(team)
     assert re.fullmatch(r"\.pets\.h5\.push-[0-9a-f]{8}\.part", left)
     assert push(cache, str(team), nothing).new
+    assert names(team) == [left, "pets.h5", "pets.h5.sha256"]
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(team / left, (long_ago, long_ago))
+    assert push(cache, str(team), nothing, force=True).new
     assert names(team) == ["pets.h5", "pets.h5.sha256"]
+
+
+def test_a_file_damaged_at_the_other_end_is_not_taken_for_the_same(cache: Path, tmp_path: Path) -> None:
+    push(cache, str(tmp_path / "team"), nothing)
+    there = tmp_path / "team" / "pets.h5"
+    data = bytearray(there.read_bytes())
+    data[-1] ^= 1
+    there.write_bytes(data)
+    with pytest.raises(CacheMismatch):
+        push(cache, str(tmp_path / "team"), nothing)
+    assert push(cache, str(tmp_path / "team"), nothing, force=True).new
+    assert there.read_bytes() == cache.read_bytes()
+
+
+def test_a_folder_may_be_called_like_a_cache(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "team" / "x.h5").mkdir(parents=True)
+    assert push(cache, str(tmp_path / "team" / "x.h5"), nothing).address == f"{tmp_path}/team/x.h5/pets.h5"
+
+
+def test_nowhere_is_no_place_to_push_to(cache: Path) -> None:
+    with pytest.raises(CacheError) as refused:
+        push(cache, "", nothing)
+    assert str(refused.value) == "'pets.h5' cannot be pushed to ''. Give a folder or an address, and a plain name."
+
+
+@pytest.mark.parametrize("line", ["{}  pets.h5", "\\{}  pets.h5", "{}"])
+def test_checksum_files_of_other_tools(cache: Path, tmp_path: Path, line: str) -> None:
+    there = tmp_path / "there.h5"
+    there.write_bytes(cache.read_bytes())
+    (tmp_path / "there.h5.sha256").write_text(line.format(sha256(cache).upper()))
+    assert pull(str(there), tmp_path / "here.h5", nothing).stated
+    (tmp_path / "there.h5.sha256").write_text("no checksum")
+    with pytest.raises(CacheError) as refused:
+        pull(str(there), tmp_path / "second.h5", nothing)
+    assert str(refused.value) == f"{there}.sha256 states no SHA-256. Push the file again, or delete that one."
+
+
+def test_a_part_file_that_is_a_link_is_not_followed(cache: Path, tmp_path: Path) -> None:
+    push(cache, str(tmp_path / "team"), nothing)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    target = tmp_path / "pets.h5"
+    target.with_name(f".pets.h5.{sha256(cache)[:16]}.part").symlink_to(victim)
+    with pytest.raises(CacheError):
+        pull(str(tmp_path / "team" / "pets.h5"), target, nothing)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_copy_that_was_changed_is_fetched_again(cache: Path, tmp_path: Path) -> None:
+    push(cache, str(tmp_path / "team"), nothing)
+    url = f"file://{tmp_path}/team/pets.h5"
+    copy = fetch(url, nothing, tmp_path / "home").path
+    copy.write_bytes(copy.read_bytes()[:1000])
+    assert fetch(url, nothing, tmp_path / "home").how == "fetched"
+    assert copy.read_bytes() == cache.read_bytes()
 
 
 def test_a_push_killed_before_it_stated_the_sha256_is_completed(cache: Path, tmp_path: Path) -> None:
@@ -661,7 +722,7 @@ def test_a_server_that_gives_no_parts_is_not_peeked_into(web: Web, tmp_path: Pat
     web.ranges = False
     with pytest.raises(CacheError) as refused:
         peek(url)
-    assert str(refused.value) == f"{url}: its server gives no parts of files. Fetch all of it: tspipe pull URL"
+    assert str(refused.value) == f"{url}: its server gives no parts of files. Fetch all of it: tspipe pull {url}"
     assert pull(url, tmp_path / "copy.h5", nothing).new
 
 

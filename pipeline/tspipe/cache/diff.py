@@ -58,7 +58,13 @@ class Diff:
 def compare(first: Cache, second: Cache) -> Diff:
     """Compare two caches: what their manifests say, their classes, and their rows by key."""
     one, two = (
-        {**cache.manifest, "classes": cache.classes, "teacher in the file": cache.has_teacher}
+        {
+            **cache.manifest,
+            "classes": cache.classes,
+            "id": cache.id,
+            "images in the file": cache.train.images is not None,
+            "teacher in the file": cache.has_teacher,
+        }
         for cache in (first, second)
     )
     return Diff(list(_fields(one, two)), {split: _compare_split(first, second, split) for split in SPLITS})
@@ -108,6 +114,7 @@ def _apart(one: Column, two: Column, *rows: NDArray[np.int64]) -> tuple[float | 
             column.take(mine[start : start + _ROWS]).astype(np.float64)
             for column, mine in zip((one, two), rows, strict=True)
         )
-        largest = max(largest, float(np.abs(there - here).max()))
+        apart = np.where(there == here, 0, np.abs(there - here))  # the same infinity twice is no difference
+        largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
         elsewhere += int((there.argmax(1) != here.argmax(1)).sum())
     return largest, elsewhere

@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ Advance = Callable[[int], None]  # bytes moved since the last call
 ReadPiece = Callable[[int, int], tuple[bytes, int]]  # start, stop -> what is there, and the size of the whole file
 
 _CHUNK = 4 * 2**20
+_ABANDONED = timedelta(days=1)
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 # Whichever of these `fs.info` gives tells one version of a file from another; the size alone does not.
 _VERSION = (
@@ -130,6 +132,15 @@ class Remote:
                 raise
             return None
 
+    def is_folder(self) -> bool:
+        """Whether there is a folder of this name."""
+        try:
+            return self.info().get("type") == "directory"
+        except RemoteError as problem:
+            if not problem.absent:
+                raise
+            return False
+
     def version(self) -> dict[str, str]:
         """What changes when the file does; empty where its place tells nothing of the kind."""
         info = self.info()
@@ -140,13 +151,17 @@ class Remote:
         """The SHA-256 that lies beside it, or None."""
         try:
             with self.checksum.open_at(0) as (file, _):
-                line = b"".join(self.checksum.chunks(file, 64))
+                line = b"".join(self.checksum.chunks(file, 66))
         except RemoteError as problem:
             if not problem.absent:
                 raise
             return None
-        found = re.match(rb"[0-9a-f]{64}", line)
-        return found[0].decode() if found else None
+        found = re.match(rb"\\?([0-9a-fA-F]{64})\b", line)  # with a backslash before names that have one
+        if found is None and line.lstrip().startswith(b"<"):
+            return None  # a page in place of a 404, as some web servers answer
+        if found is None:
+            raise CacheError(f"{self.checksum.shown} states no SHA-256. Push the file again, or delete that one.")
+        return found[1].decode().lower()
 
     def sha256(self, advance: Advance = lambda count: None) -> str:
         """Its SHA-256, by reading all of it."""
@@ -203,7 +218,9 @@ class Remote:
         with self.open_at(start, stop) as (file, begins_there):
             size = _content_range(file)[1]
             if not begins_there or size is None:
-                raise CacheError(f"{self.shown}: its server gives no parts of files. Fetch all of it: tspipe pull URL")
+                raise CacheError(
+                    f"{self.shown}: its server gives no parts of files. Fetch all of it: tspipe pull {self.shown}"
+                )
             return b"".join(self.chunks(file, stop - start)), size
 
     def write(self, chunks: Iterable[bytes]) -> None:
@@ -227,11 +244,11 @@ class Remote:
             raise
 
     def clear(self) -> None:
-        """Remove what killed pushes to this name left."""
+        """Remove what killed pushes to this name left; younger files may be those of a push that is running."""
         left = re.compile(rf"\.{re.escape(self.name)}(\.sha256)?\.push-[0-9a-f]{{8}}\.part")
         with contextlib.suppress(Exception):  # a folder that cannot be listed can still be written to
             for path in self.fs.ls(self.path.rpartition("/")[0], detail=False):
-                if left.fullmatch(path.rpartition("/")[2]):
+                if left.fullmatch(path.rpartition("/")[2]) and _age(self.fs.modified(path)) > _ABANDONED:
                     self.fs.rm_file(path)
 
     def remove(self) -> None:
@@ -246,6 +263,10 @@ class Remote:
 
     def _beside(self, name: str) -> "Remote":
         return replace(self, path=f"{self.path.rpartition('/')[0]}/{name}")
+
+
+def _age(modified: datetime) -> timedelta:
+    return datetime.now(UTC) - (modified if modified.tzinfo else modified.replace(tzinfo=UTC))
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -284,7 +305,7 @@ def _told(problem: BaseException, shown: str) -> RemoteError:
     status = getattr(problem, "status", None) or getattr(problem, "code", None)
     kind = type(problem).__name__
     if isinstance(problem, PermissionError) or status in (401, 403) or re.search("Credential|Token|Auth", kind):
-        how = "Log in with the tool of that place, or ask its owner to let you in."
+        how = f"{'Log in with the tool of that place, or ask' if is_url(shown) else 'Ask'} its owner to let you in."
         return RemoteError(f"{shown}: access is denied. {how}", absent=True)
     if isinstance(problem, FileNotFoundError) or status in (404, 410):
         return RemoteError(f"There is no file {shown}. Check the address.", absent=True)

@@ -16,7 +16,7 @@ from tspipe.cache.read import Column, assemble
 from tspipe.cache.verify import Damage
 from tspipe.cache.write import fingerprint
 from tspipe.errors import CacheBusy, CacheError
-from tspipe.files import lock, write_at
+from tspipe.files import lock, write_at, writing
 
 
 class Repair:
@@ -31,17 +31,12 @@ class Repair:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        with self._stack:
+        with self._stack, writing(self.path, CacheError):
             self._stack.enter_context(lock(self.path, CacheBusy))
             structure = inspect(self.path, identified=False)
             self.cache, self._sizes = assemble(self.path, structure, watched=False), structure.dimensions
             self._columns = {name: Column(self.path, region) for name, region in structure.regions.items()}
-            try:
-                self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-            except OSError as problem:
-                raise CacheError(
-                    f"{self.path} cannot be written: {problem.strerror}. Repair a copy of your own."
-                ) from problem
+            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
             self._stack.callback(os.close, self._file)
             self._stack.callback(os.fsync, self._file)
             self._stack = self._stack.pop_all()

@@ -116,12 +116,11 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
     Raises CacheMismatch when another file has that name, CacheDamaged when what is read back differs, CacheError.
     """
     target = _target(path, url)
-    if (size := target.existing_size()) is not None:
+    if not force and (size := target.existing_size()) is not None:
         if (there := _same(path, target, size)) is not None:
             return there
-        if not force:
-            how = "Push under another name, or replace it: --force"
-            raise CacheMismatch(f"{target.shown} is another file than {path}. {how}")
+        how = "Push under another name, or replace it: --force"
+        raise CacheMismatch(f"{target.shown} is another file than {path}. {how}")
     digest = hashlib.sha256()
 
     def upload(part: Remote) -> None:
@@ -175,9 +174,12 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
     folder = (home or _home()) / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / file_name(url)
     note = path.with_suffix(".json")
+    if path.exists() and _noted(note, "copy") != _copy(path):  # truncated or written to since
+        with _here(path):
+            path.unlink()
     try:
         version = Remote.at(url).version()
-        if version and path.exists() and _noted(note) == version:
+        if version and path.exists() and _noted(note, "version") == version:
             return Fetched(path, "unchanged")
         pulled = pull(url, path, advance, force=True)
     except RemoteError as problem:
@@ -185,7 +187,8 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
             raise
         return Fetched(path, "unreachable", str(problem))
     with _here(note):
-        write_whole(note, json.dumps({"url": without_secrets(url), "version": version}).encode())
+        facts = {"url": without_secrets(url), "version": version, "copy": _copy(path)}
+        write_whole(note, json.dumps(facts).encode())
     return Fetched(path, "fetched" if pulled.new else "unchanged", stated=pulled.stated)
 
 
@@ -233,12 +236,14 @@ def carried(cache: Cache) -> list[str]:
 
 def _target(path: Path, url: str) -> Remote:
     """Where a push of this file to this address goes."""
+    if not url or not path.name.isprintable():
+        raise CacheError(f"{path.name!r} cannot be pushed to {url!r}. Give a folder or an address, and a plain name.")
     target = Remote.at(url)
     if target.web:
         raise CacheError(
             f"{target.shown}: a web server takes no files. Push to a mounted folder, s3://, gs:// or hf://."
         )
-    return target if target.shown.endswith(".h5") else target.child(path.name)
+    return target if target.shown.endswith(".h5") and not target.is_folder() else target.child(path.name)
 
 
 def _same(path: Path, target: Remote, size: int) -> Pushed | None:
@@ -247,10 +252,9 @@ def _same(path: Path, target: Remote, size: int) -> Pushed | None:
         if path.stat().st_size != size:
             return None
         sha256 = _sha256(path)
-    stated = target.stated()
-    if sha256 != (stated or target.sha256()):
+    if sha256 != target.sha256():  # read, whatever is stated: disks fail at the other end, too
         return None
-    if not stated:  # the push that wrote them was killed just before
+    if target.stated() != sha256:  # the push that wrote them was killed just before
         _state(target, sha256)
     return Pushed(target.shown, sha256, new=False)
 
@@ -281,8 +285,9 @@ def _part(path: Path, stated: str | None) -> Path:
 
 def _download(remote: Remote, part: Path, size: int | None, advance: Advance) -> str:
     """Bring the part file to its end from where an earlier pull left it; returns the SHA-256 of all of it."""
-    with part.open("a+b") as file:
-        have = file.tell()
+    # Not through a link, which another may have laid in a folder that all can write to.
+    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b") as file:
+        have = file.seek(0, os.SEEK_END)
         if size is None or have > size:
             file.truncate(have := 0)
         elif size - have > (free := shutil.disk_usage(part.parent).free):
@@ -346,10 +351,16 @@ def _home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tspipe"
 
 
-def _noted(note: Path) -> Any:
-    """The version an earlier fetch noted, or None."""
+def _copy(path: Path) -> list[int]:
+    """What changes when a copy is written to."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _noted(note: Path, what: str) -> Any:
+    """What an earlier fetch noted, or None."""
     try:
-        return json.loads(note.read_bytes())["version"]
+        return json.loads(note.read_bytes())[what]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
