@@ -252,3 +252,18 @@ def weights_of(run: Path) -> dict:
 
     (path,) = run.glob("student-*")
     return safetensors.torch.load_file(path)
+
+
+def test_damage_of_stored_images_is_found_and_put_back(tspipe: Tspipe, photos: Path) -> None:
+    command = "cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --images --out cache/with.h5"
+    assert tspipe(*command.split(), "--set=compute.block_rows=4").code == 0
+    path = Path("cache/with.h5")
+    original = path.read_bytes()
+    images = open_cache(path).train.images
+    assert images is not None
+    data = bytearray(original)
+    data[images.offset + 6 * images.row_bytes] ^= 1
+    path.write_bytes(data)
+    assert tspipe("verify", path).says(f"{path} is not what was written: train_images, rows 4 to 7. …")
+    assert tspipe("verify", path, "photos", "--repair").code == 0
+    assert path.read_bytes() == original

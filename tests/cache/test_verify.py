@@ -188,3 +188,37 @@ def test_two_images_of_one_key(copy: Path) -> None:
 def test_a_manifest_that_counts_other_right_answers(copy: Path) -> None:
     fit(copy, lambda manifest: manifest["teacher"]["correct"].update(train=10))
     assert [(part.dataset, part.why) for part in find_damage(copy)] == [("train_logits", "not 10 images right")]
+
+
+def test_rows_and_checksums_at_once_are_told_apart(copy: Path) -> None:
+    """Of the checksums stored and those computed, the mixture that gives the id is right."""
+    for name, row in (("train_features", 1), ("train_keys", 9), ("test_logits", 0)):
+        found = region(copy, name)
+        flip(copy, found.offset + row * (found.nbytes // found.shape[0]))
+    sums = region(copy, "train_checksums")
+    for column in (1, 2, 7):  # of blocks 0, 0 and 1: logits, labels, labels
+        flip(copy, sums.offset + column * 32)
+    assert [damage.where for damage in find_damage(copy)] == [
+        "train_features, rows 0 to 3",
+        "train_keys, rows 8 to 9",
+        "test_logits, rows 0 to 2",
+        "train_checksums, rows 0 to 1",
+    ]
+
+
+def test_an_id_overwritten_with_zeros_is_not_an_unfinished_file(copy: Path) -> None:
+    put(copy, "id", 0, bytes(64))
+    assert explain(copy, find_damage(copy)) == (
+        f"{copy} is not what was written: id, rows 0 to 63 (no SHA-256). Get the file again from where it came from, "
+        "or make it again: tspipe cache --force"
+    )
+
+
+def test_where_it_cannot_be_known_both_are_named(copy: Path) -> None:
+    """A row and its own checksum: nothing tells what either was."""
+    flip(copy, region(copy, "train_features").offset)
+    flip(copy, region(copy, "train_checksums").offset)
+    assert explain(copy, find_damage(copy)) == (
+        f"{copy} is not what was written: train_features, rows 0 to 3 (they or their checksums). Get the file again "
+        "from where it came from, or make it again: tspipe cache --force"
+    )

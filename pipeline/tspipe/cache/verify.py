@@ -1,6 +1,7 @@
 """Is every byte of a cache the one that was written, and where not, which?"""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.check import checksum_names, identify, inspect
+from tspipe.cache.check import Structure, checksum_names, identify, inspect
 from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
 from tspipe.cache.read import Column
 from tspipe.cache.write import correct, fingerprint
+from tspipe.errors import CacheIncomplete
 
 _PIECE = 2**20  # bytes read at once
 _WINDOW = 64  # blocks in hand at once
@@ -21,8 +23,11 @@ _ID_ITSELF = 8  # of its 64 digits: an id that misses by so few is damaged itsel
 
 _SHOWN = 8  # places in a message
 NOT_WRITTEN = "not what was written"
+UNSURE = "they or their checksums"  # are not what was written
+_FEW = 8  # places of which every mixture is tried
 Advance = Callable[[int], object]
 Checksums = NDArray[np.uint8]  # (blocks, columns, 32)
+Sums = dict[str, Checksums]  # by dataset
 
 
 @dataclass(frozen=True)
@@ -69,33 +74,52 @@ def explain(path: Path, damage: list[Damage]) -> str:
 
 class _Verification:
     def __init__(self, path: Path, advance: Advance):
-        structure = inspect(path, identified=False)
+        structure = _structure(path)
         self.manifest, self.sizes, self.advance = structure.manifest, structure.dimensions, advance
         self.columns = {name: Column(path, region) for name, region in structure.regions.items()}
 
     def damage(self) -> list[Damage]:
-        found: list[Damage] = []
         strange: list[Damage] = []
         names = checksum_names(self.columns)
-        stored: dict[str, Checksums] = {name: self.columns[name].load() for name in names}
-        computed = {name: np.empty_like(checksums) for name, checksums in stored.items()}
+        stored: Sums = {name: self.columns[name].load() for name in names}
+        computed: Sums = {name: np.empty_like(checksums) for name, checksums in stored.items()}
         for name in names:
             strange += self._read(name.removesuffix("_checksums"), computed[name])
         manifest, identity = (self.columns[name].load().tobytes() for name in ("manifest", "id"))
-        ids = [identify(manifest, [part.tobytes() for part in some.values()]) for some in (stored, computed)]
-        missed = [sum(a != b for a, b in zip(identity, expected, strict=True)) for expected in ids]
-        # Of the stored checksums and the computed ones, those are right that give the id, or nearly.
-        right = int(missed[1] < missed[0])
-        for name in names:
-            compare = self._wrong_checksums if right else self._wrong_rows
-            found += compare(name, stored[name], computed[name])
-        damaged = [part.dataset for part in found]  # there, what is no number is no surprise
+        right, fitting = self._right(manifest, identity, stored, computed)
+        missed = sum(a != b for a, b in zip(identity, fitting, strict=True))
+        sure = missed <= _ID_ITSELF
+        found = [part for name in names for part in self._wrong_rows(name, right[name], computed[name], sure)]
+        found += [part for name in names for part in self._wrong_checksums(name, stored[name], right[name])]
+        damaged = {part.dataset for part in found}  # there, what is no number is no surprise
         found += [part for part in strange if part.dataset not in damaged]
-        if missed[right] > _ID_ITSELF:  # and then nothing else can be compared with the manifest
-            return [*found, Damage("manifest", range(len(manifest)), "not what the id says")]
-        if missed[right]:
-            found.append(Damage("id", range(len(identity)), data=ids[right]))
+        if sure:
+            found += [Damage("id", range(len(identity)), data=fitting)] if missed else []
+        elif re.fullmatch(rb"[0-9a-f]{64}", identity) is None:
+            found.append(Damage("id", range(len(identity)), "no SHA-256"))
+        elif not found:  # and then nothing else can be compared with it
+            return [Damage("manifest", range(len(manifest)), "not what the id says")]
         return [*found, *self._beside_checksums({damage.dataset for damage in found})]
+
+    def _right(self, manifest: bytes, identity: bytes, stored: Sums, computed: Sums) -> tuple[Sums, bytes]:
+        """Of the checksums stored and those computed the mixture that gives the id, or nearly, and the id it gives."""
+        differing = [(name, *at) for name in stored for at in np.argwhere((stored[name] != computed[name]).any(axis=2))]
+        few = len(differing) <= _FEW
+        masks = range(2 ** len(differing)) if few else (0, -1)  # -1: all bits set
+        best: tuple[int, Sums, bytes] | None = None
+        for mask in masks:
+            mixed = {name: checksums.copy() for name, checksums in stored.items()}
+            for bit, (name, block, column) in enumerate(differing):
+                if mask >> bit & 1:
+                    mixed[name][block, column] = computed[name][block, column]
+            given = identify(manifest, [checksums.tobytes() for checksums in mixed.values()])
+            missed = sum(a != b for a, b in zip(identity, given, strict=True))
+            if best is None or missed < min(best[0], _ID_ITSELF + 1):
+                best = missed, mixed, given
+            if not missed:
+                break
+        assert best is not None
+        return best[1:]
 
     def _read(self, split: str, checksums: Checksums) -> Iterator[Damage]:
         """Read a split, fill in its checksums, and find what is no number."""
@@ -125,20 +149,18 @@ class _Verification:
             checksums += digest.digest()
         return np.frombuffer(checksums, np.uint8).reshape(len(names), CHECKSUM_BYTES), count, strange
 
-    def _wrong_rows(self, name: str, stored: Checksums, computed: Checksums) -> Iterator[Damage]:
-        """The rows whose checksums are not those stored, column by column; neighbouring blocks are joined."""
+    def _wrong_rows(self, name: str, right: Checksums, computed: Checksums, sure: bool) -> Iterator[Damage]:
+        """The rows whose checksums are not the right ones, column by column; neighbouring blocks are joined."""
         split = name.removesuffix("_checksums")
         for i, column in enumerate(self.sizes.columns(split)):
-            wrong = np.flatnonzero((stored[:, i] != computed[:, i]).any(axis=1))
-            for run in np.split(wrong, np.flatnonzero(np.diff(wrong) > 1) + 1):
-                if len(run):
-                    first, last = (self.sizes.block(split, int(block)) for block in (run[0], run[-1]))
-                    rows = self.sizes.column_rows(column, range(first.start, last.stop))
-                    yield Damage(f"{split}_{column}", range(rows.start, rows.stop))
+            for blocks in _runs((right[:, i] != computed[:, i]).any(axis=1)):
+                first, last = self.sizes.block(split, blocks[0]), self.sizes.block(split, blocks[-1])
+                rows = self.sizes.column_rows(column, range(first.start, last.stop))
+                yield Damage(f"{split}_{column}", range(rows.start, rows.stop), NOT_WRITTEN if sure else UNSURE)
 
-    def _wrong_checksums(self, name: str, stored: Checksums, computed: Checksums) -> Iterator[Damage]:
-        for block in np.flatnonzero((stored != computed).any(axis=(1, 2))).tolist():
-            yield Damage(name, range(block, block + 1), data=computed[block].tobytes())
+    def _wrong_checksums(self, name: str, stored: Checksums, right: Checksums) -> Iterator[Damage]:
+        for blocks in _runs((stored != right).any(axis=(1, 2))):
+            yield Damage(name, blocks, data=right[blocks.start : blocks.stop].tobytes())
 
     def _beside_checksums(self, damaged: set[str]) -> Iterator[Damage]:
         """What only the manifest tells: the weights, the classes, and what the teacher gets right."""
@@ -162,6 +184,25 @@ class _Verification:
                 and correct(self.columns, self.sizes, split) != count
             ):
                 yield Damage(f"{split}_logits", range(self.sizes.images(split)), f"not {count:,} images right")
+
+
+def _structure(path: Path) -> Structure:
+    """A file's structure, whatever its id is; also of a finished file whose id was overwritten with zeros."""
+    try:
+        return inspect(path, identified=False)
+    except CacheIncomplete:
+        structure = inspect(path, finished=False)
+        if path.suffix == ".part" or structure.manifest["dataset"]["fingerprint"] is None:
+            raise
+        return structure
+
+
+def _runs(which: NDArray[np.bool_]) -> Iterator[range]:
+    """The runs of neighbouring places that are true."""
+    places = np.flatnonzero(which)
+    for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+        if len(run):
+            yield range(int(run[0]), int(run[-1]) + 1)
 
 
 def _not_finite(values: NDArray[np.floating]) -> NDArray[np.bool_]:
