@@ -25,3 +25,9 @@ def make_folder(root: Path, train: int = 8, test: int = 4) -> Path:
             for i in range(count):
                 Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
     return root
+
+
+def untouched(path: Path) -> tuple[int, int, int]:
+    """What stays while nobody writes to a file; that it was read changes other times."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

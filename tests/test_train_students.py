@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from shared import untouched
 from tspipe import datasets, feature_net, learner, networks, random_images, training
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
@@ -98,9 +99,9 @@ def test_an_arm_does_not_depend_on_the_arms_beside_it(run: RunFolder, digits: Ca
 
 
 def test_a_finished_run_is_left_as_it_is(run: RunFolder, digits: Cache) -> None:
-    before = {path: path.stat() for path in run.path.iterdir()}
+    before = {path: untouched(path) for path in run.path.iterdir()}
     assert train_students(config(digits, run.path, "seeds=2")).path == run.path
-    assert {path: path.stat() for path in run.path.iterdir()} == before
+    assert {path: untouched(path) for path in run.path.iterdir()} == before
 
 
 def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
@@ -363,7 +364,7 @@ def test_settings_of_a_student_that_does_not_exist_are_refused() -> None:
     with pytest.raises(RecipeError) as refused:
         recipes.load("digits", ["students.lenett.lr=9"])
     assert str(refused.value) == (
-        "The recipe digits: Unknown student 'lenett'. There are: lenet5, alexnet, resnet56, mobilenet_v2, "
+        "The recipe digits: Unknown student 'lenett'. There are: lenet5, alexnet, resnet56, mobilenet_v2, ntsnet, "
         "resnet110, resnet18, resnet20, resnet32, resnet44, resnet50."
     )
     assert recipes.load("digits", ["student=./mine.py", "students.mine.lr=9"]).optimisation("./mine.py").lr == 9

@@ -164,13 +164,20 @@ def _epoch(
         if how.shift or how.flip:
             pixels = shift_and_flip(pixels, _views(how.shift, how.flip, epoch, batch, len(rows)).to(pixels.device))
         seed_torch(_SEED, "dropout", epoch, batch)
-        loss = F.cross_entropy(network(recipe.preprocess.normalise(pixels)), labels[rows.to(labels.device)])
+        loss = _loss(network, recipe.preprocess.normalise(pixels), labels[rows.to(labels.device)])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         total += loss.detach()
         after(epoch, batch, len(rows), total)
     return total
+
+
+def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, or the sum of the losses that a network like NTS-Net has of its own."""
+    if callable(own := getattr(network, "losses", None)):
+        return torch.stack(list(own(images, labels).values())).sum()
+    return F.cross_entropy(network(images), labels)
 
 
 def _views(shift: int, flip: bool, epoch: int, batch: int, count: int) -> Tensor:
