@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import socket
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it: under its own name it is never half there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    beginning = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{beginning}{os.getpid()}")
     with writing(path):
+        _remove_abandoned(path.parent, beginning)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -36,6 +39,19 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def _remove_abandoned(folder: Path, beginning: str) -> None:
+    """Remove the temporary files of processes of this host that were killed."""
+    for left in folder.glob(f"{glob.escape(beginning)}*"):
+        process = left.name.removeprefix(beginning)
+        try:
+            if process.isdigit():
+                os.kill(int(process), 0)  # sends nothing; only asks whether it is there
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except OSError:  # it is there, and another user's
+            continue
 
 
 def sync_folder(folder: Path) -> None:
