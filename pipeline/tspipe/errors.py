@@ -6,7 +6,8 @@ TspipeError
 │   ├── CacheDamaged      bytes differ from what was written
 │   ├── CacheIncomplete   the writer has not finished
 │   ├── CacheMismatch     a sound cache, but not of this data, preprocess or teacher
-│   └── CacheBusy         another process is writing it
+│   ├── CacheBusy         another process is writing it
+│   └── RemoteError       the place of a remote one cannot be asked (defined in cache/remote.py)
 ├── DatasetError          images or labels missing, unreadable, or not as published
 ├── NetworkError          an architecture or its weights
 ├── RecipeError           a recipe, a flag or an override
