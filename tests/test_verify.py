@@ -170,6 +170,18 @@ def test_the_teacher_is_asked_again(tspipe: Tspipe, copy: Path) -> None:
     assert lines[5] == "Changed argmax: 0 of 100"
 
 
+@pytest.mark.parametrize("count", [1, 65])
+def test_the_images_chosen_may_all_be_of_one_split(tspipe: Tspipe, copy: Path, count: int, monkeypatch) -> None:
+    class Last:
+        def choice(self, total: int, size: int, replace: bool) -> np.ndarray:
+            return np.arange(total - size, total)
+
+    monkeypatch.setattr(np.random, "default_rng", Last)
+    found = tspipe("verify", copy, "--teacher", count)
+    assert (found.code, found.error) == (0, "")
+    assert found.out.endswith(f"Changed argmax: 0 of {count}\n")
+
+
 def test_a_teacher_that_says_something_else(tspipe: Tspipe, shapes: Path) -> None:
     folder = shapes.parent / "shapes"
     for path in folder.rglob("*.png"):

@@ -27,6 +27,7 @@ from tspipe.show import console
 from tspipe.teaching import ROUNDING, load_teacher, teacher_name
 from tspipe.weights import Weights
 
+_AT_ONCE = 64  # images the teacher is asked about
 _BY_TEACHER = {"features", "logits"}
 
 
@@ -103,7 +104,8 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
         mine = np.sort(chosen[(chosen >= first) & (chosen < first + size)]) - first
         images, stored = dataset.split(split), cache.split(split)
         with progress(f"teacher, {split}", len(mine), "images") as advance:
-            for some in np.array_split(mine, np.arange(64, len(mine), 64)):
+            for start in range(0, len(mine), _AT_ONCE):  # none of a split of which nothing was chosen
+                some = mine[start : start + _AT_ONCE]
                 pixels = np.stack([read(images, preprocess, int(i))[1] for i in some])
                 features, logits = rows.taught(teacher, preprocess, len(some), pixels)
                 found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
