@@ -15,15 +15,6 @@ COUNTS = {  # 10 classes: option A, option B
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The networks here are so small that threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(layers=20, num_classes=10, input_shape=(3, 32, 32), **options):
     return networks.build(f"resnet{layers}", num_classes, input_shape, options)
 

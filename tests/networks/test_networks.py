@@ -13,16 +13,6 @@ from tspipe.errors import NetworkError
 SMALL = (3, 16, 16)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The networks here are so small that threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 

@@ -19,16 +19,6 @@ SHAPE = (3, 64, 64)
 WIDTH = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The networks here are so small that threads cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(num_classes=7, input_shape=SHAPE, **options):
     """A narrow network whose batch norms and proposals differ from image to image, in eval mode."""
     network = build(num_classes, input_shape, width=WIDTH, **options).eval()

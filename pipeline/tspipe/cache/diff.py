@@ -1,13 +1,12 @@
 """What differs between two caches."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.layout import SPLITS
+from tspipe.cache.layout import SPLITS, differing_fields
 from tspipe.cache.read import Cache, Column
 
 _ROWS = 4096  # compared at once
@@ -67,15 +66,7 @@ def compare(first: Cache, second: Cache) -> Diff:
         }
         for cache in (first, second)
     )
-    return Diff(list(_fields(one, two)), {split: _compare_split(first, second, split) for split in SPLITS})
-
-
-def _fields(first: Any, second: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(first, dict) and isinstance(second, dict):
-        for key in sorted(first.keys() | second.keys()):
-            yield from _fields(first.get(key), second.get(key), f"{where}.{key}".lstrip("."))
-    elif first != second:
-        yield where, first, second
+    return Diff(list(differing_fields(one, two)), {split: _compare_split(first, second, split) for split in SPLITS})
 
 
 def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:

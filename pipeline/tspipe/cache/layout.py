@@ -110,6 +110,15 @@ def as_plan(manifest: Manifest) -> Manifest:
     }
 
 
+def differing_fields(one: Any, two: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields in which two manifests differ: (dotted name, its value in the one, in the other)."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in sorted(one.keys() | two.keys()):
+            yield from differing_fields(one.get(key), two.get(key), f"{where}.{key}".lstrip("."))
+    elif one != two:
+        yield where, one, two
+
+
 def digest(image: NDArray[np.uint8]) -> bytes:
     """What identifies an image (H, W, C): the first 8 bytes of SHA-256 over its shape (three `<i8`) and its pixels."""
     return hashlib.sha256(struct.pack("<3q", *image.shape) + image.tobytes()).digest()[:DIGEST_BYTES]

@@ -26,6 +26,7 @@ from tspipe.cache.layout import (
     Manifest,
     as_plan,
     decode_manifest,
+    differing_fields,
     encode_manifest,
 )
 from tspipe.cache.read import Column, Split, split_columns
@@ -217,13 +218,10 @@ def correct(columns: Mapping[str, Column], dimensions: Dimensions, split: str) -
     return int((logits.argmax(axis=1) == columns[f"{split}_labels"].load()).sum())
 
 
-def differing(there: Any, here: Any, where: str = "") -> Iterator[str]:
-    """The fields in which two manifests differ, each as `name: A there, B here`."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
-            yield from differing(there.get(key), here.get(key), f"{where}.{key}".lstrip("."))
-    elif there != here:
-        yield f"{where} is {there!r} there and {here!r} here"
+def differing(there: Any, here: Any) -> Iterator[str]:
+    """The fields in which two manifests differ, each as a sentence's part."""
+    for where, one, two in differing_fields(there, here):
+        yield f"{where} is {one!r} there and {two!r} here"
 
 
 def _reserve(path: Path, size: int) -> None:
