@@ -17,7 +17,7 @@ from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheError, CacheMismatch
 from tspipe.feature_net import FeatureNet
-from tspipe.pixels import read
+from tspipe.pixels import input_shape
 from tspipe.progress import progress
 from tspipe.recipe import Recipe
 from tspipe.weights import Weights
@@ -55,8 +55,7 @@ def extract(config: ExtractConfig) -> Cache:
     device = pick_device(recipe.compute.device)
     rows.exact()
 
-    height, width, channels = read(dataset.train, recipe.preprocess, 0)[1].shape
-    shape, classes = (channels, height, width), len(dataset.train.classes)
+    shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
     module, options = feature_net.load_teacher(
         name, classes, shape, recipe.teacher.options, config.weights.tensors, config.weights.source
     )
@@ -67,7 +66,7 @@ def extract(config: ExtractConfig) -> Cache:
     if config.out.exists() and not config.force:
         return _finished(config, plan, dataset)
 
-    dimensions = _dimensions(plan, dataset, len(stored), (height, width, channels) if config.images else None)
+    dimensions = _dimensions(plan, dataset, len(stored), (*shape[1:], shape[0]) if config.images else None)
     with CacheWriter(config.out, plan, dimensions, dataset.train.classes, stored) as writer:
         for split in SPLITS:
             match.match_split(
@@ -87,7 +86,9 @@ def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, reci
         for split in SPLITS:
             blocks = rows.decoded(dataset.split(split), recipe.preprocess, ranges[split])
             for number, block in zip(missing[split], blocks, strict=True):
-                features, logits = rows.taught(teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels)
+                features, logits = rows.taught(
+                    teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
+                )
                 _check_features(features, block.keys, recipe)
                 columns: dict[str, NDArray[Any]] = {
                     "features": features,

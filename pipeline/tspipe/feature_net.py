@@ -1,6 +1,7 @@
 """Any network as (features, logits), and a student's g(x) of the teacher's width."""
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -135,11 +136,15 @@ def last_linear(module: nn.Module, name: str, probe: Tensor) -> tuple[str, Tenso
 
 @contextlib.contextmanager
 def _evaluated(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, for a probe that leaves no trace (dropout, batch norm's averages)."""
+    """Eval mode without gradients, for a probe that leaves no trace (dropout, batch norm, torch's generator).
+
+    What a module draws at random even so is the same in every such probe on the CPU.
+    """
     training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds GPUs too
             yield
     finally:
         module.train(training)
@@ -198,11 +203,20 @@ def frozen(module: nn.Module, name: str, input_shape: tuple[int, int, int], devi
     probe = noise(input_shape)
     network = split(module.eval().requires_grad_(False), name, probe)
     folded = FeatureNet(fold_batch_norms(network.backbone), network.head).eval()
-    with torch.no_grad():
-        plain, found = network(probe).features, folded(probe).features
-    if (found - plain).abs().max() <= 1e-4 * plain.abs().max():
+    if _same_features(network, folded, probe):
         network = folded
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _same_features(plain: FeatureNet, folded: FeatureNet, probe: Tensor) -> bool:
+    with _evaluated(plain):
+        expected = plain(probe).features
+    try:
+        with _evaluated(folded):
+            found = folded(probe).features
+    except Exception:  # its code may want of its parts what only they have, as a Sequential's length
+        return False
+    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 def noise(input_shape: tuple[int, int, int]) -> Tensor:
@@ -213,13 +227,17 @@ def noise(input_shape: tuple[int, int, int]) -> Tensor:
 def fold_batch_norms(module: nn.Module) -> nn.Module:
     """A module in eval mode without those batch norms that directly follow a convolution used only there.
 
-    It is given back as it is if it has a control flow that cannot be traced.
+    Where its control flow cannot be traced, its parts are folded one by one. The module given is left as it is.
     """
+    if not any(module.children()):
+        return module
     try:
         traced = fx.symbolic_trace(module)
         _fold(traced)
     except Exception:  # tracing runs the module's own code on stand-ins, which can raise anything
-        return module
+        folded = copy.copy(module)
+        folded._modules = {name: part and fold_batch_norms(part) for name, part in module._modules.items()}
+        return folded
     return traced
 
 

@@ -1,9 +1,11 @@
 """Preprocessed pixels, batch by batch: from memory where they fit, decoded ahead in threads where not."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tspipe.datasets import Images
+from tspipe.cache import SPLITS, Cache
+from tspipe.datasets import Dataset, Images
 from tspipe.distributed import cores
 from tspipe.errors import DatasetError
 from tspipe.preprocess import Preprocess
 from tspipe.progress import progress
 
 T = TypeVar("T")
-_TASK = 16  # images a thread takes at once: one at a time, handing them out costs more than a small JPEG
+_LOADED = 64  # images decoded at once into memory
+_TASK = 16  # the most images a thread takes at once: one at a time, handing them out costs more than a small JPEG
 
 
 def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead: int = 4) -> Iterator[list[T]]:
@@ -35,7 +39,8 @@ def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead
     waiting: deque[list[Future[list[T]]]] = deque()
     try:
         for batch in batches:
-            waiting.append([pool.submit(task, batch[i : i + _TASK]) for i in range(0, len(batch), _TASK)])
+            size = min(_TASK, -(-len(batch) // cores())) or 1
+            waiting.append([pool.submit(task, batch[i : i + size]) for i in range(0, len(batch), size)])
             if len(waiting) > ahead:
                 yield [result for future in waiting.popleft() for result in future.result()]
         while waiting:
@@ -51,6 +56,29 @@ def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np
         return original, preprocess.apply(original)
     except DatasetError as problem:
         raise DatasetError(f"{images.keys[index]}: {problem}") from problem
+
+
+def of_cache(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Preprocess]:
+    """A cache's images, and the steps left to do: those in the file, else the local ones that `local` opens."""
+    preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
+    if cache.train.images is None or cache.test.images is None:
+        return local(), preprocess
+    held = Dataset(cache.manifest["dataset"]["name"], "", *(_held(cache, split) for split in SPLITS))
+    return held, replace(preprocess, resize=None, crop=None)
+
+
+def _held(cache: Cache, split: str) -> Images:
+    """A split's images as the cache holds them, resized and cropped already."""
+    found = cache.split(split)
+    assert found.images is not None
+    keys = [key.decode("utf-8", "replace") for key in found.keys.load().tolist()]
+    return Images(found.labels, keys, cache.classes, found.images.__getitem__)
+
+
+def input_shape(images: Images, preprocess: Preprocess) -> tuple[int, int, int]:
+    """(C, H, W) of what the network gets, as the first image has it."""
+    height, width, channels = read(images, preprocess, 0)[1].shape
+    return channels, height, width
 
 
 def stack(pixels: Sequence[NDArray[np.uint8]], keys: Sequence[str]) -> NDArray[np.uint8]:
@@ -77,9 +105,9 @@ class Pixels:
 
     def __init__(self, images: Images, preprocess: Preprocess, what: str, memory: int, device: torch.device):
         self._images, self._preprocess, self.device = images, preprocess, device
-        first = read(images, preprocess, 0)[1]
-        self.shape = (first.shape[2], first.shape[0], first.shape[1])  # (C, H, W)
-        self._held = self._load(what, first.shape).to(device) if first.nbytes * len(images) <= memory else None
+        self.shape = input_shape(images, preprocess)
+        fits = math.prod(self.shape) * len(images) <= memory
+        self._held = self._load(what).to(device) if fits else None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -93,19 +121,20 @@ class Pixels:
         for batch in self._decoded(rows.tolist() for rows in order):
             yield _channels_first(batch).to(self.device)
 
-    def _load(self, what: str, shape: tuple[int, ...]) -> Tensor:
-        if self._images.array is not None and self._images.array.shape[1:] == shape:
+    def _load(self, what: str) -> Tensor:
+        channels, height, width = self.shape
+        if self._images.array is not None and self._images.array.shape[1:] == (height, width, channels):
             return _channels_first(self._images.array)
-        out = np.empty((len(self), *shape), np.uint8)
-        done = 0
+        out, done = torch.empty((len(self), *self.shape), dtype=torch.uint8), 0
         with progress(f"reading {what}", len(self), "images") as advance:
-            for batch in self._decoded(range(i, min(i + 256, len(self))) for i in range(0, len(self), 256)):
-                if batch.shape[1:] != shape:
-                    stack([np.empty(shape, np.uint8), batch[0]], [self._images.keys[0], self._images.keys[done]])
-                out[done : done + len(batch)] = batch
+            for batch in self._decoded(range(i, min(i + _LOADED, len(self))) for i in range(0, len(self), _LOADED)):
+                if batch.shape[1:] != (height, width, channels):
+                    first = np.empty((height, width, channels), np.uint8)
+                    stack([first, batch[0]], [self._images.keys[0], self._images.keys[done]])
+                out[done : done + len(batch)] = torch.from_numpy(batch).permute(0, 3, 1, 2)
                 done += len(batch)
                 advance(len(batch), f"reading {what}")
-        return _channels_first(out)
+        return out
 
     def _decoded(self, batches: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
         def work(index: int) -> tuple[str, NDArray[np.uint8]]:

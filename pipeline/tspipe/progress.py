@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s", style="progress.data.speed")
+        return Text("" if speed is None else f"{_digits(speed)} {self.unit}/s", style="progress.data.speed")
 
 
 @contextlib.contextmanager
@@ -81,9 +82,12 @@ def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
         if now - printed >= LINE_SECONDS:
             printed = now
             rate = (count - done) / (now - start)
-            left = int((total - count) / rate) if rate else 0
-            console.print(
-                f"{what}: {count:,}/{total:,} {unit}, {rate:,.0f}/s, {left // 60}:{left % 60:02} left", markup=False
-            )
+            left = timedelta(seconds=int((total - count) / rate) if rate else 0)
+            console.print(f"{what}: {count:,}/{total:,} {unit}, {_digits(rate)}/s, {left} left", markup=False)
 
     yield advance
+
+
+def _digits(rate: float) -> str:
+    """A rate as people read it: 1,234, 12, 1.23."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}"

@@ -12,6 +12,9 @@ from tspipe.datasets import Images
 from tspipe.feature_net import FeatureNet
 from tspipe.pixels import read, read_ahead, stack
 from tspipe.preprocess import Preprocess
+from tspipe.randomness import seed_torch
+
+_SEED = 0  # a cache is made once
 
 
 class Block(NamedTuple):
@@ -51,13 +54,15 @@ def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iter
 
 @torch.inference_mode()
 def taught(
-    teacher: FeatureNet, preprocess: Preprocess, batch_size: int, pixels: NDArray[np.uint8]
+    teacher: FeatureNet, preprocess: Preprocess, batch_size: int, pixels: NDArray[np.uint8], split: str, block: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features (n, d) and logits (n, c) of (n, H, W, C) pixels, batch by batch; a batch never crosses a block."""
-    device = teacher.head.weight.device
-    outputs = [
-        teacher(preprocess.normalise(batch.to(device).permute(0, 3, 1, 2)))
-        for batch in torch.from_numpy(pixels).split(batch_size)
-    ]
+    """Features (n, d) and logits (n, c) of a block's (n, H, W, C) pixels, batch by batch; none crosses a block.
+
+    A teacher that draws random numbers in eval mode, too, draws the same for the same block.
+    """
+    device, outputs = teacher.head.weight.device, []
+    for number, batch in enumerate(torch.from_numpy(pixels).split(batch_size)):
+        seed_torch(_SEED, f"teacher, {split}", block, number)
+        outputs.append(teacher(preprocess.normalise(batch.to(device).permute(0, 3, 1, 2))))
     features, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
     return features, logits

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from tspipe import networks, plugins, random_images, training, weights
 from tspipe.cache import SPLITS, Cache, match
-from tspipe.datasets import Dataset, Images, open_dataset
+from tspipe.datasets import Dataset, open_dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
 from tspipe.learner import OWN, RANDOM, Batch, Learner
 from tspipe.losses import Target
-from tspipe.pixels import Pixels, memory_bound
+from tspipe.pixels import Pixels, memory_bound, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
 from tspipe.randomness import seed_torch
@@ -113,15 +113,13 @@ class Run:
         _check_preprocess(cache, recipe.preprocess)
         if cache.manifest["views"]:
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
-        dataset = _dataset(config)
+        dataset, steps = of_cache(cache, lambda: _local(config))
         if len(dataset.train) < recipe.batch_size:
             raise DatasetError(
                 f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
                 f"{recipe.batch_size}. Give a smaller one: --set batch_size={max(2, len(dataset.train) // 4)}"
             )
         memory = recipe.memory or memory_bound(device)
-        # What the cache holds is resized and cropped already.
-        steps = replace(self.preprocess, resize=None, crop=None) if cache.train.images is not None else self.preprocess
         self.train_pixels = Pixels(dataset.train, steps, "train", memory // 3, device)
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
@@ -224,6 +222,7 @@ class Run:
             for number in numbers:
                 teaching.start()
                 images, ahead = ahead.result(), pool.submit(draw, number + 1)
+                seed_torch(seed, "teacher", epoch, number)  # for a teacher whose dropout is always on
                 taught = self._teach(images)
                 teaching.stop()
                 yield taught
@@ -309,22 +308,11 @@ class Position:
     batch: int = 0
 
 
-def _dataset(config: StudentConfig) -> Dataset:
-    """The images: those that the cache holds, else the local ones, which must be those it was made from."""
-    cache = config.cache
-    if cache.train.images is not None and cache.test.images is not None:
-        return Dataset(cache.manifest["dataset"]["name"], "", *(_held(cache, split) for split in SPLITS))
+def _local(config: StudentConfig) -> Dataset:
+    """The local images, which must be those the cache was made from."""
     dataset = open_dataset(config.recipe.dataset, config.data, download=config.download)
-    (_check_counts if config.trust_data else _check_data)(cache, dataset)
+    (_check_counts if config.trust_data else _check_data)(config.cache, dataset)
     return dataset
-
-
-def _held(cache: Cache, split: str) -> Images:
-    """A split's images as the cache holds them."""
-    found = cache.split(split)
-    assert found.images is not None
-    keys = [key.decode("utf-8", "replace") for key in found.keys.load().tolist()]
-    return Images(found.labels, keys, cache.classes, found.images.__getitem__)
 
 
 def _check_preprocess(cache: Cache, wanted: Preprocess) -> None:

@@ -19,15 +19,14 @@ from tspipe.datasets import Dataset, open_dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
 from tspipe.feature_net import FeatureNet
-from tspipe.pixels import read
+from tspipe.pixels import input_shape, of_cache, read
 from tspipe.preprocess import Preprocess
 from tspipe.progress import progress
 from tspipe.recipe import Recipe
 from tspipe.show import console
-from tspipe.teaching import ROUNDING, load_teacher, teacher_name
+from tspipe.teaching import ROUNDING, draws_at_random, load_teacher, teacher_name
 from tspipe.weights import Weights
 
-_AT_ONCE = 64  # images the teacher is asked about
 _BY_TEACHER = {"features", "logits"}
 
 
@@ -94,29 +93,38 @@ class Agreement(NamedTuple):
 
 
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
-    """Run the teacher again on random images of both splits."""
-    dataset, preprocess = config.dataset(), Preprocess.from_dict(cache.manifest["preprocess"])
-    teacher = _teacher(cache, config, dataset, preprocess, pick_device(config.recipe.device))
+    """Run the teacher again on random images of both splits: the pixels in the file, else the local dataset's."""
+    dataset, preprocess = of_cache(cache, config.dataset)
+    device = pick_device(config.recipe.device)
+    teacher = _teacher(cache, config, dataset, preprocess, device)
     sizes = [len(cache.split(split)) for split in SPLITS]
     chosen = np.random.default_rng().choice(sum(sizes), min(count, sum(sizes)), replace=False)
-    views, found = cache.dimensions.views or 1, []
+    views, found, at_once = cache.dimensions.views or 1, [], cache.manifest["compute"]["batch_size"]
     for split, first, size in zip(SPLITS, (0, sizes[0]), sizes, strict=True):
         mine = np.sort(chosen[(chosen >= first) & (chosen < first + size)]) - first
         images, stored = dataset.split(split), cache.split(split)
         with progress(f"teacher, {split}", len(mine), "images") as advance:
-            for start in range(0, len(mine), _AT_ONCE):  # none of a split of which nothing was chosen
-                some = mine[start : start + _AT_ONCE]
+            for start in range(0, len(mine), at_once):  # none of a split of which nothing was chosen
+                some = mine[start : start + at_once]
                 pixels = np.stack([read(images, preprocess, int(i))[1] for i in some])
-                features, logits = rows.taught(teacher, preprocess, len(some), pixels)
+                features, logits = rows.taught(teacher, preprocess, len(some), pixels, split, start)
                 found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
                 advance(len(some), f"teacher, {split}")
     was_features, features, was_logits, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Agreement(
+    agreement = Agreement(
         len(chosen),
         Difference.between(was_features, features),
         Difference.between(was_logits, logits),
         int((was_logits.argmax(1) != logits.argmax(1)).sum()),
     )
+    if not agreement.same:
+        last = preprocess.normalise(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
+        if draws_at_random(teacher, last):
+            raise CacheError(
+                f"{cache.path}: its teacher gives other features each time it runs, as one with dropout always on "
+                "does, so what it says now tells nothing of the file. Leave out --teacher."
+            )
+    return agreement
 
 
 def show(agreement: Agreement) -> None:
@@ -192,7 +200,9 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
             for number, block in zip(mine, rows.decoded(dataset.split(split), preprocess, ranges), strict=True):
                 columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
                 if teacher is not None and blocks[split, number] & _BY_TEACHER:
-                    features, logits = rows.taught(teacher, preprocess, compute["batch_size"], block.pixels)
+                    features, logits = rows.taught(
+                        teacher, preprocess, compute["batch_size"], block.pixels, split, number
+                    )
                     columns |= {"features": features, "logits": logits}
                 wrong = file.block(split, number, {name: columns[name] for name in blocks[split, number]})
                 if wrong:
@@ -212,9 +222,9 @@ def _teacher(
     cache: Cache, config: VerifyConfig, dataset: Dataset, preprocess: Preprocess, device: torch.device
 ) -> FeatureNet:
     """The teacher in the file, else the one in `--weights`."""
-    height, width, channels = read(dataset.train, preprocess, 0)[1].shape
+    shape = input_shape(dataset.train, preprocess)
     data = None if cache.has_teacher else _given_weights(cache, config)
-    return load_teacher(cache, config.recipe, (channels, height, width), device, data)
+    return load_teacher(cache, config.recipe, shape, device, data)
 
 
 def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
