@@ -67,6 +67,7 @@ def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
     before = (0, 0, 0)
     while kills < KILLS // 3 or not runs:
         run = zygote.run(*arguments(killed), seconds=draw.uniform(0.1, 0.6) if kills < KILLS // 3 else None)
+        assert run.killed or run.code == 0, run.lines
         if (killed / "summary.json").exists():
             assert_the_same_students(killed, whole)
             shutil.rmtree(killed)

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tspipe import datasets, recipe
+from tspipe import datasets, recipe, training
 from tspipe.errors import RecipeError
 from tspipe.networks import names as network_names
 
@@ -59,6 +60,14 @@ def test_the_papers_cub200():
     assert (chosen.batch_size, chosen.random_images, chosen.epochs) == (10, 0, 200)
     assert (chosen.preprocess.resize, chosen.preprocess.crop) == ((600, 600), 448)
     assert (chosen.lr, chosen.lr_drop_every) == (1e-3, 100)
+    teacher = chosen.teacher
+    assert (teacher.network, teacher.optimizer, teacher.batch_size, teacher.momentum) == ("ntsnet", "sgd", 16, 0.9)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    rates = []
+    for epoch in range(teacher.epochs):
+        training.set_learning_rate(optimizer, teacher, epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3] * 60 + [1e-4] * 40 + [1e-5] * 40)
 
 
 def test_overrides_flags_and_facts():

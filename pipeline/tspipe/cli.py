@@ -29,7 +29,7 @@ app = typer.Typer(
 Dataset = Annotated[str, typer.Option(help="A name (see `tspipe list datasets`), folder:PATH, or a file ./mine.py.")]
 Data = Annotated[Path | None, typer.Option(help="Where the dataset lies; else data/<name>.", show_default=False)]
 Teacher = Annotated[str | None, typer.Option(help="The network; else the recipe's.", show_default=False)]
-Download = Annotated[bool, typer.Option("--download", help="Fetch the dataset first, if it is not there.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch dataset and first weights, if they are not there.")]
 
 
 @app.callback()
@@ -78,13 +78,13 @@ def cache(
         bool, typer.Option("--images", help="Keep the pixels, too: stage two then needs no dataset.")
     ] = False,
     train_teacher: Annotated[
-        bool, typer.Option("--train-teacher", help="Train the teacher first, if it has no weights yet.")
+        bool, typer.Option("--train-teacher", help="Train the teacher first, if there are no weights of it.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
     download: Download = False,
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
-    from tspipe import datasets, extract
+    from tspipe import datasets, extract, networks
     from tspipe import recipe as recipes
     from tspipe import train_teacher as stage
     from tspipe import weights as weight_files
@@ -93,15 +93,17 @@ def cache(
     flags = {"dataset": dataset, "teacher.network": teacher}
     chosen = recipes.load(name, settings or (), flags)
     stated = datasets.parse(dataset, data)[1]
-    path = weights or stage.checkpoint_path(stated, chosen.teacher.network)
-    if weights is None and not path.exists():
-        if not train_teacher:
+    network = chosen.teacher.network
+    path = weights or stage.find_checkpoint(stated, network)
+    if path is None:
+        path = stage.checkpoint_path(stated, network)
+        config = stage.TeacherConfig(chosen, data, None, path, download=download)
+        if networks.published(network, stated) or not train_teacher:
             raise NetworkError(
-                f"There are no weights for {chosen.teacher.network} on {stated}: {path} does not exist. "
-                f"Give a file (--weights FILE) or train it: tspipe teacher --dataset {dataset}"
+                f"There are no weights for {network} on {stated}: {path} does not exist. {stage.how_to_get(config)}"
             )
-        say(f"{chosen.teacher.network} has no weights for {stated} yet, so it is trained first.")
-        _train_teacher(stage.TeacherConfig(chosen, data, None, path, download=download))
+        say(f"{network} has no weights for {stated} yet, so it is trained first.")
+        _train_teacher(config)
     found = weight_files.read(path)
     _check_network(found, chosen.teacher.network)
     chosen = recipes.load(name, settings or (), flags, _stated(found))

@@ -32,6 +32,9 @@ class Optimisation(Section):
     lr: float = Field(1e-3, gt=0)
     lr_drop_every: int = Field(50, ge=1, description="epochs between multiplications by lr_drop_factor")
     lr_drop_factor: float = Field(0.1, gt=0, le=1)
+    lr_milestones: list[int] = Field(
+        [], description="epochs after which it is multiplied; lr_drop_every then does not count"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     weight_decay: float = Field(0.0, ge=0)
 
@@ -41,12 +44,14 @@ class Teacher(Optimisation):
 
     network: str = "resnet56"
     options: dict[str, Any] = {}
+    pretrained: bool = Field(True, description="begin with the weights the network names, where no file is given")
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2)
     optimizer: Literal["adam", "sgd"] = "sgd"
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     shift: int = Field(0, ge=0, description="training images move by up to so many pixels each way")
+    random_crop: bool = Field(False, description="training images are cropped at random places, not in the middle")
     flip: bool = Field(False, description="training images are mirrored at random")
 
 
@@ -71,6 +76,7 @@ class Own(Section):
     lr: float | None = Field(None, gt=0)
     lr_drop_every: int | None = Field(None, ge=1)
     lr_drop_factor: float | None = Field(None, gt=0, le=1)
+    lr_milestones: list[int] | None = None
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspipe import feature_net, networks, training, weights
-from tspipe.datasets import Dataset, open_dataset, stem
+from tspipe.datasets import Dataset, Images, open_dataset, parse, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import DatasetError, TrainingError
 from tspipe.files import lock
-from tspipe.pixels import Pixels, memory_bound
+from tspipe.pixels import Pixels, input_shape, memory_bound
 from tspipe.preprocess import shift_and_flip
 from tspipe.progress import progress
 from tspipe.randomness import seed_torch, stream
@@ -25,6 +25,7 @@ from tspipe.recipe import Recipe
 from tspipe.weights import Weights
 
 _SEED = 0  # a teacher is trained once
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt")  # of a checkpoint's name
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,42 @@ def checkpoint_path(dataset: str, network: str) -> Path:
     return Path("checkpoints") / f"{stem(dataset)}-{networks.stated_name(network).replace(':', '-')}.safetensors"
 
 
+def find_checkpoint(dataset: str, network: str) -> Path | None:
+    """The weights of this teacher in `checkpoints/`: what training wrote, or a file put there under the same name."""
+    usual = checkpoint_path(dataset, network)
+    return next((path for suffix in _SUFFIXES if (path := usual.with_suffix(suffix)).exists()), None)
+
+
+def how_to_get(config: TeacherConfig) -> str:
+    """Two sentences on where the teacher's weights are to be had, and what training costs."""
+    recipe, how = config.recipe, config.recipe.teacher
+    spec, (_, name, _) = recipe.dataset, parse(recipe.dataset, config.data)
+    train = f"tspipe teacher --dataset {spec}"
+    if (address := networks.published(how.network, name)) is None:
+        return f"Give a file (--weights FILE) or train it: {train}"
+    data = f" --data {config.data}" if config.data else ""
+    images = open_dataset(spec, config.data).train
+    flops = _flops(recipe, images) * len(images) * how.epochs
+    return (
+        f"Published ones are at {address}: give them with --weights FILE, in make WEIGHTS=FILE. Or train it: "
+        f"{train}{data} --download. That is {flops:.1e} floating-point operations ({how.epochs} epochs of "
+        f"{len(images):,} images): {flops / 1e13 / 3600:.1f} hours for a GPU that does 10 TFLOP/s, "
+        f"{flops / 1e11 / 86400:.0f} days for a processor that does 0.1."
+    )
+
+
+def _flops(recipe: Recipe, images: Images) -> float:
+    """Floating-point operations to train on one image, as PyTorch counts them, two for each multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, classes, count = input_shape(images, recipe.preprocess), len(images.classes), 2
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = networks.build(recipe.teacher.network, classes, shape, recipe.teacher.options)
+        _loss(network, torch.empty(count, *shape), torch.zeros(count, dtype=torch.int64)).backward()
+    total: int = counter.get_total_flops()
+    return total / count
+
+
 def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     """Train the recipe's teacher and write its weights, with preprocess and accuracy in the file's metadata.
 
@@ -62,25 +99,28 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     recipe, how = config.recipe, config.recipe.teacher
     device = pick_device(recipe.device)
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
-    memory = recipe.memory or memory_bound(device)
-    train = Pixels(dataset.train, recipe.preprocess, "train", memory // 2, device)
-    test = Pixels(dataset.test, recipe.preprocess, "test", memory // 2, device)
-    if len(train) < how.batch_size:
+    if len(dataset.train) < how.batch_size:
         raise DatasetError(
-            f"{dataset.name} has {len(train):,} training images, too few for a batch of {how.batch_size}. "
-            f"Give a smaller one: --set teacher.batch_size={max(2, len(train) // 4)}"
+            f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of {how.batch_size}. "
+            f"Give a smaller one: --set teacher.batch_size={max(2, len(dataset.train) // 4)}"
         )
-    network, options = _network(recipe, train.shape, len(dataset.train.classes), config.start)
-    network.to(device)
+    start = _start(config)
     path = config.out or checkpoint_path(dataset.name, how.network)
-    identity = _identity(recipe, dataset, config.start)
+    identity = _identity(recipe, dataset, start)
     if path.exists() and not config.force:
         return _finished(path, identity)
+    shape = input_shape(dataset.train, recipe.preprocess)
+    network, options = _network(recipe, shape, len(dataset.train.classes), start)
+    network.to(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
         part = path.with_name(path.name + ".part")
         if config.force:
             part.unlink(missing_ok=True)
+        memory = recipe.memory or memory_bound(device)
+        whole = replace(recipe.preprocess, crop=None) if how.random_crop else recipe.preprocess
+        train = Pixels(dataset.train, whole, "train", memory // 2, device)
+        test = Pixels(dataset.test, recipe.preprocess, "test", memory // 2, device)
         _fit(network, recipe, dataset, train, part, identity)
         accuracy = _accuracy(network, recipe, dataset, test)
         metadata = {
@@ -97,23 +137,40 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     return TrainedTeacher(path, accuracy)
 
 
+def _start(config: TeacherConfig) -> Weights | None:
+    """What training starts from: the user's weights, those that the network names, or none."""
+    how = config.recipe.teacher
+    if config.start or not how.pretrained or not (name := networks.pretrained(how.network)):
+        return config.start
+    return weights.pretrained(name, how.network, download=config.download)
+
+
 def _network(
-    recipe: Recipe, input_shape: tuple[int, int, int], num_classes: int, start: Weights | None
+    recipe: Recipe, shape: tuple[int, int, int], num_classes: int, start: Weights | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train and the options it was built with; a last layer for other classes begins anew."""
     how = recipe.teacher
     tensors, seen = networks.adapt(how.network, dict(start.tensors)) if start else ({}, {})
     options = {**how.options, **seen}
     seed_torch(_SEED, "weights")
-    network = networks.build(how.network, num_classes, input_shape, options)
+    network = networks.build(how.network, num_classes, shape, options)
     if start:
         own = network.state_dict()
-        path, _ = feature_net.last_linear(network, how.network, feature_net.noise(input_shape))
-        head = [key for key in own if key.rpartition(".")[0] == path and key in tensors]
-        if all(tensors[key].shape[1:] == own[key].shape[1:] for key in head):
-            tensors.update({key: own[key] for key in head if len(own[key]) != len(tensors[key])})
+        tensors = networks.complete(how.network, tensors, own) or _with_new_head(network, recipe, tensors, shape)
         weights.load_into(network, tensors, how.network, start.source)
     return network, options
+
+
+def _with_new_head(
+    network: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], shape: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """A file's weights, the last layer's being the network's own where the file's are for other classes."""
+    own = network.state_dict()
+    path, _ = feature_net.last_linear(network, recipe.teacher.network, feature_net.noise(shape))
+    head = [key for key in own if key.rpartition(".")[0] == path and key in tensors]
+    if any(tensors[key].shape[1:] != own[key].shape[1:] for key in head):
+        return tensors
+    return {**tensors, **{key: own[key] for key in head if len(own[key]) != len(tensors[key])}}
 
 
 def _fit(network: nn.Module, recipe: Recipe, dataset: Dataset, train: Pixels, part: Path, identity: str) -> None:
@@ -161,8 +218,7 @@ def _epoch(
     order = training.order(_SEED, epoch, len(train), how.batch_size)[first:]
     network.train()
     for batch, (rows, pixels) in enumerate(zip(order, train.batches(order), strict=True), first):
-        if how.shift or how.flip:
-            pixels = shift_and_flip(pixels, _views(how.shift, how.flip, epoch, batch, len(rows)).to(pixels.device))
+        pixels = _augmented(pixels, recipe, epoch, batch)
         seed_torch(_SEED, "dropout", epoch, batch)
         loss = _loss(network, recipe.preprocess.normalise(pixels), labels[rows.to(labels.device)])
         optimizer.zero_grad(set_to_none=True)
@@ -180,11 +236,24 @@ def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(network(images), labels)
 
 
-def _views(shift: int, flip: bool, epoch: int, batch: int, count: int) -> Tensor:
-    """Random (dy, dx, flip) for `count` images, (count, 3) int64."""
-    draw = stream(_SEED, "views", epoch, batch)
-    moves, flips = draw.integers(-shift, shift + 1, (count, 2)), draw.integers(0, 1 + flip, (count, 1))
-    return torch.from_numpy(np.concatenate([moves, flips], axis=1))
+def _augmented(pixels: Tensor, recipe: Recipe, epoch: int, batch: int) -> Tensor:
+    """Images (n, C, H, W) moved, mirrored and cropped as the recipe has it.
+
+    A crop at a random place is one in the middle of an image that was moved.
+    """
+    how, count = recipe.teacher, len(pixels)
+    crop = recipe.preprocess.crop if how.random_crop else None
+    margins = [(extent - crop) // 2 if crop else 0 for extent in pixels.shape[2:]]
+    most = np.array([how.shift + margin for margin in margins])
+    if most.any() or how.flip:
+        draw = stream(_SEED, "views", epoch, batch)
+        moves, flips = draw.integers(-most, most + 1, (count, 2)), draw.integers(0, 1 + how.flip, (count, 1))
+        views = torch.from_numpy(np.concatenate([moves, flips], axis=1))
+        pixels = shift_and_flip(pixels, views.to(pixels.device))
+    if crop is None:
+        return pixels
+    top, left = margins
+    return pixels[:, :, top : top + crop, left : left + crop]
 
 
 def _check_loss(loss: Tensor, recipe: Recipe, epoch: int) -> None:

@@ -77,9 +77,12 @@ def make_optimizer(how: Optimisation, parameters: Iterable[Tensor], device: torc
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, how: Optimisation, epoch: int) -> None:
-    """The learning rate of an epoch (from 0): lr · factor^⌊epoch / every⌋."""
+    """The learning rate of an epoch (from 0): lr · factor^⌊epoch / every⌋, or a factor for each milestone passed."""
+    drops = sum(epoch >= milestone for milestone in how.lr_milestones)
+    if not how.lr_milestones:
+        drops = epoch // how.lr_drop_every
     for group in optimizer.param_groups:
-        group["lr"] = how.lr * how.lr_drop_factor ** (epoch // how.lr_drop_every)
+        group["lr"] = how.lr * how.lr_drop_factor**drops
 
 
 def order(seed: int, epoch: int, rows: int, batch_size: int) -> list[Tensor]:

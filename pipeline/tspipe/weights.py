@@ -70,6 +70,34 @@ def read(path: Path) -> Weights:
     return Weights(tensors, metadata, hashlib.sha256(data).hexdigest(), str(path))
 
 
+def pretrained(name: str, network: str, *, download: bool) -> Weights:
+    """torchvision's weights of a name like `ResNet50_Weights.IMAGENET1K_V1`, from PyTorch's folder of downloads.
+
+    Raises NetworkError where they are not there and `download` is not set, cannot be fetched, or are damaged.
+    """
+    from torchvision.models import get_weight
+
+    entry = get_weight(name)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
+    digest = path.stem.rpartition("-")[2]  # the first digits of its SHA-256, as in all of torchvision's addresses
+    if not path.exists():
+        if not download:
+            raise NetworkError(
+                f"Training {network} begins with torchvision's {name}, and {path} does not exist. Fetch them "
+                f"({entry.meta['_file_size']:.0f} MB): --download. Or begin with a file's (--weights FILE), or with "
+                "random ones: --set teacher.pretrained=false"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(entry.url, str(path), digest)
+        except (OSError, RuntimeError) as problem:
+            raise NetworkError(f"{entry.url} could not be fetched: {problem}") from problem
+    found = read(path)
+    if not found.sha256.startswith(digest):
+        raise NetworkError(f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it: --download")
+    return found
+
+
 def parse(data: bytes, source: str) -> dict[str, Tensor]:
     """The tensors in the bytes of a safetensors file; `source` is what to call it in the NetworkError for others."""
     try:
@@ -115,6 +143,11 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
         raise NetworkError(
             f"{source} has {classes[0]} classes, the dataset has {classes[1]}. Give weights for these classes, or "
             "fine-tune them first: tspipe teacher --weights FILE"
+        )
+    if not unexpected and _completed(tensors, module, network):
+        raise NetworkError(
+            f"{source} holds a part of {network} only ({len(found)} of {len(wanted)} keys), enough to begin training "
+            "with: tspipe teacher --weights FILE"
         )
     problems = [
         _counted(unexpected, "is not in the network", "are not in the network"),
@@ -228,11 +261,18 @@ def _without_counters(shapes: Shapes) -> Shapes:
 
 
 def _other_classes(reshaped: list[str], found: Shapes, wanted: Shapes) -> tuple[int, int] | None:
-    """The two numbers of classes, if the outputs of one layer are all that differs: then it is the last."""
-    layers = {key.rpartition(".")[0] for key in reshaped}
-    if len(layers) != 1 or any(found[key][1:] != wanted[key][1:] or not found[key] for key in reshaped):
+    """The two numbers of classes, if the outputs of layers with that number are all that differs: the last ones."""
+    if any(found[key][1:] != wanted[key][1:] or not found[key] for key in reshaped):
         return None
-    return found[reshaped[0]][0], wanted[reshaped[0]][0]
+    pairs = {(found[key][0], wanted[key][0]) for key in reshaped}
+    return pairs.pop() if len(pairs) == 1 else None
+
+
+def _completed(tensors: Mapping[str, Tensor], module: nn.Module, network: str) -> bool:
+    """Whether training could begin with these weights, which are no whole network."""
+    own = module.state_dict()
+    completed = networks.complete(network, tensors, own)
+    return completed is not None and _without_counters(_shapes(completed)) == _without_counters(_shapes(own))
 
 
 def _counted(keys: list[str], one: str, several: str) -> str:

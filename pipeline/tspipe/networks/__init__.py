@@ -2,8 +2,10 @@
 
 A network's file defines `build(num_classes, input_shape=(C, H, W), **options) -> nn.Module`, an image classifier
 that returns raw logits (n, num_classes). It may define `adapt(state)`, which renames the keys of a published
-checkpoint to the network's own and gives the options those keys show. `torchvision:NAME` is any classifier of
-torchvision's.
+checkpoint to the network's own and gives the options those keys show, and `complete(state, own)`, which makes weights
+to start training from of a file's and a new network's, where more than the last layer may be missing from the file.
+As constants it may name what it is to be had with: `PRETRAINED`, torchvision's weights that training starts from, and
+`PUBLISHED`, by dataset the address of trained ones. `torchvision:NAME` is any classifier of torchvision's.
 """
 
 import difflib
@@ -70,10 +72,37 @@ def adapt(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
     A network that defines no `adapt` takes the checkpoint as it is, with no options.
     """
-    if name.startswith(_TORCHVISION):
-        return state, {}
-    function = getattr(plugins.load("networks", name, "build", NetworkError), "adapt", None)
+    function = _defined(name, "adapt")
     return function(state) if function else (state, {})
+
+
+def complete(name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights to start training from, if the network defines a `complete` of its own; else None.
+
+    Args:
+        state: a checkpoint's, after `adapt`.
+        own: the state dict of the network to be trained.
+    """
+    function = _defined(name, "complete")
+    return function(state, own) if function else None
+
+
+def pretrained(name: str) -> str | None:
+    """torchvision's weights that training this network starts from, as `ResNet50_Weights.IMAGENET1K_V1`, if any."""
+    stated: str | None = _defined(name, "PRETRAINED")
+    return stated
+
+
+def published(name: str, dataset: str) -> str | None:
+    """Where weights of this network, trained on this dataset, are published, if that is known."""
+    return (_defined(name, "PUBLISHED") or {}).get(dataset)
+
+
+def _defined(name: str, what: str) -> Any:
+    """What a network's file may define beside `build`, or None."""
+    if name.startswith(_TORCHVISION):
+        return None
+    return getattr(plugins.load("networks", name, "build", NetworkError), what, None)
 
 
 def _build_torchvision(

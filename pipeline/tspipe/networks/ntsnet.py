@@ -17,6 +17,9 @@ from tspipe.errors import NetworkError
 from tspipe.networks import _ntsnet_regions as regions
 from tspipe.networks._stem import first_conv
 
+PRETRAINED = "ResNet50_Weights.IMAGENET1K_V1"
+PUBLISHED = {"cub200": "https://github.com/nicolalandro/ntsnet-cub200/releases/tag/0.2"}
+
 _BACKBONE = "pretrained_model"
 _HEADS = (f"{_BACKBONE}.fc", "concat_net", "partcls_net")
 _LEAST_SIDE = 16  # below, the smallest anchors have no pixel
