@@ -72,9 +72,14 @@ def main(root: Path, count: int = 400) -> None:
         def one_thread(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             return (torch.stack([decoded[i] for i in batch.tolist()]) for batch in batches)
 
+        sampler: list[list[int]] = []  # refilled for each epoch, so that the workers stay, as in training
+        workers = DataLoader(
+            decoded, batch_sampler=sampler, num_workers=cores(), prefetch_factor=4, persistent_workers=True
+        )
+
         def processes(batches: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-            sampler = [batch.tolist() for batch in batches]
-            return DataLoader(decoded, batch_sampler=sampler, num_workers=cores(), prefetch_factor=4)
+            sampler[:] = [batch.tolist() for batch in batches]
+            return workers
 
         ways: dict[str, Callable[..., Iterable[torch.Tensor]]] = {
             "one thread": one_thread,

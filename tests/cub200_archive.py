@@ -18,19 +18,15 @@ import numpy as np
 from PIL import Image
 
 IMAGES, TRAIN, CLASSES = 11788, 5994, 200
-_LONG, _SHORT, _GREY, _TURNED = (
-    500,
-    (250, 500),
-    1500,
-    700,
-)  # each 1,500th image is grey, each 700th has an EXIF rotation
-_ROTATED = 6  # EXIF's orientation: to be turned by a right angle
+_LONG, _SHORT = 500, (250, 500)  # pixels
+_GREY, _TURNED = 1500, 700  # each 1,500th image is grey, each 700th has an EXIF rotation
+_ORIENTATION, _ROTATED = 0x0112, 6  # EXIF's tag, and its value for one to be turned by a right angle
 
 
 def make(
-    root: Path, images: int = IMAGES, classes: int = CLASSES, scale: float = 1, map: Callable[..., Any] = map
+    root: Path, images: int = IMAGES, classes: int = CLASSES, scale: float = 1, each: Callable[..., Any] = map
 ) -> Path:
-    """Write the archive into `root`, its images `scale` times as large; gives its folder. `map` may be a pool's."""
+    """Write the archive into `root`, its images `scale` times as large; gives its folder. `each` is a map."""
     folder, train = root / "CUB_200_2011", round(images * TRAIN / IMAGES)
     labels = np.arange(images) * classes // images
     names = [f"{label + 1:03}.Bird_{label + 1:03}/Bird_{i + 1:05}.jpg" for i, label in enumerate(labels)]
@@ -38,10 +34,10 @@ def make(
     for name in {Path(name).parent for name in names}:
         (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     paths = [folder / "images" / name for name in names]
-    for _ in map(partial(_write, scale=scale), paths, range(images), labels.tolist()):
+    for _ in each(partial(_write, scale=scale), paths, range(images), labels.tolist()):
         pass
     text = {
-        "classes.txt": sorted({name.partition("/")[0] for name in names}),
+        "classes.txt": [f"{label + 1:03}.Bird_{label + 1:03}" for label in range(classes)],
         "images.txt": names,
         "image_class_labels.txt": labels + 1,
         "train_test_split.txt": training.astype(int),
@@ -62,10 +58,10 @@ def _write(path: Path, number: int, label: int, scale: float) -> None:
     image = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
     exif = Image.Exif()
     if number % _TURNED == 1:
-        exif[0x0112] = _ROTATED
+        exif[_ORIENTATION] = _ROTATED
     (image.convert("L") if number % _GREY == 0 else image).save(path, quality=90, exif=exif)
 
 
 if __name__ == "__main__":
     with ProcessPoolExecutor() as pool:
-        print(make(Path(sys.argv[1]), *map(int, sys.argv[2:]), map=pool.map))
+        print(make(Path(sys.argv[1]), *map(int, sys.argv[2:]), each=pool.map))

@@ -2,6 +2,7 @@
 
     python tests/rehearse_cub200.py FOLDER prepare         # the archive, and an NTS-Net with random weights
     python tests/rehearse_cub200.py FOLDER stage-one 60    # for so many minutes, killed once on the way
+    python tests/rehearse_cub200.py FOLDER few             # both stages on 48 images, with NTS-Net live on noise
     python tests/rehearse_cub200.py FOLDER whole           # a file of the real size, by a teacher that costs nothing
     python tests/rehearse_cub200.py FOLDER stage-two 10    # so many minutes of an epoch, with the pixels and without
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 import cub200_archive
-from tspipe import datasets, weights
+from tspipe import datasets, networks, weights
 from tspipe.cache import open_cache
 from tspipe.networks import ntsnet
 from tspipe.pixels import read
@@ -34,8 +35,11 @@ from torch import nn
 
 
 def build(num_classes):
-    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.LazyLinear(10240), nn.Linear(10240, num_classes))
+    return nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(3 * 14 * 14, 10240), nn.Linear(10240, num_classes))
 '''
+
+
+SHAPE = (3, 448, 448)
 
 
 class Ran(NamedTuple):
@@ -44,7 +48,7 @@ class Ran(NamedTuple):
     code: int  # negative: the signal that ended it
     seconds: float
     peak: int  # bytes of resident memory
-    lines: list[tuple[float, int]]  # of its progress: when, and how many images were done
+    lines: list[tuple[str, float, int]]  # of its progress: of what, when, and how many images were done
 
 
 def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Ran:
@@ -60,22 +64,24 @@ def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Ran:
         done, status, usage = os.wait4(process.pid, os.WNOHANG)
         for line in process.stderr:
             print("   ", line, end="", flush=True)
-            if found := re.search(r": ([\d,]+)/[\d,]+ images", line):
-                lines.append((time.monotonic() - start, int(found[1].replace(",", ""))))
+            if found := re.match(r"(.*): ([\d,]+)/[\d,]+ images", line):
+                lines.append((found[1], time.monotonic() - start, int(found[2].replace(",", ""))))
         if time.monotonic() - start > 60 * minutes:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.2)
     assert usage
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     ran = Ran(os.waitstatus_to_exitcode(status), time.monotonic() - start, peak, lines)
-    rate = f", {(lines[-1][1] - lines[0][1]) / (lines[-1][0] - lines[0][0]):.3g} images/s" if len(lines) > 1 else ""
+    last = [(when, count) for what, when, count in lines if what == lines[-1][0]]
+    (t0, first), (t1, final) = last[:1] + last[-1:] if last else [(0, 0), (0, 0)]
+    rate = f", {(final - first) / (t1 - t0):.3g} images/s ({lines[-1][0]})" if t1 > t0 else ""
     print(f"    exit code {ran.code}, {ran.seconds:.0f} s{rate}, peak memory {ran.peak / 1e9:.2f} GB", flush=True)
     return ran
 
 
 def prepare(folder: Path) -> None:
     """The archive and the teacher's weights: random, its batch norms' averages those of a few images."""
-    if not (folder / "data").exists():
+    if not (folder / "data/CUB_200_2011/train_test_split.txt").exists():  # written last
         subprocess.run([sys.executable, cub200_archive.__file__, folder / "data"], check=True)
     recipe = load("cub200")
     train = datasets.open_dataset("cub200", folder / "data").train
@@ -88,6 +94,7 @@ def prepare(folder: Path) -> None:
         network(recipe.preprocess.normalise(pixels.permute(0, 3, 1, 2)))
     weights.save(folder / "ntsnet.safetensors", network, {})
     (folder / "wide.py").write_text(WIDE)
+    weights.save(folder / "wide.safetensors", networks.build(str(folder / "wide.py"), len(train.classes), SHAPE), {})
 
 
 def stage_one(folder: Path, minutes: float = 60) -> None:
@@ -97,10 +104,20 @@ def stage_one(folder: Path, minutes: float = 60) -> None:
     run(folder, *arguments, minutes=3 * minutes / 4)
 
 
+def few(folder: Path) -> None:
+    """Both stages at full resolution and width, on few images: the file is finished, and NTS-Net labels noise live."""
+    cub200_archive.make(folder / "few", images=48, classes=200)
+    data = ["--data", "few"]
+    run(folder, "cache", "--dataset", "cub200", *data, "--weights", "ntsnet.safetensors", "--out", "few.h5")
+    for count in ("0", "2"):
+        student = ["--cache", "few.h5", "--epochs", "1", "--random-images", count, "--out", f"run-few-{count}"]
+        run(folder, "student", *student, *data)
+
+
 def whole(folder: Path) -> None:
     """Finished files of the real size, with the pixels and without; opened and checked."""
-    arguments = ["cache", "--dataset", "cub200", "--data", "data", "--teacher", "./wide.py", "--train-teacher"]
-    arguments += ["--set", "teacher.epochs=1", "--set", "teacher.random_crop=false", "--set", "teacher.lr=1e-6"]
+    arguments = ["cache", "--dataset", "cub200", "--data", "data", "--teacher", "./wide.py"]
+    arguments += ["--weights", "wide.safetensors"]
     run(folder, *arguments, "--images", "--out", "images.h5")
     run(folder, *arguments, "--out", "plain.h5")
     for name in ("images.h5", "plain.h5"):
@@ -113,7 +130,7 @@ def whole(folder: Path) -> None:
 
 def stage_two(folder: Path, minutes: float = 10) -> None:
     """An epoch of MobileNetV2, or as many minutes of it: pixels from the file, decoded once, decoded as needed."""
-    usual = ["--epochs", "1", "--data", "data", "--set", "teacher.network=./wide.py"]
+    usual = ["--epochs", "1", "--data", "data"]
     ways = {"images": [], "plain": [], "small": ["--set", "memory=1GB"]}
     for name, settings in ways.items():
         cache = "images.h5" if name == "images" else "plain.h5"
@@ -123,5 +140,5 @@ def stage_two(folder: Path, minutes: float = 10) -> None:
 if __name__ == "__main__":
     where, step, *numbers = sys.argv[1:]
     Path(where).mkdir(parents=True, exist_ok=True)
-    steps = {"prepare": prepare, "stage-one": stage_one, "whole": whole, "stage-two": stage_two}
+    steps = {"prepare": prepare, "stage-one": stage_one, "few": few, "whole": whole, "stage-two": stage_two}
     steps[step](Path(where), *map(float, numbers))

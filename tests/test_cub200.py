@@ -3,9 +3,11 @@
 import csv
 import hashlib
 import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ import torch
 from PIL import Image
 
 import cub200_archive
-from conftest import Result
-from tspipe import datasets, networks, recipe, train_teacher, weights
+from conftest import Result, Zygote
+from tspipe import datasets, networks, recipe, train_teacher, training, weights
 from tspipe.cache import open_cache
+from tspipe.errors import NetworkError
 from tspipe.preprocess import Preprocess
 
 Tspipe = Callable[..., Result]
@@ -80,7 +83,11 @@ def test_the_whole_chain(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     assert cache.dimensions.width == WIDTH
     assert cache.train.images is not None and cache.train.images.shape == (18, 32, 32, 3)
 
-    # With its pixels in the file, a student needs no dataset; noise images pass live through NTS-Net.
+    # With its pixels in the file, neither a comparison with the teacher nor a student needs a dataset; noise images
+    # pass live through NTS-Net.
+    assert made.out.endswith("Next: tspipe student --cache cache/cub200.h5\n")
+    compared = tspipe("verify", "cache/cub200.h5", "--teacher", "4")
+    assert (compared.code, compared.error) == (0, "")
     arms = ["--compare", "--random-images", "2"]
     alone = tspipe("student", "--cache", "cache/cub200.h5", *STUDENT, *arms, "--out", "runs/held")
     assert (alone.code, alone.error) == (0, "")
@@ -144,7 +151,8 @@ def test_without_weights_it_says_where_to_get_them(tspipe: Tspipe, archive: Path
     assert refused.says(
         "There are no weights for ntsnet on cub200: checkpoints/cub200-ntsnet.safetensors does not exist. Published "
         "ones are at https://github.com/nicolalandro/ntsnet-cub200/releases/tag/0.2: give them with --weights FILE, in "
-        f"make WEIGHTS=FILE. Or train it: tspipe teacher --dataset cub200 --data {archive} --download. That is "
+        f"make WEIGHTS=FILE. Or train it: tspipe teacher --dataset cub200 --data {archive} --set "
+        "'preprocess.resize=[40,40]' --set preprocess.crop=32 --set teacher.options.width=2 --download. That is "
         f"{count:.1e} floating-point operations (140 epochs of 18 images): {count / 1e13 / 3600:.1f} hours for a GPU "
         f"that does 10 TFLOP/s, {count / 1e11 / 86400:.0f} days for a processor that does 0.1."
     )
@@ -174,7 +182,7 @@ def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path
     refused = tspipe("cache", *data, "--weights", tmp_path / "resnet50.pth")
     assert refused.says(
         f"{tmp_path}/resnet50.pth holds a part of ntsnet only (320 of 336 keys), enough to begin training with: tspipe "
-        "teacher --weights FILE"
+        f"teacher --dataset NAME --weights {tmp_path}/resnet50.pth"
     )
 
 
@@ -193,13 +201,32 @@ def test_first_weights_that_are_not_there(tspipe: Tspipe, archive: Path, monkeyp
         assert digest == "0676ba61"
         torch.save({"conv1.weight": torch.zeros(1)}, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
     refused = tspipe("teacher", "--dataset", "cub200", "--data", archive, "--download")
     assert fetched == ["https://download.pytorch.org/models/resnet50-0676ba61.pth"]
     assert refused.says(
-        "hub/hub/checkpoints/resnet50-0676ba61.pth is damaged: its SHA-256 does not begin with 0676ba61. Remove it: "
-        "--download"
+        "hub/hub/checkpoints/resnet50-0676ba61.pth is damaged: its SHA-256 does not begin with 0676ba61. Remove it, "
+        "and fetch it again: --download"
     )
+
+
+def test_first_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    entry = SimpleNamespace(url=f"https://example.org/resnet50-{digest[:8]}.pth", meta={"_file_size": 1.0})
+    monkeypatch.setattr("torchvision.models.get_weight", lambda name: entry)
+    fetched: list[str] = []
+
+    def fetch(url: str, path: str, _: str) -> None:
+        fetched.append(url)
+        shutil.copy(tmp_path / "w.pth", path)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
+    for download in (True, True, False):
+        found = weights.pretrained("W", "net", download=download)
+        assert (found.sha256, list(found.tensors)) == (digest, ["conv1.weight"])
+    assert fetched == [entry.url]
 
 
 def test_a_truncated_jpeg_is_named(tspipe: Tspipe, archive: Path, published: Path, tmp_path: Path) -> None:
@@ -244,6 +271,36 @@ def test_dropout_always_on_gives_the_same_file_again(tspipe: Tspipe, archive: Pa
     assert (taught.code, taught.error) == (0, "")
 
 
+def test_killed_training_goes_on(zygote: Zygote, archive: Path, tmp_path: Path) -> None:
+    """NTS-Net's losses, dropout and random crops are drawn again as they were."""
+    start = ["teacher", "--dataset", "cub200", "--data", archive, *SMALL, *NARROW, "--set=teacher.pretrained=false"]
+    start += ["--set=checkpoint_seconds=0"]
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    assert zygote.run(*start, "--out", whole).code == 0
+    positions, draw = [], random.Random(0)
+    for _ in range(3):
+        run = zygote.run(*start, "--out", killed, seconds=draw.uniform(0.5, 2))
+        assert run.killed or run.code == 0, run.lines
+        if found := training.load_checkpoint(killed.with_name(killed.name + ".part")):
+            positions.append((found[1]["epoch"], found[1]["batch"]))
+    assert positions == sorted(positions)
+    assert zygote.run(*start, "--out", killed).code == 0
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = networks.build("ntsnet", 3, (3, 32, 32), {"width": 3}).pretrained_model.state_dict()
+    given = weights.Weights(backbone, {}, "0" * 64, "resnet50-0676ba61.pth")
+    monkeypatch.setattr(weights, "pretrained", lambda name, network, download: given)
+    chosen = recipe.load("cub200", [setting.removeprefix("--set=") for setting in [*SMALL, *NARROW]])
+    with pytest.raises(NetworkError) as refused:
+        train_teacher.train_teacher(train_teacher.TeacherConfig(chosen, archive, out=tmp_path / "x.safetensors"))
+    assert str(refused.value) == (
+        "resnet50-0676ba61.pth, with which training ntsnet begins, does not fit it as it is built here. Begin with "
+        "random weights: --set teacher.pretrained=false"
+    )
+
+
 def test_random_crops(archive: Path) -> None:
     chosen = recipe.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
     y, x = torch.meshgrid(torch.arange(40), torch.arange(41), indexing="ij")
@@ -251,7 +308,8 @@ def test_random_crops(archive: Path) -> None:
     crops = train_teacher._augmented(images, chosen, epoch=0, batch=0)
     assert crops.shape == (500, 2, 32, 32)
     corners = {tuple(crop[:, 0, 0].tolist()) for crop in crops}
-    assert {y for y, _ in corners} == {x for _, x in corners} == set(range(9))
+    assert {y for y, _ in corners} == set(range(9))
+    assert {x for _, x in corners} == set(range(10))
     for crop in crops:
         top, left = crop[:, 0, 0].tolist()
         assert torch.equal(crop, images[0, :, top : top + 32, left : left + 32])

@@ -1,5 +1,7 @@
 """Any network as (features, logits), and a student of the teacher's width."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -139,13 +141,38 @@ def test_a_batch_norm_after_something_else_stays() -> None:
     torch.testing.assert_close(folded(PROBE), module(PROBE))
 
 
-def test_what_cannot_be_traced_stays_as_it_is() -> None:
-    class Branching(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if x.sum() > 0 else -x
+class Branching(nn.Module):
+    """A control flow that cannot be traced, around parts that can; `count` parts are used, by their places."""
 
-    module = Branching()
-    assert fold_batch_norms(module) is module
+    def __init__(self, *, by_place: bool) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.fc, self.by_place = nn.Linear(4, 2), by_place
+        nn.init.uniform_(self.parts[1].running_mean)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if x.sum() > 0 else -x
+        for part in [self.parts[i] for i in range(3)] if self.by_place else [self.parts]:
+            x = part(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_what_cannot_be_traced_is_folded_part_by_part(by_place: bool) -> None:
+    """Unless it wants of a part what only the part itself has."""
+    module = Branching(by_place=by_place).eval()
+    expected = module(PROBE).detach()
+    with torch.no_grad():
+        teacher = frozen(copy.deepcopy(module), "module", SHAPE, torch.device("cpu"))
+        torch.testing.assert_close(teacher(PROBE).logits, expected, rtol=1e-4, atol=1e-5)
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()) is by_place
+    fold_batch_norms(module)
+    assert isinstance(module.parts[1], nn.BatchNorm2d)  # what is given is left as it is
+
+
+def test_a_single_layer_is_not_folded() -> None:
+    layer = nn.Conv2d(3, 4, 1)
+    assert fold_batch_norms(layer) is layer
 
 
 def test_loading_a_teacher_gives_the_options_its_weights_show() -> None:

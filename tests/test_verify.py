@@ -190,8 +190,8 @@ def test_a_teacher_that_says_something_else(tspipe: Tspipe, shapes: Path) -> Non
     assert found.code == 1
     assert "run again on 24 random images" in found.out
     assert found.error == (
-        "The teacher gives other features or logits than the file holds, by more than rounding. Other images or other "
-        "code of its network may be why: tspipe verify --data"
+        "The teacher gives other features or logits than the file holds for 23 of 24 images, by more than rounding. "
+        "Other images or other code of its network may be why: tspipe verify --data"
     )
 
 

@@ -263,7 +263,7 @@ def test_nothing_is_claimed_of_weights_that_fit_no_network():
 def test_another_number_of_classes(name):
     assert misfit(name, on_meta(name, 100).state_dict()) == (
         "w.pt has 100 classes, the dataset has 10. Give weights for these classes, or fine-tune them first: "
-        "tspipe teacher --weights FILE"
+        "tspipe teacher --dataset NAME --weights w.pt"
     )
 
 

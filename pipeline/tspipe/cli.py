@@ -3,6 +3,7 @@
 Stages are imported inside the commands, so that `tspipe --help` answers at once.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,13 +54,17 @@ def teacher(
     download: Download = False,
 ) -> None:
     """Train a teacher, or fine-tune one."""
+    from tspipe import networks
     from tspipe import recipe as recipes
     from tspipe import weights as weight_files
     from tspipe.train_teacher import TeacherConfig
 
     start = weight_files.read(weights) if weights else None
     flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs}
-    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), flags, _stated(start))
+    name = recipe or recipes.of_dataset(dataset)
+    chosen = recipes.load(name, settings or (), flags)
+    if start and start.metadata.get("network") == networks.stated_name(chosen.teacher.network):
+        chosen = recipes.load(name, settings or (), flags, _stated(start))
     _train_teacher(TeacherConfig(chosen, data, start, out, force, download))
 
 
@@ -78,7 +83,8 @@ def cache(
         bool, typer.Option("--images", help="Keep the pixels, too: stage two then needs no dataset.")
     ] = False,
     train_teacher: Annotated[
-        bool, typer.Option("--train-teacher", help="Train the teacher first, if there are no weights of it.")
+        bool,
+        typer.Option("--train-teacher", help="Train the teacher first, if it has no weights and none are published."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
     download: Download = False,
@@ -99,8 +105,13 @@ def cache(
         path = stage.checkpoint_path(stated, network)
         config = stage.TeacherConfig(chosen, data, None, path, download=download)
         if networks.published(network, stated) or not train_teacher:
+            flags_again = {"--teacher": teacher, "--data": data, "--recipe": recipe}
+            train = ["tspipe", "teacher", "--dataset", dataset]
+            train += [word for flag, value in flags_again.items() if value for word in (flag, str(value))]
+            train += [word for setting in settings or () for word in ("--set", setting)]
             raise NetworkError(
-                f"There are no weights for {network} on {stated}: {path} does not exist. {stage.how_to_get(config)}"
+                f"There are no weights for {network} on {stated}: {path} does not exist. "
+                + stage.how_to_get(config, shlex.join(train))
             )
         say(f"{network} has no weights for {stated} yet, so it is trained first.")
         _train_teacher(config)
@@ -112,7 +123,7 @@ def cache(
     say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
     made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download, images))
     commands.info(str(made.path))
-    say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(dataset, data, name, chosen)]))
+    say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(dataset, data, name, chosen, images)]))
 
 
 @app.command()
@@ -122,7 +133,7 @@ def student(
         list[str] | None, typer.Option(help="A network; repeatable. Else the recipe's.", show_default=False)
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Train three arms: alone, taught, taught + random images.")
+        bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
     ] = False,
     random_images: Annotated[int | None, typer.Option(help="Added to every batch, live.", show_default=False)] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds.", show_default=False)] = None,
@@ -198,16 +209,16 @@ def _check_network(found: "Weights", network: str) -> None:
         raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
 
 
-def _needed_again(dataset: str, data: Path | None, recipe: str, chosen: "Recipe") -> list[str]:
+def _needed_again(dataset: str, data: Path | None, recipe: str, chosen: "Recipe", images: bool) -> list[str]:
     """The flags stage two needs because the cache names neither folders nor files of code."""
     from tspipe import datasets, plugins
 
     where, network = data or datasets.parse(dataset, data)[2], chosen.teacher.network
-    flags = ["--data", str(where)] if where else []
+    flags = ["--data", shlex.quote(str(where))] if where and not images else []
     if plugins.is_file(dataset):
-        flags += ["--recipe", recipe, f"--set dataset={dataset}"]
+        flags += ["--recipe", recipe, f"--set dataset={shlex.quote(dataset)}"]
     if plugins.is_file(network):
-        flags += [f"--set teacher.network={network}"]
+        flags += [f"--set teacher.network={shlex.quote(network)}"]
     return flags
 
 

@@ -35,11 +35,12 @@ def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead
     def task(indices: Sequence[int]) -> list[T]:
         return [work(i) for i in indices]
 
-    pool = ThreadPoolExecutor(cores())
+    threads = cores()
+    pool = ThreadPoolExecutor(threads)
     waiting: deque[list[Future[list[T]]]] = deque()
     try:
         for batch in batches:
-            size = min(_TASK, -(-len(batch) // cores())) or 1
+            size = min(_TASK, -(-len(batch) // threads)) or 1
             waiting.append([pool.submit(task, batch[i : i + size]) for i in range(0, len(batch), size)])
             if len(waiting) > ahead:
                 yield [result for future in waiting.popleft() for result in future.result()]
@@ -81,15 +82,14 @@ def input_shape(images: Images, preprocess: Preprocess) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def stack(pixels: Sequence[NDArray[np.uint8]], keys: Sequence[str]) -> NDArray[np.uint8]:
-    """Images of one size as one array (n, H, W, C); raises DatasetError naming the first of another size."""
-    for key, image in zip(keys, pixels, strict=True):
-        if image.shape != pixels[0].shape:
+def check_sizes(sizes: Sequence[tuple[int, ...]], keys: Sequence[str]) -> None:
+    """Check that images are of one size (H, W); raises DatasetError naming the first of another."""
+    for key, size in zip(keys, sizes, strict=True):
+        if size != sizes[0]:
             raise DatasetError(
-                f"The images differ in size: {keys[0]} is {_size(pixels[0])}, {key} is {_size(image)}. "
+                f"The images differ in size: {keys[0]} is {_stated(sizes[0])}, {key} is {_stated(size)}. "
                 "Give one size, for example --set preprocess.resize=[256,256]"
             )
-    return np.stack(pixels)
 
 
 class Pixels:
@@ -119,7 +119,7 @@ class Pixels:
                 yield self._held.index_select(0, rows.to(self.device))
             return
         for batch in self._decoded(rows.tolist() for rows in order):
-            yield _channels_first(batch).to(self.device)
+            yield torch.from_numpy(batch).to(self.device)
 
     def _load(self, what: str) -> Tensor:
         channels, height, width = self.shape
@@ -128,21 +128,23 @@ class Pixels:
         out, done = torch.empty((len(self), *self.shape), dtype=torch.uint8), 0
         with progress(f"reading {what}", len(self), "images") as advance:
             for batch in self._decoded(range(i, min(i + _LOADED, len(self))) for i in range(0, len(self), _LOADED)):
-                if batch.shape[1:] != (height, width, channels):
-                    first = np.empty((height, width, channels), np.uint8)
-                    stack([first, batch[0]], [self._images.keys[0], self._images.keys[done]])
-                out[done : done + len(batch)] = torch.from_numpy(batch).permute(0, 3, 1, 2)
+                check_sizes([(height, width), batch.shape[2:]], [self._images.keys[0], self._images.keys[done]])
+                out[done : done + len(batch)] = torch.from_numpy(batch)
                 done += len(batch)
                 advance(len(batch), f"reading {what}")
         return out
 
     def _decoded(self, batches: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
+        """(n, C, H, W) for each batch; the threads put the channels first, to leave the caller little to do."""
+
         def work(index: int) -> tuple[str, NDArray[np.uint8]]:
-            return self._images.keys[index], read(self._images, self._preprocess, index)[1]
+            pixels = read(self._images, self._preprocess, index)[1]
+            return self._images.keys[index], np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
         for results in read_ahead(work, batches):
             keys, pixels = zip(*results, strict=True)
-            yield stack(pixels, keys)
+            check_sizes([image.shape[1:] for image in pixels], keys)
+            yield np.stack(pixels)
 
 
 def memory_bound(device: torch.device) -> int:
@@ -167,5 +169,5 @@ def _channels_first(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2)).clone(memory_format=torch.contiguous_format)
 
 
-def _size(image: NDArray[np.uint8]) -> str:
-    return f"{image.shape[0]}×{image.shape[1]}"
+def _stated(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tspipe.cache.layout import digest
 from tspipe.datasets import Images
 from tspipe.feature_net import FeatureNet
-from tspipe.pixels import read, read_ahead, stack
+from tspipe.pixels import check_sizes, read, read_ahead
 from tspipe.preprocess import Preprocess
 from tspipe.randomness import seed_torch
 
@@ -43,9 +43,10 @@ def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iter
     for indices, results in zip(blocks, read_ahead(work, blocks), strict=True):
         pixels, digests = zip(*results, strict=True)
         keys = [images.keys[i] for i in indices]
+        check_sizes([image.shape[:2] for image in pixels], keys)
         yield Block(
             indices,
-            stack(pixels, keys),
+            np.stack(pixels),
             np.frombuffer(b"".join(digests), np.uint8).reshape(len(indices), -1),
             images.labels[indices.start : indices.stop],
             np.array([key.encode() for key in keys]),

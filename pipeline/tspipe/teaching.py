@@ -108,16 +108,18 @@ def run_teacher(teacher: FeatureNet, images: Tensor) -> Output:
 def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:
     """Compare the live teacher with the rows it is said to have written, on the training split's first images.
 
-    A teacher that draws at random each time it runs cannot be compared so, and is not. Raises CacheMismatch when its
-    features differ by more than rounding does.
+    A teacher that draws at random each time it runs cannot be compared so, and is not. Raises CacheMismatch when the
+    features of more than half of the images differ by more than rounding does: where a network chooses, as NTS-Net
+    chooses parts, rounding may once make it choose otherwise, but another network differs everywhere.
     """
     live = run_teacher(teacher, images).features.cpu()
     cached = torch.from_numpy(cache.train.features[: len(images)]).float()
-    difference = float((live - cached).abs().max() / cached.abs().max().clamp(min=1e-12))
-    if not difference <= ROUNDING and not draws_at_random(teacher, images):
+    apart = (live - cached).abs().amax(1) / cached.abs().max().clamp(min=1e-12)
+    apart = apart.nan_to_num(torch.inf)
+    if apart.median() > ROUNDING and not draws_at_random(teacher, images):
         raise CacheMismatch(
             f"{cache.path.name}: the teacher built here gives other features than the file holds, by up to "
-            f"{difference:.0%} of the largest. The code of its network has changed, or is not the one named."
+            f"{float(apart.max()):.0%} of the largest. The code of its network has changed, or is not the one named."
         )
 
 

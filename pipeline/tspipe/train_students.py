@@ -33,7 +33,7 @@ from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.show import shares
 from tspipe.teaching import Targets, check_teacher, load_teacher, run_teacher, teacher_parameters
 
-_LABELLED = 1000  # random images whose labels are counted at the start of a run
+_LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
 
@@ -190,9 +190,9 @@ class Run:
                 learner.step(batch, number)
             advance(len(batch.images), what)
             if self.clock.due():
-                _check_losses(learners, epoch)
+                _check_losses(learners, self.config.recipe, epoch)
                 self._save(learners, Position(seed, epoch, number + 1))
-        _check_losses(learners, epoch)
+        _check_losses(learners, self.config.recipe, epoch)
         self.folder.append(self._rows(learners, epoch, teaching), self._columns(learners))
 
     def _batches(self, seed: int, epoch: int, start: int, teaching: training.Stopwatch) -> Iterator[tuple[int, Batch]]:
@@ -236,10 +236,15 @@ class Run:
 
     def _label_histogram(self) -> dict[str, int]:
         """How many of the run's first random images the teacher gives to each class, the most first."""
-        batches = range(math.ceil(_LABELLED / self.random))
-        drawn = (random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape) for batch in batches)
-        labels = [self._teach(images)[1].labels for images in drawn]
-        counts = torch.cat(labels)[:_LABELLED].bincount(minlength=len(self.config.cache.classes)).tolist()
+        count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
+        labels: list[Tensor] = []
+        with progress("labels of random images", count, "images") as advance:
+            for batch in range(math.ceil(count / self.random)):
+                seed_torch(0, "teacher", 0, batch)
+                images = random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape)
+                labels.append(self._teach(images)[1].labels)
+                advance(len(images), "labels of random images")
+        counts = torch.cat(labels)[:count].bincount(minlength=len(self.config.cache.classes)).tolist()
         ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
         return {name: count for name, count in ranked if count}
 
@@ -346,12 +351,13 @@ def _counts(counts: dict[str, int]) -> str:
     return "{train:,} + {test:,} images of {class:,} classes".format(**counts)
 
 
-def _check_losses(learners: list[Learner], epoch: int) -> None:
+def _check_losses(learners: list[Learner], recipe: Recipe, epoch: int) -> None:
     """Raise TrainingError if a loss was no number; comes before anything is written."""
     for learner in learners:
         if (step := int(learner.bad_step)) >= 0:
+            own = learner.arm == OWN and recipe.alone.lr is not None
             raise TrainingError(
                 f"The loss of {learner.name} is no longer a number: epoch {epoch + 1}, step {step + 1}. The last "
                 "checkpoint is kept. A smaller learning rate may help: "
-                f"--set students.{learner.student}.lr={learner.how.lr / 10:g}"
+                f"--set {'alone' if own else f'students.{learner.student}'}.lr={learner.how.lr / 10:g}"
             )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tspipe import feature_net, networks, training, weights
 from tspipe.datasets import Dataset, Images, open_dataset, parse, stem
 from tspipe.distributed import pick_device
-from tspipe.errors import DatasetError, TrainingError
+from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.files import lock
 from tspipe.pixels import Pixels, input_shape, memory_bound
 from tspipe.preprocess import shift_and_flip
@@ -59,19 +59,16 @@ def find_checkpoint(dataset: str, network: str) -> Path | None:
     return next((path for suffix in _SUFFIXES if (path := usual.with_suffix(suffix)).exists()), None)
 
 
-def how_to_get(config: TeacherConfig) -> str:
-    """Two sentences on where the teacher's weights are to be had, and what training costs."""
+def how_to_get(config: TeacherConfig, command: str) -> str:
+    """A few sentences on where the teacher's weights are to be had, and what the `command` that trains it costs."""
     recipe, how = config.recipe, config.recipe.teacher
-    spec, (_, name, _) = recipe.dataset, parse(recipe.dataset, config.data)
-    train = f"tspipe teacher --dataset {spec}"
-    if (address := networks.published(how.network, name)) is None:
-        return f"Give a file (--weights FILE) or train it: {train}"
-    data = f" --data {config.data}" if config.data else ""
-    images = open_dataset(spec, config.data).train
+    if (address := networks.published(how.network, parse(recipe.dataset, config.data)[1])) is None:
+        return f"Give a file (--weights FILE) or train it: {command}"
+    images = open_dataset(recipe.dataset, config.data).train
     flops = _flops(recipe, images) * len(images) * how.epochs
     return (
         f"Published ones are at {address}: give them with --weights FILE, in make WEIGHTS=FILE. Or train it: "
-        f"{train}{data} --download. That is {flops:.1e} floating-point operations ({how.epochs} epochs of "
+        f"{command} --download. That is {flops:.1e} floating-point operations ({how.epochs} epochs of "
         f"{len(images):,} images): {flops / 1e13 / 3600:.1f} hours for a GPU that does 10 TFLOP/s, "
         f"{flops / 1e11 / 86400:.0f} days for a processor that does 0.1."
     )
@@ -110,7 +107,15 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     if path.exists() and not config.force:
         return _finished(path, identity)
     shape = input_shape(dataset.train, recipe.preprocess)
-    network, options = _network(recipe, shape, len(dataset.train.classes), start)
+    try:
+        network, options = _network(recipe, shape, len(dataset.train.classes), start)
+    except NetworkError as problem:
+        if config.start or not start:
+            raise
+        raise NetworkError(
+            f"{start.source}, with which training {how.network} begins, does not fit it as it is built here. Begin "
+            "with random weights: --set teacher.pretrained=false"
+        ) from problem
     network.to(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
@@ -243,16 +248,17 @@ def _augmented(pixels: Tensor, recipe: Recipe, epoch: int, batch: int) -> Tensor
     """
     how, count = recipe.teacher, len(pixels)
     crop = recipe.preprocess.crop if how.random_crop else None
-    margins = [(extent - crop) // 2 if crop else 0 for extent in pixels.shape[2:]]
-    most = np.array([how.shift + margin for margin in margins])
-    if most.any() or how.flip:
+    room = np.array([extent - crop if crop else 0 for extent in pixels.shape[2:]])
+    middle = room // 2
+    least, most = middle - room - how.shift, middle + how.shift
+    if (most > least).any() or how.flip:
         draw = stream(_SEED, "views", epoch, batch)
-        moves, flips = draw.integers(-most, most + 1, (count, 2)), draw.integers(0, 1 + how.flip, (count, 1))
+        moves, flips = draw.integers(least, most + 1, (count, 2)), draw.integers(0, 1 + how.flip, (count, 1))
         views = torch.from_numpy(np.concatenate([moves, flips], axis=1))
         pixels = shift_and_flip(pixels, views.to(pixels.device))
     if crop is None:
         return pixels
-    top, left = margins
+    top, left = middle
     return pixels[:, :, top : top + crop, left : left + crop]
 
 

@@ -85,11 +85,7 @@ class Agreement(NamedTuple):
     features: Difference
     logits: Difference
     changed: int  # images whose argmax is another
-
-    @property
-    def same(self) -> bool:
-        """Whether no more than rounding lies between them."""
-        return all(part.largest <= ROUNDING * part.of for part in (self.features, self.logits))
+    apart: int  # images of which features or logits differ by more than rounding
 
 
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
@@ -107,7 +103,7 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
             for start in range(0, len(mine), at_once):  # none of a split of which nothing was chosen
                 some = mine[start : start + at_once]
                 pixels = np.stack([read(images, preprocess, int(i))[1] for i in some])
-                features, logits = rows.taught(teacher, preprocess, len(some), pixels, split, start)
+                features, logits = rows.taught(teacher, preprocess, len(some), pixels, split, 0)
                 found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
                 advance(len(some), f"teacher, {split}")
     was_features, features, was_logits, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -116,8 +112,9 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
         Difference.between(was_features, features),
         Difference.between(was_logits, logits),
         int((was_logits.argmax(1) != logits.argmax(1)).sum()),
+        int((_apart(was_features, features) | _apart(was_logits, logits)).sum()),
     )
-    if not agreement.same:
+    if agreement.apart:
         last = preprocess.normalise(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
         if draws_at_random(teacher, last):
             raise CacheError(
@@ -125,6 +122,12 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
                 "does, so what it says now tells nothing of the file. Leave out --teacher."
             )
     return agreement
+
+
+def _apart(there: NDArray[np.floating], here: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which rows (n, d) differ by more than rounding."""
+    close: NDArray[np.bool_] = np.abs(there.astype(np.float64) - here).max(1) <= ROUNDING * np.abs(there).max()
+    return ~close
 
 
 def show(agreement: Agreement) -> None:
@@ -139,10 +142,11 @@ def show(agreement: Agreement) -> None:
     out.print(f"The teacher, run again on {agreement.images:,} random images, against the file:")
     out.print(table)
     out.print(f"Changed argmax: {agreement.changed:,} of {agreement.images:,}")
-    if not agreement.same:
+    if agreement.apart:
         raise CacheMismatch(
-            "The teacher gives other features or logits than the file holds, by more than rounding. Other images or "
-            "other code of its network may be why: tspipe verify --data"
+            f"The teacher gives other features or logits than the file holds for {agreement.apart:,} of "
+            f"{agreement.images:,} images, by more than rounding. Other images or other code of its network may be "
+            "why: tspipe verify --data"
         )
 
 

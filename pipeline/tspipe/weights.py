@@ -11,6 +11,7 @@ import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,11 +91,13 @@ def pretrained(name: str, network: str, *, download: bool) -> Weights:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(entry.url, str(path), digest)
-        except (OSError, RuntimeError) as problem:
+        except (OSError, RuntimeError, HTTPException) as problem:
             raise NetworkError(f"{entry.url} could not be fetched: {problem}") from problem
     found = read(path)
     if not found.sha256.startswith(digest):
-        raise NetworkError(f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it: --download")
+        raise NetworkError(
+            f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it, and fetch it again: --download"
+        )
     return found
 
 
@@ -142,12 +145,12 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
     if not (unexpected or missing) and (classes := _other_classes(reshaped, found, wanted)):
         raise NetworkError(
             f"{source} has {classes[0]} classes, the dataset has {classes[1]}. Give weights for these classes, or "
-            "fine-tune them first: tspipe teacher --weights FILE"
+            f"fine-tune them first: tspipe teacher --dataset NAME --weights {source}"
         )
     if not unexpected and _completed(tensors, module, network):
         raise NetworkError(
             f"{source} holds a part of {network} only ({len(found)} of {len(wanted)} keys), enough to begin training "
-            "with: tspipe teacher --weights FILE"
+            f"with: tspipe teacher --dataset NAME --weights {source}"
         )
     problems = [
         _counted(unexpected, "is not in the network", "are not in the network"),

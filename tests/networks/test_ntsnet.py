@@ -12,7 +12,8 @@ from torch import nn
 from plain_regions import resized, suppressed
 from tspipe import networks, weights
 from tspipe.errors import NetworkError
-from tspipe.feature_net import fold_batch_norms, noise, split
+from tspipe.feature_net import fold_batch_norms, frozen, noise, split
+from tspipe.networks import ntsnet
 from tspipe.networks.ntsnet import build, complete, ranking_loss
 
 SHAPE = (3, 64, 64)
@@ -227,6 +228,19 @@ def test_the_backbones_batch_norms_can_be_folded():
     network.pretrained_model = fold_batch_norms(network.pretrained_model)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in network.pretrained_model.modules())
     torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_as_a_frozen_teacher_it_has_no_batch_norms():
+    network, images = small(), torch.rand(3, *SHAPE)
+    with torch.no_grad():
+        expected = network(images)
+        teacher = frozen(network, "ntsnet", SHAPE, torch.device("cpu"))
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules())
+        torch.testing.assert_close(teacher(images).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_weights_training_begins_with_are_torchvisions():
+    assert torchvision.models.get_weight(ntsnet.PRETRAINED).url.endswith("/resnet50-0676ba61.pth")
 
 
 def test_sizes_of_the_published_checkpoint():

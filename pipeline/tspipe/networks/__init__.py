@@ -4,6 +4,8 @@ A network's file defines `build(num_classes, input_shape=(C, H, W), **options) -
 that returns raw logits (n, num_classes). It may define `adapt(state)`, which renames the keys of a published
 checkpoint to the network's own and gives the options those keys show, and `complete(state, own)`, which makes weights
 to start training from of a file's and a new network's, where more than the last layer may be missing from the file.
+A module that has `losses(images, labels) -> dict[str, Tensor]`, of images (n, C, H, W) and labels (n,) int64, is
+trained as a teacher with the sum of these scalars in place of the cross-entropy of its logits.
 As constants it may name what it is to be had with: `PRETRAINED`, torchvision's weights that training starts from, and
 `PUBLISHED`, by dataset the address of trained ones. `torchvision:NAME` is any classifier of torchvision's.
 """
