@@ -79,7 +79,8 @@ def table(run: RunFolder) -> Table:
     """Last and best test accuracy in percent, mean ± standard deviation over the seeds, beside the teacher's."""
     summary, seeds = run.read_json("summary.json"), run.config["seeds"]
     teacher = summary["teacher"]
-    title = f"{summary['dataset']}: {run.config['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
+    epochs = run.config["epochs"]
+    title = f"{summary['dataset']}: {epochs} epoch{'s' * (epochs > 1)}, {seeds} seed{'s' * (seeds > 1)}"
     shown = Table("network", "arm", title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("last", "best", "parameters", "s/epoch"):
         shown.add_column(heading, justify="right", no_wrap=True)
