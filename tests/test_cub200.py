@@ -77,6 +77,7 @@ def test_the_whole_chain(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     assert made.out.splitlines()[0] == (
         f"Teacher ntsnet with the weights {checkpoint} (SHA-256 {sha256[:12]}…) over cub200"
     )
+    assert "images      18 train, 18 test (pixels in the file)" in made.out
     cache = open_cache(Path("cache/cub200.h5"))
     assert cache.manifest["teacher"]["file_sha256"] == sha256
     assert cache.manifest["preprocess"]["crop"] == 32

@@ -173,7 +173,7 @@ def _finished(config: ExtractConfig, plan: Manifest, dataset: Dataset) -> Cache:
     cache = open_cache(path)
     there, here = (
         {**manifest, "images": images}
-        for manifest, images in ((as_plan(cache.manifest), cache.train.images is not None), (plan, config.images))
+        for manifest, images in ((as_plan(cache.manifest), cache.has_images), (plan, config.images))
     )
     if differences := list(differing(there, here)):
         raise CacheMismatch(

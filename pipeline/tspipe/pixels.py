@@ -62,7 +62,7 @@ def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np
 def of_cache(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Preprocess]:
     """A cache's images, and the steps left to do: those in the file, else the local ones that `local` opens."""
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
-    if cache.train.images is None or cache.test.images is None:
+    if not cache.has_images:
         return local(), preprocess
     held = Dataset(cache.manifest["dataset"]["name"], "", *(_held(cache, split) for split in SPLITS))
     return held, replace(preprocess, resize=None, crop=None)

@@ -54,6 +54,8 @@ class Facts(Protocol):
     @property
     def manifest(self) -> Manifest: ...
     @property
+    def has_images(self) -> bool: ...
+    @property
     def has_teacher(self) -> bool: ...
     @property
     def identified(self) -> bool: ...
@@ -70,7 +72,8 @@ def show_cache(cache: Facts) -> None:
         "file": f"{cache.name}, {size(cache.size)}",
         "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
         "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
-        "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS),
+        "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS)
+        + (" (pixels in the file)" if cache.has_images else ""),
         "licence": plain(dataset["license"], 400) or "not stated",
         "preprocess": _preprocess(manifest["preprocess"]),
         "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"

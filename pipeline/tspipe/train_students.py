@@ -99,7 +99,7 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         "students": students,
         **recipe.model_dump(include=shared),
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
-        **({"trust_data": True} if config.trust_data and config.cache.train.images is None else {}),
+        **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }
 
 

@@ -668,9 +668,10 @@ def test_a_peek_is_cheap_however_big_the_cache(block_rows: int, identified: bool
     assert len(web.requests) <= 4
     assert web.sent <= 256 * 1024
     assert found.identified == identified
-    assert (found.name, found.size, found.id, found.manifest, found.has_teacher) == (
+    assert (found.name, found.size, found.id, found.manifest, found.has_teacher, found.has_images) == (
         *("big.h5", path.stat().st_size, cache.id, cache.manifest),
         True,
+        cache.has_images,
     )
     assert 5 < len(found.classes) < 1000
     assert found.classes == cache.classes[: len(found.classes)]

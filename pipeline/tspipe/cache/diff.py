@@ -61,7 +61,7 @@ def compare(first: Cache, second: Cache) -> Diff:
             **cache.manifest,
             "classes": cache.classes,
             "id": cache.id,
-            "images in the file": cache.train.images is not None,
+            "images in the file": cache.has_images,
             "teacher in the file": cache.has_teacher,
         }
         for cache in (first, second)

@@ -165,6 +165,11 @@ class Cache:
         return self.train if name == "train" else self.test
 
     @property
+    def has_images(self) -> bool:
+        """Whether the file holds its images' pixels, so that training needs no dataset."""
+        return self.train.images is not None and self.test.images is not None
+
+    @property
     def has_teacher(self) -> bool:
         """Whether the file carries its teacher's weights."""
         return self._weights is not None

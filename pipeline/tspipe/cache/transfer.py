@@ -95,6 +95,7 @@ class Peek:
     id: str
     classes: list[str]  # the first ones; how many there are is in the manifest
     manifest: Manifest
+    has_images: bool
     has_teacher: bool
     identified: bool
 
@@ -217,6 +218,7 @@ def peek(url: str) -> Peek:
                 id=Column(sparse, found.regions["id"]).load().tobytes().decode("ascii", "replace"),
                 classes=_texts(Column(sparse, names)[: max(0, len(head) - names.offset) // names.dtype.itemsize]),
                 manifest=found.manifest,
+                has_images="train_images" in found.regions,
                 has_teacher="teacher_weights" in found.regions,
                 identified=identified,
             )
@@ -226,7 +228,7 @@ def carried(cache: Cache) -> list[str]:
     """Whose work a cache passes on, and under which licence: a line each. The text is the file's: escape it."""
     dataset, teacher = cache.manifest["dataset"], cache.manifest["teacher"]
     lines = [f"features of {dataset['name']}; its licence: {dataset['license'] or 'not stated'}"]
-    if cache.train.images is not None:
+    if cache.has_images:
         lines.append(f"the pixels of the images of {dataset['name']}, under the same licence")
     if cache.has_teacher:
         weights = f"{teacher['network']}, {teacher['weights_sha256'][:12]}"
