@@ -17,6 +17,7 @@ from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheError, CacheMismatch
 from tspipe.feature_net import FeatureNet
+from tspipe.memory import keep_freed
 from tspipe.pixels import input_shape
 from tspipe.progress import progress
 from tspipe.recipe import Recipe
@@ -54,6 +55,7 @@ def extract(config: ExtractConfig) -> Cache:
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     device = pick_device(recipe.compute.device)
     rows.exact()
+    keep_freed()
 
     shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
     module, options = feature_net.load_teacher(

@@ -1,12 +1,10 @@
 """Preprocessed pixels, batch by batch: from memory where they fit, decoded ahead in threads where not."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -145,22 +143,6 @@ class Pixels:
             keys, pixels = zip(*results, strict=True)
             check_sizes([image.shape[1:] for image in pixels], keys)
             yield np.stack(pixels)
-
-
-def memory_bound(device: torch.device) -> int:
-    """What may be held in memory when nothing is said, in bytes: half of what this process and its GPU have."""
-    if device.type == "cuda":
-        return min(_half_of_memory(), torch.cuda.mem_get_info(device)[0] // 2)
-    return _half_of_memory()
-
-
-def _half_of_memory() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        container = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit (`max`)
-        container = machine
-    return min(machine, container) // 2
 
 
 def _channels_first(images: NDArray[np.uint8]) -> Tensor:

@@ -24,7 +24,8 @@ from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingErro
 from tspipe.files import lock
 from tspipe.learner import OWN, RANDOM, Batch, Learner
 from tspipe.losses import Target
-from tspipe.pixels import Pixels, memory_bound, of_cache
+from tspipe.memory import keep_freed, memory_bound
+from tspipe.pixels import Pixels, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
 from tspipe.randomness import seed_torch
@@ -59,6 +60,7 @@ def train_students(config: StudentConfig) -> RunFolder:
     """
     recipe, cache = config.recipe, config.cache
     device = pick_device(recipe.device)
+    keep_freed()
     identity = _identity(config)
     stem = cache.path.name.removesuffix(".h5")
     folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
