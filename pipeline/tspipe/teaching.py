@@ -1,5 +1,7 @@
 """What students learn from: the cached targets, and the live teacher."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,11 @@ from tspipe.cache import Cache, Column
 from tspipe.errors import CacheMismatch, NetworkError
 from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output, Target
+from tspipe.pixels import moved
 from tspipe.recipe import Recipe
 
 ROUNDING = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
+_AHEAD = 4  # batches that the system is asked to read before they are wanted
 _MOST_BYTES = 16  # of a weight: as float64, and again for what is no parameter
 
 
@@ -33,16 +37,19 @@ class Targets:
         self._held = {name: torch.from_numpy(c.load()).to(device) for name, c in wanted.items()} if fits else {}
         self._read = {} if fits else wanted
 
-    def take(self, rows: Tensor) -> Target:
-        """The targets of these rows (n,) int64."""
-        there = rows.to(self.device)
-        found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
-        for name, column in self._read.items():
-            found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
-        return self.only(self._labels.index_select(0, there), **found)
+    def batches(self, order: Sequence[Tensor]) -> Iterator[Target]:
+        """The targets of each batch of indices (n,) int64; what is not held, the system reads some batches ahead."""
+        for rows in order[:_AHEAD]:
+            self._advise(rows)
+        for i, (rows, there) in enumerate(zip(order, moved(order, self.device), strict=True)):
+            if i + _AHEAD < len(order):
+                self._advise(order[i + _AHEAD])
+            found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
+            for name, column in self._read.items():
+                found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
+            yield self.only(self._labels.index_select(0, there), **found)
 
-    def advise(self, rows: Tensor) -> None:
-        """Have the system read these rows ahead, where they are not held."""
+    def _advise(self, rows: Tensor) -> None:
         for column in self._read.values():
             column.advise(rows.numpy())
 
@@ -100,9 +107,10 @@ def teacher_name(cache: Cache, recipe: Recipe) -> str:
 
 
 def run_teacher(teacher: FeatureNet, images: Tensor) -> Output:
-    """What the teacher says of normalised images (n, C, H, W), in the precision in which stage one computes."""
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return teacher(images)  # type: ignore[no-any-return]
+    """What the teacher says of normalised images (n, C, H, W), for students to learn from."""
+    with torch.inference_mode():
+        said = teacher(images)
+    return Output(*(part.clone() for part in said))  # autograd may keep the copies, not what was made in this mode
 
 
 def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:

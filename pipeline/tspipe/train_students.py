@@ -7,8 +7,7 @@ student's arms start from the same weights, so that arms can be compared pair by
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspipe import networks, plugins, random_images, training, weights
+from tspipe import networks, plugins, training, weights
 from tspipe.cache import SPLITS, Cache, match
 from tspipe.datasets import Dataset, open_dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
 from tspipe.learner import OWN, RANDOM, Batch, Learner
-from tspipe.losses import Target
+from tspipe.live_teacher import LiveTeacher
+from tspipe.losses import Output, Target
 from tspipe.memory import keep_freed, memory_bound
 from tspipe.pixels import Pixels, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
+from tspipe.rows import exact
 from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.show import shares
-from tspipe.teaching import Targets, check_teacher, load_teacher, run_teacher, teacher_parameters
+from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -72,6 +73,7 @@ def train_students(config: StudentConfig) -> RunFolder:
             "both. Choose another --out."
         )
     torch.set_num_threads(folder.environment["threads"])
+    exact()
     run = Run(config, folder, device)
     folder.create()
     with lock(folder.path / "run", RecipeError):
@@ -126,16 +128,20 @@ class Run:
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
         self.clock = training.Clock(recipe.checkpoint_seconds)
-        self.random = recipe.random_images if RANDOM in config.arms else 0
-        self.teacher = load_teacher(cache, recipe, self.train_pixels.shape, device) if self.random else None
+        self.live = self._live_teacher() if RANDOM in config.arms and recipe.random_images else None
         first = self.cohort(0)
         self.parameters = {learner.student: learner.parameters for learner in first}
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
         self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
-        if self.teacher is not None:
-            (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
-            check_teacher(self.teacher, cache, self.preprocess.normalise(pixels))
+
+    def _live_teacher(self) -> LiveTeacher:
+        """The cache's teacher, after comparing what it says here with what the file holds."""
+        recipe, cache, shape = self.config.recipe, self.config.cache, self.train_pixels.shape
+        teacher = load_teacher(cache, recipe, shape, self.device)
+        (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
+        check_teacher(teacher, cache, self.preprocess.normalise(pixels))
+        return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device)
 
     def cohort(self, seed: int) -> list[Learner]:
         """The learners of a seed: every student in every arm."""
@@ -151,7 +157,7 @@ class Run:
         """Train what is still to be trained, seed by seed, and finish the folder."""
         recipe = self.config.recipe
         position, tensors = self._resume()
-        if self.random and not (self.folder.path / "random_labels.json").exists():
+        if self.live and not (self.folder.path / "random_labels.json").exists():
             self.folder.write_json("random_labels.json", counts := self._label_histogram())
             console.print(shares(counts), markup=False)
         rows = len(self.train_pixels)
@@ -183,10 +189,11 @@ class Run:
         """Train the cohort on what is left of an epoch, test it, and write its rows; checkpoints in between."""
         seed, epoch = position.seed, position.epoch
         what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
-        teaching = training.Stopwatch(self.device)
+        if self.live:
+            self.live.watch.reset()
         for learner in learners:
             learner.start_epoch(epoch, counted=position.batch > 0)
-        for number, batch in self._batches(seed, epoch, position.batch, teaching):
+        for number, batch in self._batches(seed, epoch, position.batch):
             for learner in learners:
                 seed_torch(seed, "dropout", epoch, number)
                 learner.step(batch, number)
@@ -195,62 +202,36 @@ class Run:
                 _check_losses(learners, self.config.recipe, epoch)
                 self._save(learners, Position(seed, epoch, number + 1))
         _check_losses(learners, self.config.recipe, epoch)
-        self.folder.append(self._rows(learners, epoch, teaching), self._columns(learners))
+        self.folder.append(self._rows(learners, epoch), self._columns(learners))
 
-    def _batches(self, seed: int, epoch: int, start: int, teaching: training.Stopwatch) -> Iterator[tuple[int, Batch]]:
+    def _batches(self, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
         """An epoch's batches from number `start` on."""
         order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)[start:]
         numbers = range(start, start + len(order))
-        noise = self._random_batches(seed, epoch, numbers, teaching)
-        ahead = [*order[1:], order[0][:0]] if order else []
-        parts = zip(numbers, order, ahead, self.train_pixels.batches(order), noise, strict=True)
-        for number, rows, later, pixels, random in parts:
-            self.targets.advise(later)
-            yield number, Batch(self.preprocess.normalise(pixels), self.targets.take(rows), random)
+        said = self.live.batches(seed, epoch, numbers) if self.live else (None for _ in numbers)
+        parts = zip(numbers, self.train_pixels.batches(order), self.targets.batches(order), said, strict=True)
+        for number, pixels, target, random in parts:
+            yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random))
 
-    def _random_batches(
-        self, seed: int, epoch: int, numbers: Sequence[int], teaching: training.Stopwatch
-    ) -> Iterator[tuple[Tensor, Target] | None]:
-        """Random images and what the teacher says of them, for each batch; drawn a batch ahead in a thread."""
-        if self.teacher is None:
-            yield from (None for _ in numbers)
-            return
-
-        def draw(number: int) -> Tensor:
-            return random_images.uniform(seed, epoch, number, self.random, self.train_pixels.shape)
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(draw, numbers[0] if numbers else 0)
-            for number in numbers:
-                teaching.start()
-                images, ahead = ahead.result(), pool.submit(draw, number + 1)
-                seed_torch(seed, "teacher", epoch, number)  # for a teacher whose dropout is always on
-                taught = self._teach(images)
-                teaching.stop()
-                yield taught
-
-    def _teach(self, random: Tensor) -> tuple[Tensor, Target]:
-        """Normalise random images (r, C, H, W) in [0, 1) and let the teacher label them."""
-        assert self.teacher is not None
-        images = self.preprocess.normalise(random.to(self.device))
-        features, logits = run_teacher(self.teacher, images)
-        return images, self.targets.only(logits.argmax(1), features, logits)
+    def _labelled(self, images: Tensor, said: Output) -> tuple[Tensor, Target]:
+        """Random images with what the teacher says of them as their targets; its argmax is their label."""
+        return images, self.targets.only(said.logits.argmax(1), *said)
 
     def _label_histogram(self) -> dict[str, int]:
         """How many of the run's first random images the teacher gives to each class, the most first."""
+        assert self.live is not None
         count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
         labels: list[Tensor] = []
         with progress("labels of random images", count, "images") as advance:
-            for batch in range(math.ceil(count / self.random)):
-                seed_torch(0, "teacher", 0, batch)
-                images = random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape)
-                labels.append(self._teach(images)[1].labels)
-                advance(len(images), "labels of random images")
+            for batch in range(math.ceil(count / self.live.count)):
+                _, said = self.live.batch(0, 0, batch)
+                labels.append(said.logits.argmax(1))
+                advance(self.live.count, "labels of random images")
         counts = torch.cat(labels)[:count].bincount(minlength=len(self.config.cache.classes)).tolist()
         ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
         return {name: count for name, count in ranked if count}
 
-    def _rows(self, learners: list[Learner], epoch: int, teaching: training.Stopwatch) -> list[Row]:
+    def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
         """The epoch's rows of metrics.csv, after testing every learner."""
         networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
         for learner in learners:
@@ -262,7 +243,7 @@ class Run:
                 **learner.row(epoch),
                 "test_accuracy": right / len(self.test_labels),
                 "seconds_testing": round(learner.testing.seconds(), 4),
-                "seconds_teacher": round(teaching.seconds(), 4),
+                "seconds_teacher": round(self.live.watch.seconds(), 4) if self.live else 0.0,
             }
             for learner, right in zip(learners, correct, strict=True)
         ]

@@ -118,7 +118,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
             f"{start.source}, with which training {how.network} begins, does not fit it as it is built here. Begin "
             "with random weights: --set teacher.pretrained=false"
         ) from problem
-    network.to(device)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
         part = path.with_name(path.name + ".part")
