@@ -21,6 +21,7 @@ LAYERS = [
     {"learner", "rows", "teaching"},
     {"live_teacher"},
     STAGES | {"report"},
+    {"bench"},
     {"commands"},
     {"cli"},
     {"__main__"},

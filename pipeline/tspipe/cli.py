@@ -160,6 +160,35 @@ def student(
     report.show(run)
 
 
+@app.command()
+def bench(
+    cache: Annotated[str, typer.Option(help="The file stage one wrote, or its URL.", metavar="FILE|URL")],
+    student: Annotated[
+        list[str] | None, typer.Option(help="A network; repeatable. Else the recipe's.", show_default=False)
+    ] = None,
+    data: Data = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long; more where one step takes seconds.")] = 120,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """What the cache saves on this machine, each time beside its floor."""
+    import json
+
+    from tspipe import bench as stage
+    from tspipe.cache import open_cache
+    from tspipe.show import show_bench
+    from tspipe.train_students import StudentConfig
+
+    opened = open_cache(local(cache))
+    chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, {"student": student or None})
+    result = stage.as_json(stage.bench(StudentConfig(chosen, opened, data=data or usual), seconds))
+    if json_:
+        print(json.dumps(result, indent=2))
+    else:
+        show_bench(result)
+
+
 for command in (commands.info, commands.verify, commands.diff, commands.push, commands.pull):
     app.command()(command)
 app.command("list")(commands.list_)

@@ -1,9 +1,10 @@
 """What students learn from: the cached targets, and the live teacher."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tspipe import feature_net, networks, plugins, weights
 from tspipe.cache import Cache, Column
@@ -33,9 +34,14 @@ class Targets:
     ):
         self.needs, self.device, self._labels = needs, device, labels.to(device)
         wanted = {name: column for name, column in columns.items() if name in needs}
-        fits = sum(column.nbytes for column in wanted.values()) <= memory
-        self._held = {name: torch.from_numpy(c.load()).to(device) for name, c in wanted.items()} if fits else {}
+        stored = sum(column.nbytes for column in wanted.values())
+        single = sum(4 * math.prod(column.shape) for column in wanted.values())
+        # As float32 where there is room, so that taking a batch is one copy; else as they are stored.
+        dtype = torch.float32 if single <= memory else None
+        fits = stored <= memory
+        self._held = {name: torch.from_numpy(c.load()).to(device, dtype) for name, c in wanted.items()} if fits else {}
         self._read = {} if fits else wanted
+        self._nothing = torch.empty(0, 0, device=device)
 
     def batches(self, order: Sequence[Tensor]) -> Iterator[Target]:
         """The targets of each batch of indices (n,) int64; what is not held, the system reads some batches ahead."""
@@ -55,10 +61,11 @@ class Targets:
 
     def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
         """A target without what no loss needs."""
-        nothing = torch.empty(len(labels), 0, device=self.device)
+        if len(self._nothing) != len(labels):
+            self._nothing = torch.empty(len(labels), 0, device=self.device)
         return Target(
-            features if features is not None and "features" in self.needs else nothing,
-            logits if logits is not None and "logits" in self.needs else nothing,
+            features if features is not None and "features" in self.needs else self._nothing,
+            logits if logits is not None and "logits" in self.needs else self._nothing,
             labels,
         )
 
@@ -66,10 +73,23 @@ class Targets:
 def load_teacher(
     cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], device: torch.device, data: bytes | None = None
 ) -> FeatureNet:
-    """The teacher of a cache, from the weights the file carries or, where it carries none, from `data`, the same bytes.
+    """The teacher of a cache, made for inference, from the weights the file carries or from `data`, the same bytes.
 
     Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
     """
+    module, name = build_teacher(cache, recipe, input_shape, data)
+    network = feature_net.frozen(module, name, input_shape, device)
+    if network.width != cache.dimensions.width:
+        raise CacheMismatch(
+            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
+        )
+    return network
+
+
+def build_teacher(
+    cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], data: bytes | None = None
+) -> tuple[nn.Module, str]:
+    """The plain network of a cache's teacher with its weights, on the CPU, and its name; raises as `load_teacher`."""
     name, options = teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
     if options.get("input_shape") != list(input_shape):
         raise CacheMismatch(
@@ -84,12 +104,7 @@ def load_teacher(
         )
     tensors = weights.parse(data or cache.teacher_weights(), source)
     module, _ = feature_net.load_teacher(name, len(cache.classes), input_shape, options, tensors, source)
-    network = feature_net.frozen(module, name, input_shape, device)
-    if network.width != cache.dimensions.width:
-        raise CacheMismatch(
-            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
-        )
-    return network
+    return module, name
 
 
 def teacher_name(cache: Cache, recipe: Recipe) -> str:

@@ -187,27 +187,32 @@ class Run:
 
     def _train_epoch(self, learners: list[Learner], position: "Position", advance: Advance) -> None:
         """Train the cohort on what is left of an epoch, test it, and write its rows; checkpoints in between."""
-        seed, epoch = position.seed, position.epoch
-        what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
+        epoch = position.epoch
         if self.live:
             self.live.watch.reset()
         for learner in learners:
             learner.start_epoch(epoch, counted=position.batch > 0)
-        for number, batch in self._batches(seed, epoch, position.batch):
+        self.learn(learners, position, advance)
+        _check_losses(learners, self.config.recipe, epoch)
+        self.folder.append(self._rows(learners, epoch), self._columns(learners))
+
+    def learn(self, learners: list[Learner], position: "Position", advance: Advance, stop: int | None = None) -> None:
+        """Train on an epoch's batches from the position on, up to number `stop` or its end; checkpoints in between."""
+        seed, epoch = position.seed, position.epoch
+        what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
+        for number, batch in self.batches(seed, epoch, slice(position.batch, stop)):
             for learner in learners:
                 seed_torch(seed, "dropout", epoch, number)
                 learner.step(batch, number)
             advance(len(batch.images), what)
             if self.clock.due():
                 _check_losses(learners, self.config.recipe, epoch)
-                self._save(learners, Position(seed, epoch, number + 1))
-        _check_losses(learners, self.config.recipe, epoch)
-        self.folder.append(self._rows(learners, epoch), self._columns(learners))
+                self.save(learners, Position(seed, epoch, number + 1))
 
-    def _batches(self, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Batch]]:
-        """An epoch's batches from number `start` on."""
-        order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)[start:]
-        numbers = range(start, start + len(order))
+    def batches(self, seed: int, epoch: int, part: slice) -> Iterator[tuple[int, Batch]]:
+        """An epoch's batches, or those of a part of it, with their numbers."""
+        order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)
+        numbers, order = range(len(order))[part], order[part]
         said = self.live.batches(seed, epoch, numbers) if self.live else (None for _ in numbers)
         parts = zip(numbers, self.train_pixels.batches(order), self.targets.batches(order), said, strict=True)
         for number, pixels, target, random in parts:
@@ -231,13 +236,18 @@ class Run:
         ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
         return {name: count for name, count in ranked if count}
 
-    def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
-        """The epoch's rows of metrics.csv, after testing every learner."""
+    def test(self, learners: list[Learner], stop: int | None = None) -> list[int]:
+        """How many images of the test split, or of its first `stop` batches, each learner classifies rightly."""
         networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
         for learner in learners:
             learner.network.eval()
-        batches = self.test_pixels.batches(training.in_turn(len(self.test_pixels), self.config.recipe.test_batch_size))
-        correct = training.count_correct(networks_, batches, self.test_labels, self.preprocess, watches)
+        order = training.in_turn(len(self.test_pixels), self.config.recipe.test_batch_size)[:stop]
+        batches = self.test_pixels.batches(order)
+        return training.count_correct(networks_, batches, self.test_labels, self.preprocess, watches)
+
+    def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
+        """The epoch's rows of metrics.csv, after testing every learner."""
+        correct = self.test(learners)
         return [
             {
                 **learner.row(epoch),
@@ -252,7 +262,8 @@ class Run:
         terms = dict.fromkeys(term for learner in learners for term in learner.terms)
         return [*_COLUMNS, *sorted(terms), *_SECONDS]
 
-    def _save(self, learners: list[Learner], position: "Position") -> None:
+    def save(self, learners: list[Learner], position: "Position") -> None:
+        """Write a checkpoint."""
         tensors: dict[str, Tensor] = {}
         for learner in learners:
             tensors.update(training.prefixed(learner.name, learner.pack()))
