@@ -1,14 +1,19 @@
 """Stage one: the cache holds what the teacher says of the images, whatever happens on the way."""
 
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from shared import TEACHER, make_folder, untouched
-from tspipe import datasets, feature_net, networks, weights
+from tspipe import datasets, feature_net, networks, rows, weights
 from tspipe import recipe as recipes
 from tspipe.cache import Cache, CacheWriter, open_cache
 from tspipe.cache.layout import digest
@@ -96,13 +101,8 @@ def test_a_teacher_of_nan_names_the_image(teacher: Path, tmp_path: Path) -> None
 
 def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part file goes on only with the images it was begun with."""
-    folder = make_folder(tmp_path / "shapes")
-    torch.manual_seed(0)
-    weights.save(tmp_path / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
-    settings = ["dataset=folder:" + str(folder), "teacher.network=lenet5", "compute.block_rows=4"]
-    wanted = ExtractConfig(
-        recipes.load("folder", settings), weights.read(tmp_path / "w.safetensors"), tmp_path / "shapes.h5"
-    )
+    folder = tmp_path / "shapes"
+    wanted = small(folder)
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -113,6 +113,78 @@ def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeyp
     assert str(refused.value).startswith(
         f"{tmp_path}/shapes.h5.part is not of this data: at train index 0, the pixels of 'a/00.png' are not the same: "
     )
+
+
+def small(folder: Path, *settings: str) -> ExtractConfig:
+    """16 and 8 images in blocks of 4, an untrained LeNet-5."""
+    if not folder.exists():
+        make_folder(folder)
+        torch.manual_seed(0)
+        weights.save(folder / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
+    settings = (f"dataset=folder:{folder}", "teacher.network=lenet5", "compute.block_rows=4", *settings)
+    return ExtractConfig(
+        recipes.load("folder", settings), weights.read(folder / "w.safetensors"), folder.with_suffix(".h5")
+    )
+
+
+def test_the_teacher_runs_while_a_block_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block is written only when the teacher has begun the second: in one thread that would never be."""
+    second, taught, write_block = threading.Event(), rows.taught, CacheWriter.write_block
+
+    def noting(*arguments: Any) -> Any:
+        if arguments[4:] == ("train", 1):
+            second.set()
+        return taught(*arguments)
+
+    def waiting(self: CacheWriter, split: str, block: int, columns: Any) -> None:
+        assert second.wait(30)
+        write_block(self, split, block, columns)
+
+    monkeypatch.setattr(rows, "taught", noting)
+    monkeypatch.setattr(CacheWriter, "write_block", waiting)
+    assert extract(small(tmp_path / "shapes")).dimensions.blocks("train") == 4
+
+
+def test_progress_counts_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says which part the others wait for, on a line of 80 columns."""
+    written: list[int] = []
+    shown: list[str] = []
+    write_block = CacheWriter.write_block
+
+    def noting(self: CacheWriter, split: str, block: int, columns: Any) -> None:
+        write_block(self, split, block, columns)
+        written.append(len(columns["labels"]))
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, unit: str, done: int) -> Iterator[Any]:
+        assert (total, unit, done) == (24, "images", 0)
+        advanced = 0
+
+        def advance(count: int, what: str) -> None:
+            nonlocal advanced
+            advanced += count
+            assert advanced == sum(written)
+            shown.append(what)
+
+        yield advance
+        assert advanced == 24
+
+    monkeypatch.setattr(CacheWriter, "write_block", noting)
+    monkeypatch.setattr("tspipe.extract.progress", progress)
+    extract(small(tmp_path / "shapes"))
+    assert all(re.fullmatch("(train|test), (decoding|teacher|writing)-bound", what) for what in shown)
+    line = f"{shown[0]} {20 * '━'} 1281167/1281167 999 images/s 0:21:22"
+    assert len(line) <= 80
+
+
+def test_a_writer_that_fails_stops_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise CacheError("No room.")
+
+    monkeypatch.setattr(CacheWriter, "write_block", full)
+    with pytest.raises(CacheError) as refused:
+        extract(small(tmp_path / "shapes"))
+    assert str(refused.value) == "No room."
 
 
 def test_cache_names() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheError, CacheMismatch
 from tspipe.feature_net import FeatureNet
+from tspipe.overlap import Spent, behind
 from tspipe.pixels import input_shape
 from tspipe.progress import progress
 from tspipe.recipe import Recipe
@@ -82,22 +84,24 @@ def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, reci
     ranges = {split: [writer.dimensions.block(split, block) for block in missing[split]] for split in SPLITS}
     total = sum(len(dataset.split(split)) for split in SPLITS)
     left = sum(len(images) for split in SPLITS for images in ranges[split])
-    with progress("teacher", total, "images", total - left) as advance:
+    spent = Spent()
+    with progress("teacher", total, "images", total - left) as advance, behind() as do:
+
+        def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:
+            columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
+            writer.write_block(split, number, {"features": features, "logits": logits, **columns})
+            advance(len(block.indices), f"{split}, {spent.most}-bound")
+
         for split in SPLITS:
-            blocks = rows.decoded(dataset.split(split), recipe.preprocess, ranges[split])
+            blocks = spent.waiting("decoding", rows.decoded(dataset.split(split), recipe.preprocess, ranges[split]))
             for number, block in zip(missing[split], blocks, strict=True):
-                features, logits = rows.taught(
-                    teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
-                )
+                with spent.on("teacher"):
+                    features, logits = rows.taught(
+                        teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
+                    )
                 _check_features(features, block.keys, recipe)
-                columns: dict[str, NDArray[Any]] = {
-                    "features": features,
-                    "logits": logits,
-                    "labels": block.labels,
-                    "keys": block.keys,
-                }
-                writer.write_block(split, number, {**columns, "digests": block.digests, "images": block.pixels})
-                advance(len(block.indices), f"teacher, {split}")
+                with spent.on("writing"):
+                    do(partial(write, split, number, block, features, logits))
 
 
 def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], recipe: Recipe) -> None:

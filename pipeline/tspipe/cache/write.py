@@ -1,4 +1,4 @@
-"""Writing a feature cache so that a kill at any moment loses at most the block being computed.
+"""Writing a feature cache so that a kill at any moment loses no block that was written.
 
 h5py makes the skeleton of `NAME.h5.part` and closes it; rows then go in by `os.pwrite` at the offsets noted, and
 after each block its checksum. A writer that comes later reads the checksums and goes on. At the end come the
