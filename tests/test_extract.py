@@ -17,9 +17,10 @@ from tspipe import datasets, feature_net, networks, rows, weights
 from tspipe import recipe as recipes
 from tspipe.cache import Cache, CacheWriter, open_cache
 from tspipe.cache.layout import digest
-from tspipe.errors import CacheError, CacheMismatch
+from tspipe.errors import CacheError, CacheMismatch, OutOfMemory
 from tspipe.extract import ExtractConfig, cache_path, extract
 from tspipe.preprocess import Preprocess
+from tspipe.recipe import Compute
 
 
 def config(teacher: Path, out: Path, *overrides: str) -> ExtractConfig:
@@ -185,6 +186,90 @@ def test_a_writer_that_fails_stops_the_teacher(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CacheError) as refused:
         extract(small(tmp_path / "shapes"))
     assert str(refused.value) == "No room."
+
+
+HUNGRY = """
+import torch
+from torch import nn
+
+class Hungry(nn.Flatten):
+    def forward(self, images):
+        if len(images) > {most}:
+            raise {error}
+        return super().forward(images)
+
+def build(num_classes, input_shape):
+    c, h, w = input_shape
+    return nn.Sequential(Hungry(), nn.Linear(c * h * w, num_classes))
+"""
+ERRORS = [
+    'torch.OutOfMemoryError("CUDA: no room")',
+    "MemoryError",
+    'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: 9 bytes")',
+    'RuntimeError("MPS backend out of memory")',
+]
+
+
+def hungry(folder: Path, most: int, error: str = ERRORS[0]) -> ExtractConfig:
+    """A teacher that takes `most` images at once; 16 and 8 images, a block each."""
+    (folder / "hungry.py").write_text(HUNGRY.format(most=most, error=error))
+    settings = [f"teacher.network={folder}/hungry.py", "compute.block_rows=16"]
+    config = small(folder / "shapes", *settings)
+    network = networks.build(f"{folder}/hungry.py", 2, (3, 16, 16))
+    weights.save(folder / "hungry.safetensors", network, {})
+    return replace(config, weights=weights.read(folder / "hungry.safetensors"))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_out_of_memory_names_the_batch_size_that_fits(tmp_path: Path, error: str) -> None:
+    wanted = hungry(tmp_path, 9, error)
+    with pytest.raises(CacheError) as refused:
+        extract(wanted)
+    assert str(refused.value) == (
+        "The teacher runs out of memory with batches of 16 images; batches of 8 fit. "
+        "Give the command --set compute.batch_size=8"
+    )
+    again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=8, block_rows=16)}))
+    assert extract(again).manifest["compute"]["batch_size"] == 8
+
+
+def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part file is of the larger batches, and only its owner deletes it."""
+    wanted, taught = hungry(tmp_path, 16), rows._taught
+
+    def later(teacher: Any, preprocess: Any, size: int, pixels: Any, split: str, block: int) -> Any:
+        if split == "test" and size > 4:
+            raise torch.OutOfMemoryError("no room")
+        return taught(teacher, preprocess, size, pixels, split, block)
+
+    monkeypatch.setattr(rows, "_taught", later)
+    with pytest.raises(CacheError) as refused:
+        extract(wanted)
+    part = tmp_path / "shapes.h5.part"
+    assert str(refused.value) == (
+        "The teacher runs out of memory with batches of 8 images; batches of 4 fit. "
+        f"Give the command --set compute.batch_size=4 after deleting {part}: its rows are those of the larger batches."
+    )
+    again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=4, block_rows=16)}))
+    with pytest.raises(CacheMismatch):
+        extract(again)
+    part.unlink()
+    assert extract(again).manifest["compute"]["batch_size"] == 4
+
+
+def test_not_even_one_image_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = hungry(tmp_path, 2)
+    monkeypatch.setattr(rows, "_taught", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(OutOfMemory) as refused:
+        extract(wanted)
+    assert str(refused.value) == (
+        "The teacher runs out of memory even with one image at a time. It needs a machine with more."
+    )
+
+
+def test_any_other_error_of_a_teacher_is_its_own(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        extract(hungry(tmp_path, 9, 'RuntimeError("a bug")'))
 
 
 def test_cache_names() -> None:

@@ -16,7 +16,7 @@ from tspipe.cache.layout import as_plan
 from tspipe.cache.write import differing
 from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import pick_device
-from tspipe.errors import CacheError, CacheMismatch
+from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, TspipeError
 from tspipe.feature_net import FeatureNet
 from tspipe.overlap import Spent, behind
 from tspipe.pixels import input_shape
@@ -74,7 +74,10 @@ def extract(config: ExtractConfig) -> Cache:
             match.match_split(
                 str(writer.part), split, writer.split(split), dataset.split(split), rows=writer.written(split)
             )
-        _write_rows(writer, dataset, teacher, recipe)
+        try:
+            _write_rows(writer, dataset, teacher, recipe)
+        except OutOfMemory as problem:
+            raise _smaller(problem, writer) from problem
         writer.finish()
     return open_cache(config.out)
 
@@ -102,6 +105,17 @@ def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, reci
                 _check_features(features, block.keys, recipe)
                 with spent.on("writing"):
                     do(partial(write, split, number, block, features, logits))
+
+
+def _smaller(problem: OutOfMemory, writer: CacheWriter) -> TspipeError:
+    """The command that goes on where memory ran out; a part file without a block is of no use to it, and removed."""
+    remedy = f"{problem} Give the command --set compute.batch_size={problem.fits}"
+    if not problem.fits:
+        return problem
+    if any(len(writer.written(split)) for split in SPLITS):
+        return CacheError(f"{remedy} after deleting {writer.part}: its rows are those of the larger batches.")
+    writer.part.unlink()
+    return CacheError(remedy)
 
 
 def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], recipe: Recipe) -> None:
