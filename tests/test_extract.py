@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared import TEACHER, make_folder, untouched
+from shared import TEACHER, small, untouched
 from tspipe import datasets, feature_net, networks, rows, weights
 from tspipe import recipe as recipes
 from tspipe.cache import Cache, CacheWriter, open_cache
@@ -113,18 +113,6 @@ def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeyp
         extract(wanted)
     assert str(refused.value).startswith(
         f"{tmp_path}/shapes.h5.part is not of this data: at train index 0, the pixels of 'a/00.png' are not the same: "
-    )
-
-
-def small(folder: Path, *settings: str) -> ExtractConfig:
-    """16 and 8 images in blocks of 4, an untrained LeNet-5."""
-    if not folder.exists():
-        make_folder(folder)
-        torch.manual_seed(0)
-        weights.save(folder / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
-    settings = (f"dataset=folder:{folder}", "teacher.network=lenet5", "compute.block_rows=4", *settings)
-    return ExtractConfig(
-        recipes.load("folder", settings), weights.read(folder / "w.safetensors"), folder.with_suffix(".h5")
     )
 
 
@@ -248,7 +236,8 @@ def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: py
     part = tmp_path / "shapes.h5.part"
     assert str(refused.value) == (
         "The teacher runs out of memory with batches of 8 images; batches of 4 fit. "
-        f"Give the command --set compute.batch_size=4 after deleting {part}: its rows are those of the larger batches."
+        f"Give the command --set compute.batch_size=4 after deleting {part}, which was begun with the larger "
+        "batches."
     )
     again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=4, block_rows=16)}))
     with pytest.raises(CacheMismatch):

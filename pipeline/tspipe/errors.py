@@ -11,6 +11,7 @@ TspipeError
 ├── DatasetError          images or labels missing, unreadable, or not as published
 ├── NetworkError          an architecture or its weights
 ├── OutOfMemory           a batch that does not fit, and one that does
+├── OtherProcessFailed    of the same job; it says why itself
 ├── RecipeError           a recipe, a flag or an override
 └── TrainingError         a loss that is no longer a number
 
@@ -65,6 +66,10 @@ class OutOfMemory(TspipeError):
             if fits
             else "The teacher runs out of memory even with one image at a time. It needs a machine with more."
         )
+
+
+class OtherProcessFailed(TspipeError):
+    """Another process of the same job has ended; the command line leaves saying why to that one."""
 
 
 class RecipeError(TspipeError):
