@@ -13,7 +13,7 @@ STAGES = {"train_teacher", "extract", "train_students", "verify"}
 # A room may import those of its own line and of the lines above it.
 LAYERS = [
     {"errors"},
-    {"files", "plugins", "distributed", "memory", "randomness", "progress"},
+    {"files", "plugins", "distributed", "memory", "randomness", "progress", "overlap"},
     {"cache", "preprocess", "losses", "datasets", "networks"},
     {"cached_targets"},
     {"weights", "random_images", "recipe", "run_folder", "pixels", "show"},
