@@ -16,7 +16,7 @@ LAYERS = [
     {"files", "plugins", "distributed", "memory", "randomness", "progress", "overlap"},
     {"cache", "preprocess", "losses", "datasets", "networks"},
     {"cached_targets"},
-    {"weights", "random_images", "recipe", "run_folder", "pixels", "show"},
+    {"weights", "random_images", "recipe", "run_folder", "pixels", "show", "local_data"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
     {"live_teacher"},

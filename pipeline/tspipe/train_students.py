@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from tspipe import networks, plugins, training, weights
-from tspipe.cache import SPLITS, Cache, match
-from tspipe.datasets import Dataset, open_dataset
+from tspipe.cache import Cache
+from tspipe.datasets import Dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
 from tspipe.learner import OWN, RANDOM, Batch, Learner
 from tspipe.live_teacher import LiveTeacher
+from tspipe.local_data import check_preprocess, open_local
 from tspipe.losses import Output, Target
 from tspipe.memory import keep_freed, memory_bound
 from tspipe.pixels import Pixels, of_cache
@@ -114,10 +115,10 @@ class Run:
         self.config, self.folder, self.device = config, folder, device
         recipe, cache = config.recipe, config.cache
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
-        _check_preprocess(cache, recipe.preprocess)
+        check_preprocess(cache, recipe.preprocess)
         if cache.manifest["views"]:
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
-        dataset, steps = of_cache(cache, lambda: _local(config))
+        dataset, steps = of_cache(cache, self._local)
         if len(dataset.train) < recipe.batch_size:
             raise DatasetError(
                 f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
@@ -134,6 +135,12 @@ class Run:
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
         self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
+
+    def _local(self) -> Dataset:
+        config = self.config
+        return open_local(
+            config.cache, config.recipe.dataset, config.data, download=config.download, trust=config.trust_data
+        )
 
     def _live_teacher(self) -> LiveTeacher:
         """The cache's teacher, after comparing what it says here with what the file holds."""
@@ -305,44 +312,6 @@ class Position:
     seed: int = 0
     epoch: int = 0
     batch: int = 0
-
-
-def _local(config: StudentConfig) -> Dataset:
-    """The local images, which must be those the cache was made from."""
-    dataset = open_dataset(config.recipe.dataset, config.data, download=config.download)
-    (_check_counts if config.trust_data else _check_data)(config.cache, dataset)
-    return dataset
-
-
-def _check_preprocess(cache: Cache, wanted: Preprocess) -> None:
-    there, here = cache.manifest["preprocess"], wanted.as_dict()
-    for field in there:
-        if there[field] != here[field]:
-            raise CacheMismatch(
-                f"{cache.path.name} was made with preprocess.{field} = {there[field]}, not {here[field]}: its targets "
-                "belong to those pixels. Leave the setting out, or make another cache with it."
-            )
-
-
-def _check_data(cache: Cache, dataset: Dataset) -> None:
-    match.match_classes(cache.path.name, cache.classes, dataset.train.classes)
-    for split in SPLITS:
-        match.match_split(cache.path.name, split, cache.split(split), dataset.split(split))
-
-
-def _check_counts(cache: Cache, dataset: Dataset) -> None:
-    """What even data that are trusted must have: a row of the cache for each image, and its classes."""
-    there = {split: len(cache.split(split)) for split in SPLITS} | {"class": len(cache.classes)}
-    here = {split: len(dataset.split(split)) for split in SPLITS} | {"class": len(dataset.train.classes)}
-    if there != here:
-        raise CacheMismatch(
-            f"{cache.path.name} has {_counts(there)}, the dataset {_counts(here)}: --trust-data skips the comparison "
-            "of images, but cannot do without their rows."
-        )
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return "{train:,} + {test:,} images of {class:,} classes".format(**counts)
 
 
 def _check_losses(learners: list[Learner], recipe: Recipe, epoch: int) -> None:
