@@ -48,7 +48,7 @@ def test_a_group_of_two(tmp_path: Path) -> None:
     said = [process.communicate(timeout=120)[0].splitlines() for process in started]
     both = "{'from': 0} ['of 0', 'of 1']"
     assert said[0] == [
-        "Group(rank=0, size=2)", both, "01", "Rank 0 stops, since another process has failed."
+        "Group(rank=0, size=2)", both, "01", "Rank 0 stops: another process has failed, or cannot be reached."
     ]  # fmt: skip
     assert said[1] == ["Group(rank=1, size=2)", both, "01"]
     assert [process.returncode for process in started] == [0, 3]
@@ -61,6 +61,13 @@ def test_a_process_alone() -> None:
         found.barrier()
         with found.first():
             pass
+
+
+def test_a_size_without_an_address_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with group() as found:
+        assert found is ALONE
 
 
 def test_torchruns_job_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None
     assert failed.code == 1
     assert sum("Error" in line for line in failed.lines) == 1
     assert "b/07.png" in failed.error
+    assert "Rank 0 stops: another process has failed, or cannot be reached." in failed.lines
     assert not wanted.out.exists()
     assert (tmp_path / "shapes.h5.part-1").exists()
     assert "written train 1" in failed.lines

@@ -195,7 +195,8 @@ def main() -> None:
         text = _sentence(problem)
         if text is None or "--debug" in sys.argv:
             raise
-        if isinstance(problem, OtherProcessFailed):
+        if isinstance(problem, OtherProcessFailed):  # the other has the panel
+            print(problem, file=sys.stderr)
             sys.exit(1)
         from rich.panel import Panel
         from rich.text import Text

@@ -12,6 +12,7 @@ import torch
 from tspipe.errors import OtherProcessFailed, RecipeError
 
 T = TypeVar("T")
+_PLACE = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # in the environment of torchrun's processes
 _PATIENCE = timedelta(days=7)  # one rank may work for long while the others wait; one that has died is noticed at once
 
 
@@ -60,7 +61,9 @@ class Group:
         try:
             call(dist)
         except RuntimeError as problem:  # gloo's, of a closed connection
-            raise OtherProcessFailed(f"Rank {self.rank} stops, since another process has failed.") from problem
+            raise OtherProcessFailed(
+                f"Rank {self.rank} stops: another process has failed, or cannot be reached."
+            ) from problem
 
 
 ALONE = Group()
@@ -68,12 +71,12 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def group() -> Iterator[Group]:
-    """The group that torchrun's environment variables (RANK, WORLD_SIZE, …) tell of; without them, or for one, ALONE.
+    """The group that torchrun's environment variables tell of; without them, or with one process, ALONE.
 
     It carries small objects over gloo; tensors on GPUs want a group of their own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    # Some clusters set WORLD_SIZE without torchrun; then nobody says where the others are.
+    if not os.environ.keys() >= _PLACE or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
     import torch.distributed as dist

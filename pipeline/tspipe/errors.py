@@ -69,7 +69,7 @@ class OutOfMemory(TspipeError):
 
 
 class OtherProcessFailed(TspipeError):
-    """Another process of the same job has ended; the command line leaves saying why to that one."""
+    """Another process of the same job has ended, or cannot be reached; saying why is left to that one."""
 
 
 class RecipeError(TspipeError):

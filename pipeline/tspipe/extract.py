@@ -112,7 +112,7 @@ def _lead(job: _Job, group: Group) -> Cache:
         _write_share(writer, job, missing, group)
         group.barrier()
         if group.size > 1:
-            _absorb(writer, job.dataset)
+            _absorb(writer, job.dataset, group.size)
         writer.finish()
     group.barrier()
     return open_cache(out)
@@ -136,9 +136,9 @@ def _help(job: _Job, group: Group) -> None:
     group.barrier()  # rank 0 has finished: only then is the job done
 
 
-def _absorb(writer: CacheWriter, dataset: Dataset) -> None:
+def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
     """Take in what other ranks wrote, and check that all there is now is of this dataset."""
-    absorb(writer)
+    absorb(writer, ranks)
     for split in SPLITS:
         match.match_split(
             str(writer.part), split, writer.split(split), dataset.split(split), rows=writer.written(split)

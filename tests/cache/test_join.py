@@ -56,7 +56,7 @@ def test_a_part_of_some_blocks_takes_little_room(tmp_path: Path) -> None:
         file.write_block("train", 700, pets.rows_of("train", sizes.block("train", 700), sizes.width))
     status = file.part.stat()
     assert status.st_size > 16 * 2**20
-    assert status.st_blocks * 512 < 2**20
+    assert status.st_blocks * 512 < 2 * 2**20
 
 
 def test_a_block_whose_rows_are_not_those_of_its_checksum_is_left(tmp_path: Path) -> None:
@@ -96,6 +96,28 @@ def test_a_rank_begins_its_part_anew(tmp_path: Path) -> None:
     write(path, 1, ALL, compute={**PLAN["compute"], "batch_size": 3})
     write(path, 1, ALL[:1])
     assert missing(path) == ALL[1:]
+
+
+def test_a_part_that_a_network_disk_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, waits = tmp_path / "pets.h5", []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) > 2:
+            write(path, len(waits) - 2, [ALL[len(waits) - 3]])
+
+    monkeypatch.setattr("tspipe.cache.join.time.sleep", sleep)
+    with writer(path) as file:
+        absorb(file, ranks=3)
+        assert file.missing("train") == [2]
+    assert len(waits) == 4
+
+
+def test_a_part_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tspipe.cache.join._PATIENCE", 0.0)
+    with writer(tmp_path / "pets.h5") as file:
+        absorb(file, ranks=2)
+        assert file.missing("test") == [0, 1]
 
 
 def test_ranks_write_beside_rank_0(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ of more processes or fewer; so nothing is taken from them but whole blocks of th
 """
 
 import glob
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,17 @@ from tspipe.cache.read import Column
 from tspipe.cache.write import CacheWriter, block_checksums
 from tspipe.errors import NotACache
 
+_PATIENCE = 120.0  # seconds; what is not there by then is computed again by the next start
 
-def absorb(writer: CacheWriter) -> None:
+
+def absorb(writer: CacheWriter, ranks: int = 1) -> None:
     """Take into rank 0's part file the blocks that other ranks' part files hold, and delete these files.
 
-    Files of another plan, and those that are not sound, are deleted unused: their rows are computed again.
+    Files of another plan, and those that are not sound, are deleted unused: their rows are computed again. Where this
+    job has several `ranks`, each has closed its file, which may be seen here only some time later.
     """
     beginning = writer.part.name + "-"
+    _wait_for([writer.part.with_name(f"{beginning}{rank}") for rank in range(1, ranks)])
     for path in sorted(writer.part.parent.glob(f"{glob.escape(beginning)}*")):
         rank, _, rest = path.name.removeprefix(beginning).partition(".")
         if rank.isdigit() and rest in ("", "skeleton"):
@@ -30,6 +35,13 @@ def absorb(writer: CacheWriter) -> None:
                 _take(writer, path)
                 writer.sync()
             path.unlink(missing_ok=True)
+
+
+def _wait_for(paths: list[Path]) -> None:
+    """Wait until files are there: a network disk shows those of another machine up to a minute late."""
+    end = time.monotonic() + _PATIENCE
+    while not all(path.exists() for path in paths) and time.monotonic() < end:
+        time.sleep(1)
 
 
 def _take(writer: CacheWriter, path: Path) -> None:

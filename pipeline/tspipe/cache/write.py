@@ -164,14 +164,12 @@ class CacheWriter:
         decode_manifest(plan, finished=False)  # no reader would take a plan that breaks the schema
         skeleton = self.part.with_name(self.part.name + ".skeleton")
         # h5py crashes when a write fails, so the disk shows that it has the room before h5py writes at all.
-        sizes = (np.dtype(d).itemsize * int(np.prod(s)) for d, s in self.dimensions.datasets().values())
-        size = 0 if self.rank else sum(sizes)
+        size = sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in self.dimensions.datasets().values())
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(skeleton.unlink, missing_ok=True)
-            _reserve(skeleton, size + 2**20)
+            _reserve(skeleton, size + 2**20, sparse=self.rank > 0)
             write_skeleton(skeleton, self.dimensions)
-            if not self.rank:
-                _reserve(skeleton, skeleton.stat().st_size)
+            _reserve(skeleton, skeleton.stat().st_size, sparse=self.rank > 0)
             with h5py.File(skeleton, "r", locking=False) as hdf5:
                 offset = hdf5["manifest"].id.get_offset()
             with skeleton.open("r+b") as file:
@@ -241,10 +239,16 @@ def differing(there: Any, here: Any) -> Iterator[str]:
         yield f"{where} is {one!r} there and {two!r} here"
 
 
-def _reserve(path: Path, size: int) -> None:
-    """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run."""
+def _reserve(path: Path, size: int, *, sparse: bool) -> None:
+    """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run.
+
+    A sparse file gets its size, and room for what HDF5 writes: a full disk is met where rows are written.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        if sparse:
+            os.ftruncate(descriptor, size)
+            size = min(size, 2**20)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:  # macOS: write what is there again, and zeros beyond
