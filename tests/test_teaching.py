@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -246,3 +247,47 @@ def test_whatever_a_network_raises_for_images_of_another_size() -> None:
 
     said = refusal(NetworkError, feature_net.last_linear, Choosy(), "choosy", torch.zeros(2, *SHAPE))
     assert said == "choosy does not take images of (1, 16, 16): AssertionError"
+
+
+def test_rows_are_asked_for_ahead_of_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row once, in the order of the batches, so many batches before it is read."""
+    monkeypatch.setattr(teaching, "AHEAD", 3)
+    said: list[tuple[str, list[int]]] = []
+
+    class Rows:
+        shape, nbytes = (1000, 2), 4000
+
+        def advise(self, rows: np.ndarray) -> None:
+            said.append(("asked", rows.tolist()))
+
+        def take(self, rows: np.ndarray) -> np.ndarray:
+            said.append(("read", rows.tolist()))
+            return np.zeros((len(rows), 2), np.float16)
+
+    labels, needs = torch.arange(1000), frozenset({"features"})
+    targets = teaching.Targets({"features": Rows()}, labels, needs, memory=3999, device=torch.device("cpu"))
+    order = list(torch.randperm(1000).split(100))
+    found = list(targets.batches(order))
+    rows = [batch.tolist() for batch in order]
+    assert [batch for what, batch in said if what == "asked"] == rows
+    assert [batch for what, batch in said if what == "read"] == rows
+    for i, batch in enumerate(rows):
+        before = said[: said.index(("read", batch))]
+        assert len([what for what, _ in before if what == "asked"]) == min(i + 4, 10)
+    assert all(torch.equal(target.labels, batch) for target, batch in zip(found, order, strict=True))
+
+
+@pytest.mark.parametrize(("memory", "held"), [(8000, torch.float32), (4000, torch.float16)])
+def test_targets_are_held_as_float32_where_there_is_room(memory: int, held: torch.dtype) -> None:
+    class Rows:
+        shape, nbytes = (1000, 2), 4000
+
+        def load(self) -> np.ndarray:
+            return np.ones((1000, 2), np.float16)
+
+    targets = teaching.Targets(
+        {"features": Rows()}, torch.arange(1000), frozenset({"features"}), memory, torch.device("cpu")
+    )
+    assert targets._held["features"].dtype == held
+    (target,) = targets.batches([torch.arange(5)])
+    assert target.features.dtype == torch.float32
