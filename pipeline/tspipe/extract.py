@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tspipe import feature_net, networks, rows, weights
+from tspipe import feature_net, networks, random_images, rows, weights
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
 from tspipe.cache.layout import as_plan
 from tspipe.cache.write import differing
@@ -36,6 +36,7 @@ class ExtractConfig:
     force: bool = False
     download: bool = False
     images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
+    random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
 
 
 def cache_path(dataset: str, teacher: str, usual: str) -> Path:
@@ -78,13 +79,14 @@ def extract(config: ExtractConfig) -> Cache:
 
 
 def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, recipe: Recipe) -> None:
-    missing = {split: writer.missing(split) for split in SPLITS}
-    ranges = {split: [writer.dimensions.block(split, block) for block in missing[split]] for split in SPLITS}
-    total = sum(len(dataset.split(split)) for split in SPLITS)
-    left = sum(len(images) for split in SPLITS for images in ranges[split])
+    sizes = writer.dimensions
+    missing = {split: writer.missing(split) for split in sizes.sections}
+    ranges = {split: [sizes.block(split, block) for block in missing[split]] for split in sizes.sections}
+    total = sum(sizes.images(split) for split in sizes.sections)
+    left = sum(len(images) for split in sizes.sections for images in ranges[split])
     with progress("teacher", total, "images", total - left) as advance:
-        for split in SPLITS:
-            blocks = rows.decoded(dataset.split(split), recipe.preprocess, ranges[split])
+        for split in sizes.sections:
+            blocks = rows.of_section(split, dataset, recipe.preprocess, writer.plan, ranges[split])
             for number, block in zip(missing[split], blocks, strict=True):
                 features, logits = rows.taught(
                     teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
@@ -135,7 +137,7 @@ def _plan(
         },
         "features": {"dtype": _DTYPES[recipe.features.dtype], "width": width},
         "preprocess": recipe.preprocess.as_dict(),
-        "random": None,
+        "random": random_images.described(config.random_pool) if config.random_pool else None,
         "teacher": {
             "correct": None,
             "file_sha256": config.weights.sha256,
@@ -160,6 +162,7 @@ def _dimensions(
         key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
         weights_bytes=weights_bytes,
         image_shape=image_shape,
+        random_rows=plan["random"] and plan["random"]["rows"],
     )
 
 

@@ -47,6 +47,11 @@ class Dimensions:
     image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
     random_rows: int | None = None  # P, the random pool
 
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """What there are rows of, in file order: the splits and, where there is one, the `random` pool."""
+        return SPLITS if self.random_rows is None else (*SPLITS, "random")
+
     def images(self, split: str) -> int:
         """How many images a split (or the `random` pool) has."""
         return (self.random_rows or 0) if split == "random" else self.rows[split]

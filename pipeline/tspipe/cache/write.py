@@ -38,7 +38,7 @@ class CacheWriter:
     """Writes one cache, or goes on with one that was begun; a context manager.
 
         with CacheWriter(path, plan, dimensions, classes, weights) as writer:
-            for split in SPLITS:
+            for split in dimensions.sections:
                 for block in writer.missing(split):
                     writer.write_block(split, block, {"features": …, "logits": …, …})
             writer.finish()
@@ -121,7 +121,7 @@ class CacheWriter:
 
         Raises CacheError when a block is still missing.
         """
-        if left := sum(len(self.missing(split)) for split in SPLITS):
+        if left := sum(len(self.missing(split)) for split in self.dimensions.sections):
             raise CacheError(f"{self.part} still lacks {left} blocks. Run the same command again.")
         classes = self._columns["classes"].load().tobytes()
         manifest = {
@@ -221,7 +221,12 @@ def correct(columns: Mapping[str, Column], dimensions: Dimensions, split: str) -
 def differing(there: Any, here: Any) -> Iterator[str]:
     """The fields in which two manifests differ, each as a sentence's part."""
     for where, one, two in differing_fields(there, here):
-        yield f"{where} is {one!r} there and {two!r} here"
+        yield f"{where} is {_stated(one)} there and {_stated(two)} here"
+
+
+def _stated(value: Any) -> str:
+    """A field as a sentence's part; a whole section (one may be null) as its fields."""
+    return ", ".join(f"{key} {v}" for key, v in value.items()) if isinstance(value, dict) else repr(value)
 
 
 def _reserve(path: Path, size: int) -> None:
