@@ -19,6 +19,7 @@ LAYERS = [
     {"weights", "random_images", "recipe", "run_folder", "pixels", "show"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
+    {"random_pool"},
     STAGES | {"report"},
     {"commands"},
     {"cli"},

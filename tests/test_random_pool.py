@@ -3,25 +3,31 @@
 import random
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Result
 from shared import TEACHER
+from tspipe import learner, random_images, weights
 from tspipe import recipe as recipes
-from tspipe import weights
 from tspipe.cache import Cache, CacheWriter
-from tspipe.errors import CacheError, CacheMismatch
+from tspipe.errors import CacheError, CacheMismatch, RecipeError
 from tspipe.extract import ExtractConfig, extract
+from tspipe.learner import RANDOM, TAUGHT
 from tspipe.preprocess import Preprocess
 from tspipe.random_images import PoolImages
+from tspipe.random_pool import RandomPool
+from tspipe.run_folder import RunFolder
 from tspipe.teaching import load_teacher, run_teacher
+from tspipe.train_students import StudentConfig, train_students
 
 Tspipe = Callable[..., Result]
 ROWS = 40  # in blocks of 16, 16 and 8
@@ -73,8 +79,6 @@ def test_any_range_of_rows_is_what_the_format_says(rows: int, block_rows: int, r
 
 
 def test_consecutive_ranges_draw_no_image_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tspipe import random_images
-
     begun: list[int] = []
     stream = random_images.stream
     monkeypatch.setattr(random_images, "stream", lambda *a: begun.append(a[-1]) or stream(*a))
@@ -190,3 +194,181 @@ def test_on_the_command_line(tspipe: Tspipe, teacher: Path) -> None:
 
 def test_info_of_a_cache_without_a_pool_says_nothing_of_it(tspipe: Tspipe, digits: Cache) -> None:
     assert "random" not in tspipe("info", digits.path).out
+
+
+SMALL = ["epochs=2", "seeds=2", "batch_size=100", "random_images=7", "random_source=pool"]  # 10 batches an epoch
+
+
+def stage_two(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = (TAUGHT, RANDOM)) -> StudentConfig:
+    facts = {"preprocess": cache.manifest["preprocess"]}
+    return StudentConfig(recipes.load("digits", [*SMALL, *overrides], facts=facts), cache, arms, out=out)
+
+
+def students(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.path.glob("student-*.safetensors"))}
+
+
+def metrics(run: RunFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
+
+
+@pytest.fixture(scope="module")
+def run(pool: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train_students(stage_two(pool, tmp_path_factory.mktemp("runs") / "run"))
+
+
+@given(seed=st.integers(0, 3), step=st.integers(0, 10**6), count=st.integers(1, ROWS))
+def test_a_batch_is_rows_that_follow_one_another_around_the_pool(pool: Cache, seed: int, step: int, count: int) -> None:
+    entropy = np.random.SeedSequence([seed, zlib.crc32(b"random pool offset"), 0, 0])
+    offset = int(np.random.MT19937(entropy).random_raw())
+    rows = (offset % ROWS + step * count + np.arange(count)) % ROWS
+    batch = RandomPool(pool, (1, 16, 16), count).batch(seed, step)
+    assert pool.random is not None
+    assert batch.images.dtype == batch.features.dtype == torch.float32
+    np.testing.assert_array_equal(batch.images, [by_hand(0, row, 16, (1, 16, 16)) for row in rows])
+    np.testing.assert_array_equal(batch.features, pool.random.features[rows])
+    np.testing.assert_array_equal(batch.logits, pool.random.logits[rows])
+    np.testing.assert_array_equal(batch.labels, pool.random.logits[rows].argmax(1))
+
+
+def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
+    pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10 batches of 100 images an epoch, and of 128 images 8, the last of them of 104."""
+    for size, per_epoch in ((100, 10), (128, 8)):
+        learnt: list[torch.Tensor] = []
+        step = learner.Learner.step
+
+        def noted(self: Any, batch: learner.Batch, number: int, learnt: Any = learnt, step: Any = step) -> None:
+            assert batch.random is not None
+            learnt.append(batch.random[1].features.clone())
+            step(self, batch, number)
+
+        monkeypatch.setattr(learner.Learner, "step", noted)
+        train_students(stage_two(pool, tmp_path / str(size), f"batch_size={size}", "seeds=1", arms=(RANDOM,)))
+        monkeypatch.setattr(learner.Learner, "step", step)
+        expected = RandomPool(pool, (1, 16, 16), 7)
+        assert len(learnt) == 2 * per_epoch
+        assert all(found.equal(expected.batch(0, i).features) for i, found in enumerate(learnt))
+
+
+def test_students_of_the_pool_need_no_teacher(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
+    bare = replace(pool, _weights=None)
+    assert students(train_students(stage_two(bare, tmp_path / "bare"))) == students(run)
+
+
+def test_the_labels_are_counted_from_the_pool(run: RunFolder, pool: Cache) -> None:
+    assert pool.random is not None
+    counts = np.bincount(pool.random.logits.load().argmax(1), minlength=10)
+    assert run.read_json("random_labels.json") == {str(i): int(n) for i, n in enumerate(counts) if n}
+
+
+def test_killed_and_resumed_a_run_ends_with_the_same_students(
+    run: RunFolder, pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two learners take 20 steps an epoch of a seed; killed within an epoch, at its end, and in the second seed."""
+    wanted = stage_two(pool, tmp_path / "killed", "checkpoint_seconds=0")
+    step, taken = learner.Learner.step, 0
+
+    def stopping(self: Any, batch: learner.Batch, number: int) -> None:
+        nonlocal taken
+        taken += 1
+        if taken in (8, 21, 40, 64):
+            raise KeyboardInterrupt
+        step(self, batch, number)
+
+    monkeypatch.setattr(learner.Learner, "step", stopping)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            train_students(wanted)
+    found = train_students(wanted)
+    assert taken > 80
+    assert students(found) == students(run)
+    assert metrics(found) == metrics(run)
+
+
+def test_the_pools_images_given_live_teach_the_same(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = extract(stage_one(teacher, tmp_path / "digits.h5", "features.dtype=float32"))
+    settings = ["epochs=1", "seeds=1"]
+
+    def trained(source: str, name: str) -> dict[str, torch.Tensor]:
+        config = stage_two(cache, tmp_path / name, *settings, f"random_source={source}", arms=(RANDOM,))
+        path = train_students(config).path / "student-lenet5-taught-random-seed0.safetensors"
+        return safetensors.torch.load_file(path)
+
+    pooled, other = trained("pool", "pool"), trained("live", "other")
+    batches = RandomPool(cache, (1, 16, 16), 7)
+    monkeypatch.setattr(
+        "tspipe.random_images.uniform", lambda seed, epoch, batch, *a: batches.batch(seed, batch).images
+    )
+    live = trained("live", "live")
+    for name, value in pooled.items():
+        torch.testing.assert_close(live[name], value, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(other["head.weight"], pooled["head.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_is_another_with_the_pool_and_keeps_its_name_without(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
+    assert run.config["random_source"] == "pool"
+    live = train_students(stage_two(pool, tmp_path / "live", "random_source=live", "epochs=1", "seeds=1"))
+    assert "random_source" not in live.config
+    taught = train_students(stage_two(pool, tmp_path / "taught", "epochs=1", "seeds=1", arms=(TAUGHT,)))
+    assert "random_source" not in taught.config
+    with pytest.raises(RecipeError) as refused:
+        train_students(stage_two(pool, run.path, "random_source=live"))
+    assert str(refused.value) == (
+        f"{run.path} is the folder of another run: random_source is 'pool' there and None here. Choose another --out."
+    )
+
+
+LIVE = "have the teacher label random images live: --set random_source=live"
+
+
+def test_a_cache_without_a_pool_is_refused(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(stage_two(digits, tmp_path / "x"))
+    assert str(refused.value) == (
+        "digits.h5 has no random pool. Make the cache again with one (tspipe cache --force --random-pool 10000), or "
+        + LIVE
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_pool_smaller_than_a_batch_is_refused(pool: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(stage_two(pool, tmp_path / "x", "random_images=41"))
+    assert str(refused.value) == (
+        "digits.h5 has a random pool of 40 images, fewer than the 41 of a batch. Take fewer (--random-images 40), make "
+        "the cache again with more (tspipe cache --force --random-pool 41), or " + LIVE
+    )
+    train_students(stage_two(pool, tmp_path / "all", "random_images=40", "epochs=1", "seeds=1"))
+
+
+def test_an_unknown_generator_is_refused(pool: Cache, tmp_path: Path) -> None:
+    random = {**pool.manifest["random"], "generator": "minstd"}
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(stage_two(replace(pool, manifest={**pool.manifest, "random": random}), tmp_path / "x"))
+    assert str(refused.value) == (
+        "The cache's random pool was drawn by 'minstd', and this tspipe knows 'mt19937' only. Take a newer tspipe, or "
+        + LIVE
+    )
+
+
+def test_a_pool_of_images_of_another_shape_is_refused(pool: Cache, tmp_path: Path) -> None:
+    told = {**pool.manifest["teacher"], "options": {"input_shape": [2**16, 2**16, 2**16]}}
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(stage_two(replace(pool, manifest={**pool.manifest, "teacher": told}), tmp_path / "x"))
+    assert str(refused.value) == (
+        "digits.h5: its teacher takes images of [65536, 65536, 65536], its dataset's are of [1, 16, 16]."
+    )
+
+
+def test_students_of_the_pool_on_the_command_line(tspipe: Tspipe, pool: Cache) -> None:
+    settings = [f"--set={setting}" for setting in [*SMALL, "seeds=1"]]
+    made = tspipe("student", "--cache", pool.path, "--compare", *settings)
+    assert (made.code, made.error) == (0, "")
+    assert "taught + random" in made.out
+    assert "The teacher calls the random images: " in made.out
+    bad = tspipe("student", "--cache", pool.path, "--set=random_source=file")
+    assert bad.error == "The recipe digits: random_source cannot be \"file\": input should be 'live' or 'pool'."

@@ -1,4 +1,4 @@
-"""Stage two: students learn from a cache, while random images pass live through its teacher.
+"""Stage two: students learn from a cache, while random images pass live through its teacher or come from its pool.
 
 The learners of one seed are a cohort: they share every batch and one teacher pass over its random images, and a
 student's arms start from the same weights, so that arms can be compared pair by pair.
@@ -7,7 +7,7 @@ student's arms start from the same weights, so that arms can be compared pair by
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from tspipe.losses import Target
 from tspipe.pixels import Pixels, memory_bound, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
+from tspipe.random_pool import Labelled, RandomPool
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
 from tspipe.run_folder import Row, RunFolder, environment, find_run
@@ -99,6 +100,7 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         "students": students,
         **recipe.model_dump(include=shared),
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
+        **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
         **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }
 
@@ -125,7 +127,9 @@ class Run:
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
         self.clock = training.Clock(recipe.checkpoint_seconds)
         self.random = recipe.random_images if RANDOM in config.arms else 0
-        self.teacher = load_teacher(cache, recipe, self.train_pixels.shape, device) if self.random else None
+        pooled, shape = self.random and recipe.random_source == "pool", self.train_pixels.shape
+        self.pool = RandomPool(cache, shape, self.random) if pooled else None
+        self.teacher = load_teacher(cache, recipe, shape, device) if self.random and not pooled else None
         first = self.cohort(0)
         self.parameters = {learner.student: learner.parameters for learner in first}
         needs = frozenset().union(*(learner.needs for learner in first))
@@ -207,14 +211,16 @@ class Run:
             yield number, Batch(self.preprocess.normalise(pixels), self.targets.take(rows), random)
 
     def _random_batches(
-        self, seed: int, epoch: int, numbers: Sequence[int], teaching: training.Stopwatch
+        self, seed: int, epoch: int, numbers: range, teaching: training.Stopwatch
     ) -> Iterator[tuple[Tensor, Target] | None]:
         """Random images and what the teacher says of them, for each batch; drawn a batch ahead in a thread."""
-        if self.teacher is None:
+        if not self.random:
             yield from (None for _ in numbers)
             return
 
-        def draw(number: int) -> Tensor:
+        def draw(number: int) -> Tensor | Labelled:
+            if self.pool is not None:
+                return self.pool.batch(seed, epoch * numbers.stop + number)  # an epoch's numbers end where it does
             return random_images.uniform(seed, epoch, number, self.random, self.train_pixels.shape)
 
         with ThreadPoolExecutor(1) as pool:
@@ -227,15 +233,25 @@ class Run:
                 teaching.stop()
                 yield taught
 
-    def _teach(self, random: Tensor) -> tuple[Tensor, Target]:
-        """Normalise random images (r, C, H, W) in [0, 1) and let the teacher label them."""
+    def _teach(self, random: Tensor | Labelled) -> tuple[Tensor, Target]:
+        """Normalise random images (r, C, H, W) in [0, 1) and let the teacher label them, if it has not yet."""
+        if isinstance(random, Labelled):
+            images, features, logits, labels = (part.to(self.device) for part in random)
+            return self.preprocess.normalise(images), self.targets.only(labels, features, logits)
         assert self.teacher is not None
         images = self.preprocess.normalise(random.to(self.device))
         features, logits = run_teacher(self.teacher, images)
         return images, self.targets.only(logits.argmax(1), features, logits)
 
     def _label_histogram(self) -> dict[str, int]:
-        """How many of the run's first random images the teacher gives to each class, the most first."""
+        """How many of the run's (or the pool's) first random images the teacher gives to each class, the most first."""
+        labels = self._live_labels() if self.pool is None else self.pool.labels(_LABELLED)
+        counts = labels.bincount(minlength=len(self.config.cache.classes)).tolist()
+        ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
+        return {name: count for name, count in ranked if count}
+
+    def _live_labels(self) -> Tensor:
+        """What the teacher calls the run's first random images, (n,) int64."""
         count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
         labels: list[Tensor] = []
         with progress("labels of random images", count, "images") as advance:
@@ -244,9 +260,7 @@ class Run:
                 images = random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape)
                 labels.append(self._teach(images)[1].labels)
                 advance(len(images), "labels of random images")
-        counts = torch.cat(labels)[:count].bincount(minlength=len(self.config.cache.classes)).tolist()
-        ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
-        return {name: count for name, count in ranked if count}
+        return torch.cat(labels)[:count]
 
     def _rows(self, learners: list[Learner], epoch: int, teaching: training.Stopwatch) -> list[Row]:
         """The epoch's rows of metrics.csv, after testing every learner."""
