@@ -26,10 +26,10 @@ format: install  ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# make teacher-cache DATASET=cub200 [DATA=folder] [TEACHER=network] [IMAGES=1] [DOWNLOAD=1]
+# make teacher-cache DATASET=cub200 [DATA=folder] [TEACHER=network] [IMAGES=1] [DOWNLOAD=1] [GPUS=number]
 # The teacher's weights are WEIGHTS=file, or those in checkpoints/; where none are published, it is trained first.
-teacher-cache: install  ## make cache/DATASET.h5 [WEIGHTS=file DATA=folder IMAGES=1]
-	@$(BIN)/tspipe cache --train-teacher --dataset '$(DATASET)' $(if $(TEACHER),--teacher '$(TEACHER)') \
+teacher-cache: install  ## make cache/DATASET.h5 [WEIGHTS=file DATA=folder IMAGES=1 GPUS=n]
+	@$(if $(GPUS),$(BIN)/torchrun --standalone --nproc-per-node '$(GPUS)' -m tspipe,$(BIN)/tspipe) cache --train-teacher --dataset '$(DATASET)' $(if $(TEACHER),--teacher '$(TEACHER)') \
 		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)') $(if $(IMAGES),--images) $(if $(DOWNLOAD),--download)
 
 install: $(VENV)/.installed  ## make the environment

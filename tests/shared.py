@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from tspipe import networks, weights
+from tspipe import recipe as recipes
+from tspipe.extract import ExtractConfig
 
 # LeNet-5 teaches LeNet-5: the digits in a tenth of a second an epoch.
 TEACHER = [
@@ -25,6 +30,18 @@ def make_folder(root: Path, train: int = 8, test: int = 4) -> Path:
             for i in range(count):
                 Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
     return root
+
+
+def small(folder: Path, *settings: str) -> ExtractConfig:
+    """16 and 8 images in blocks of 4, and an untrained LeNet-5."""
+    if not folder.exists():
+        make_folder(folder)
+        torch.manual_seed(0)
+        weights.save(folder / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
+    settings = (f"dataset=folder:{folder}", "teacher.network=lenet5", "compute.block_rows=4", *settings)
+    return ExtractConfig(
+        recipes.load("folder", settings), weights.read(folder / "w.safetensors"), folder.with_suffix(".h5")
+    )
 
 
 def untouched(path: Path) -> tuple[int, int, int]:

@@ -13,14 +13,15 @@ STAGES = {"train_teacher", "extract", "train_students", "verify"}
 # A room may import those of its own line and of the lines above it.
 LAYERS = [
     {"errors"},
-    {"files", "plugins", "distributed", "randomness", "progress"},
+    {"files", "plugins", "distributed", "memory", "randomness", "progress", "overlap"},
     {"cache", "preprocess", "losses", "datasets", "networks"},
     {"cached_targets"},
-    {"weights", "random_images", "recipe", "run_folder", "pixels", "show"},
+    {"weights", "random_images", "recipe", "run_folder", "pixels", "show", "local_data"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
-    {"random_pool"},
+    {"live_teacher", "random_pool"},
     STAGES | {"report"},
+    {"bench"},
     {"commands"},
     {"cli"},
     {"__main__"},

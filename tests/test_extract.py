@@ -1,20 +1,26 @@
 """Stage one: the cache holds what the teacher says of the images, whatever happens on the way."""
 
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from shared import TEACHER, make_folder, untouched
-from tspipe import datasets, feature_net, networks, weights
+from shared import TEACHER, small, untouched
+from tspipe import datasets, feature_net, networks, rows, weights
 from tspipe import recipe as recipes
 from tspipe.cache import Cache, CacheWriter, open_cache
 from tspipe.cache.layout import digest
-from tspipe.errors import CacheError, CacheMismatch
+from tspipe.errors import CacheError, CacheMismatch, OutOfMemory
 from tspipe.extract import ExtractConfig, cache_path, extract
 from tspipe.preprocess import Preprocess
+from tspipe.recipe import Compute
 
 
 def config(teacher: Path, out: Path, *overrides: str) -> ExtractConfig:
@@ -96,13 +102,8 @@ def test_a_teacher_of_nan_names_the_image(teacher: Path, tmp_path: Path) -> None
 
 def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part file goes on only with the images it was begun with."""
-    folder = make_folder(tmp_path / "shapes")
-    torch.manual_seed(0)
-    weights.save(tmp_path / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
-    settings = ["dataset=folder:" + str(folder), "teacher.network=lenet5", "compute.block_rows=4"]
-    wanted = ExtractConfig(
-        recipes.load("folder", settings), weights.read(tmp_path / "w.safetensors"), tmp_path / "shapes.h5"
-    )
+    folder = tmp_path / "shapes"
+    wanted = small(folder)
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -113,6 +114,151 @@ def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeyp
     assert str(refused.value).startswith(
         f"{tmp_path}/shapes.h5.part is not of this data: at train index 0, the pixels of 'a/00.png' are not the same: "
     )
+
+
+def test_the_teacher_runs_while_a_block_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block is written only when the teacher has begun the second: in one thread that would never be."""
+    second, taught, write_block = threading.Event(), rows.taught, CacheWriter.write_block
+
+    def noting(*arguments: Any) -> Any:
+        if arguments[4:] == ("train", 1):
+            second.set()
+        return taught(*arguments)
+
+    def waiting(self: CacheWriter, split: str, block: int, columns: Any) -> None:
+        assert second.wait(30)
+        write_block(self, split, block, columns)
+
+    monkeypatch.setattr(rows, "taught", noting)
+    monkeypatch.setattr(CacheWriter, "write_block", waiting)
+    assert extract(small(tmp_path / "shapes")).dimensions.blocks("train") == 4
+
+
+def test_progress_counts_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says which part the others wait for, on a line of 80 columns."""
+    written: list[int] = []
+    shown: list[str] = []
+    write_block = CacheWriter.write_block
+
+    def noting(self: CacheWriter, split: str, block: int, columns: Any) -> None:
+        write_block(self, split, block, columns)
+        written.append(len(columns["labels"]))
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, unit: str, done: int) -> Iterator[Any]:
+        assert (total, unit, done) == (24, "images", 0)
+        advanced = 0
+
+        def advance(count: int, what: str) -> None:
+            nonlocal advanced
+            advanced += count
+            assert advanced == sum(written)
+            shown.append(what)
+
+        yield advance
+        assert advanced == 24
+
+    monkeypatch.setattr(CacheWriter, "write_block", noting)
+    monkeypatch.setattr("tspipe.extract.progress", progress)
+    extract(small(tmp_path / "shapes"))
+    assert all(re.fullmatch("(train|test), (decoding|teacher|writing)-bound", what) for what in shown)
+    line = f"{shown[0]} {20 * '━'} 1281167/1281167 999 images/s 0:21:22"
+    assert len(line) <= 80
+
+
+def test_a_writer_that_fails_stops_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise CacheError("No room.")
+
+    monkeypatch.setattr(CacheWriter, "write_block", full)
+    with pytest.raises(CacheError) as refused:
+        extract(small(tmp_path / "shapes"))
+    assert str(refused.value) == "No room."
+
+
+HUNGRY = """
+import torch
+from torch import nn
+
+class Hungry(nn.Flatten):
+    def forward(self, images):
+        if len(images) > {most}:
+            raise {error}
+        return super().forward(images)
+
+def build(num_classes, input_shape):
+    c, h, w = input_shape
+    return nn.Sequential(Hungry(), nn.Linear(c * h * w, num_classes))
+"""
+ERRORS = [
+    'torch.OutOfMemoryError("CUDA: no room")',
+    "MemoryError",
+    'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: 9 bytes")',
+    'RuntimeError("MPS backend out of memory")',
+]
+
+
+def hungry(folder: Path, most: int, error: str = ERRORS[0]) -> ExtractConfig:
+    """A teacher that takes `most` images at once; 16 and 8 images, a block each."""
+    (folder / "hungry.py").write_text(HUNGRY.format(most=most, error=error))
+    settings = [f"teacher.network={folder}/hungry.py", "compute.block_rows=16"]
+    config = small(folder / "shapes", *settings)
+    network = networks.build(f"{folder}/hungry.py", 2, (3, 16, 16))
+    weights.save(folder / "hungry.safetensors", network, {})
+    return replace(config, weights=weights.read(folder / "hungry.safetensors"))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_out_of_memory_names_the_batch_size_that_fits(tmp_path: Path, error: str) -> None:
+    wanted = hungry(tmp_path, 9, error)
+    with pytest.raises(CacheError) as refused:
+        extract(wanted)
+    assert str(refused.value) == (
+        "The teacher runs out of memory with batches of 16 images; batches of 8 fit. "
+        "Give the command --set compute.batch_size=8"
+    )
+    again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=8, block_rows=16)}))
+    assert extract(again).manifest["compute"]["batch_size"] == 8
+
+
+def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part file is of the larger batches, and only its owner deletes it."""
+    wanted, taught = hungry(tmp_path, 16), rows._taught
+
+    def later(teacher: Any, preprocess: Any, size: int, pixels: Any, split: str, block: int) -> Any:
+        if split == "test" and size > 4:
+            raise torch.OutOfMemoryError("no room")
+        return taught(teacher, preprocess, size, pixels, split, block)
+
+    monkeypatch.setattr(rows, "_taught", later)
+    with pytest.raises(CacheError) as refused:
+        extract(wanted)
+    part = tmp_path / "shapes.h5.part"
+    assert str(refused.value) == (
+        "The teacher runs out of memory with batches of 8 images; batches of 4 fit. "
+        f"Give the command --set compute.batch_size=4 after deleting {part}, which was begun with the larger "
+        "batches."
+    )
+    again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=4, block_rows=16)}))
+    with pytest.raises(CacheMismatch):
+        extract(again)
+    part.unlink()
+    assert extract(again).manifest["compute"]["batch_size"] == 4
+
+
+def test_not_even_one_image_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = hungry(tmp_path, 2)
+    monkeypatch.setattr(rows, "_taught", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(OutOfMemory) as refused:
+        extract(wanted)
+    assert str(refused.value) == (
+        "The teacher runs out of memory even with one image at a time. It needs a machine with more."
+    )
+
+
+def test_any_other_error_of_a_teacher_is_its_own(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        extract(hungry(tmp_path, 9, 'RuntimeError("a bug")'))
 
 
 def test_cache_names() -> None:

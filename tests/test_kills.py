@@ -14,40 +14,56 @@ from conftest import Zygote
 from shared import TEACHER
 from tspipe import recipe as recipes
 from tspipe import training, weights
-from tspipe.cache import SPLITS, Cache
+from tspipe.cache import Cache
 from tspipe.extract import ExtractConfig, extract
 
 KILLS = int(os.environ.get("TSPIPE_KILLS", "25"))
 
 
 def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
-    """A file that is done is removed and begun again, so that kills fall everywhere, also into the end."""
+    """A file that is done is removed and begun again, so that kills fall everywhere, also into the end.
+
+    Each start is of another number of processes: none of torchrun's, one, two or three.
+    """
     settings = [*TEACHER, "compute.block_rows=16"]
-    whole = extract(ExtractConfig(recipes.load("digits", settings), weights.read(teacher), tmp_path / "whole.h5"))
-    blocks = {f"{split} {block}" for split in SPLITS for block in range(whole.dimensions.blocks(split))}
+    wanted = recipes.load("digits", settings)
+    whole = extract(ExtractConfig(wanted, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
+    sizes = whole.dimensions
+    blocks = {f"{section} {block}" for section in sizes.sections for block in range(sizes.blocks(section))}
     out = tmp_path / "digits.h5"
-    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, *(f"--set={s}" for s in settings)]
-    draw, kills, files = random.Random(0), 0, 0
+    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, "--random-pool", 100]
+    arguments += [f"--set={setting}" for setting in settings]
+    draw, kills, files, processes, parts = random.Random(0), 0, 0, 0, 0
     written: set[str] = set()
+    before: set[str] = set()
     while kills < KILLS or not out.exists():
-        run = zygote.run(*arguments, seconds=draw.uniform(0, 0.5) if kills < KILLS else None)
-        kills += run.killed
+        ranks = draw.choice([None, 1, 2, 3])
+        run = zygote.run(*arguments, seconds=draw.uniform(0, 0.7) if kills < KILLS else None, ranks=ranks)
+        kills, processes = kills + run.killed, processes + run.killed * (ranks or 1)
         assert run.killed or run.code == 0, run.lines
+        computed = [line for line in run.lines if line.startswith("computed ")]
+        assert len(set(computed)) == len(computed)  # nor by two processes
+        parts += any(tmp_path.glob("digits.h5.part-?"))
         for what, block in (line.split(" ", 1) for line in run.lines if line.startswith(("computed ", "written "))):
-            assert block not in written  # a block is never computed again after its checksum was written
-            if what == "written":
+            if what == "computed":
+                assert block not in before  # a block is never computed again after its checksum was written
+            else:
                 written.add(block)
+        before = set(written)
         if out.exists():  # also where the kill came after the last step
             assert out.read_bytes() == whole.path.read_bytes()
             assert written <= blocks
-            assert len(blocks - written) <= kills  # a kill may come between a checksum and its line
+            assert len(blocks - written) <= processes  # a kill may come between a checksum and its line
             assert zygote.run(*arguments).code == 0
             out.unlink()
-            written, files = set(), files + 1
+            written, before, files = set(), set(), files + 1
             if kills >= KILLS:
                 break
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["whole.h5"]
-    print(f"\nstage one: {kills} kills, {files} files of {len(blocks)} blocks, no block twice, all bytes the same")
+    print(
+        f"\nstage one: {kills} kills, {parts} of which left part files of other ranks, {files} files of {len(blocks)} "
+        "blocks, no block twice, all bytes the same"
+    )
 
 
 SMALL = ["epochs=2", "seeds=2", "random_images=8", "batch_size=100", "checkpoint_seconds=0"]

@@ -3,6 +3,7 @@
 import random
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from conftest import Result
 from shared import TEACHER
-from tspipe import learner, random_images, weights
+from tspipe import learner, random_images, rows, weights
 from tspipe import recipe as recipes
-from tspipe.cache import Cache, CacheWriter
+from tspipe.cache import Cache
 from tspipe.errors import CacheError, CacheMismatch, RecipeError
 from tspipe.extract import ExtractConfig, extract
 from tspipe.learner import RANDOM, TAUGHT
+from tspipe.losses import Target
 from tspipe.preprocess import Preprocess
 from tspipe.random_images import PoolImages
 from tspipe.random_pool import RandomPool
@@ -127,21 +129,18 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
     pool: Cache, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[tuple[str, int]]
 ) -> None:
     wanted, done = stage_one(teacher, tmp_path / "digits.h5"), []
-    write = CacheWriter.write_block
+    taught = rows.taught
     for stop in [*stops, None]:
 
-        def stopping(self: CacheWriter, split: str, block: int, columns: Any, stop: Any = stop) -> None:
-            if (split, block) == stop:
+        def stopping(*arguments: Any, stop: Any = stop) -> Any:
+            if arguments[-2:] == stop:
                 raise KeyboardInterrupt
-            done.append((split, block))
-            write(self, split, block, columns)
+            done.append(arguments[-2:])
+            return taught(*arguments)
 
-        monkeypatch.setattr(CacheWriter, "write_block", stopping)
-        if stop is None:
+        monkeypatch.setattr(rows, "taught", stopping)
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
             extract(wanted)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                extract(wanted)
     sizes = pool.dimensions
     assert done == [(section, block) for section in sizes.sections for block in range(sizes.blocks(section))]
     assert wanted.out.read_bytes() == pool.path.read_bytes()
@@ -164,8 +163,6 @@ def test_with_and_without_a_pool_are_two_caches(pool: Cache, digits: Cache, teac
 def test_a_feature_beyond_float16_names_the_random_image(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tspipe import rows
-
     taught = rows.taught
 
     def loud(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +209,11 @@ def metrics(run: RunFolder) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
 
 
+def batches_of(cache: Cache, count: int) -> RandomPool:
+    preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
+    return RandomPool(cache, preprocess, count, (1, 16, 16), torch.device("cpu"))
+
+
 @pytest.fixture(scope="module")
 def run(pool: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return train_students(stage_two(pool, tmp_path_factory.mktemp("runs") / "run"))
@@ -222,13 +224,23 @@ def test_a_batch_is_rows_that_follow_one_another_around_the_pool(pool: Cache, se
     entropy = np.random.SeedSequence([seed, zlib.crc32(b"random pool offset"), 0, 0])
     offset = int(np.random.MT19937(entropy).random_raw())
     rows = (offset % ROWS + step * count + np.arange(count)) % ROWS
-    batch = RandomPool(pool, (1, 16, 16), count).batch(seed, step)
+    images, said = batches_of(pool, count).batch(seed, step)
     assert pool.random is not None
-    assert batch.images.dtype == batch.features.dtype == torch.float32
-    np.testing.assert_array_equal(batch.images, [by_hand(0, row, 16, (1, 16, 16)) for row in rows])
-    np.testing.assert_array_equal(batch.features, pool.random.features[rows])
-    np.testing.assert_array_equal(batch.logits, pool.random.logits[rows])
-    np.testing.assert_array_equal(batch.labels, pool.random.logits[rows].argmax(1))
+    assert images.dtype == said.features.dtype == torch.float32
+    np.testing.assert_array_equal(images, [by_hand(0, row, 16, (1, 16, 16)) for row in rows])
+    np.testing.assert_array_equal(said.features, pool.random.features[rows])
+    np.testing.assert_array_equal(said.logits, pool.random.logits[rows])
+
+
+def test_ahead_of_the_students_it_gives_what_it_gives_in_turn(pool: Cache) -> None:
+    preprocess = Preprocess.from_dict(pool.manifest["preprocess"])
+    batches, steps = batches_of(pool, 7), [3, 4, 5, 9]
+    for step, found in zip(steps, batches.batches(1, steps), strict=True):
+        images, said = batches_of(pool, 7).batch(1, step)
+        assert found[0].equal(preprocess.normalise(images))
+        assert found[1].features.equal(said.features)
+        assert found[1].logits.equal(said.logits)
+    assert list(batches.batches(1, [])) == []
 
 
 def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
@@ -236,20 +248,22 @@ def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
 ) -> None:
     """10 batches of 100 images an epoch, and of 128 images 8, the last of them of 104."""
     for size, per_epoch in ((100, 10), (128, 8)):
-        learnt: list[torch.Tensor] = []
+        learnt: list[Target] = []
         step = learner.Learner.step
 
         def noted(self: Any, batch: learner.Batch, number: int, learnt: Any = learnt, step: Any = step) -> None:
             assert batch.random is not None
-            learnt.append(batch.random[1].features.clone())
+            learnt.append(batch.random[1])
             step(self, batch, number)
 
         monkeypatch.setattr(learner.Learner, "step", noted)
         train_students(stage_two(pool, tmp_path / str(size), f"batch_size={size}", "seeds=1", arms=(RANDOM,)))
         monkeypatch.setattr(learner.Learner, "step", step)
-        expected = RandomPool(pool, (1, 16, 16), 7)
-        assert len(learnt) == 2 * per_epoch
-        assert all(found.equal(expected.batch(0, i).features) for i, found in enumerate(learnt))
+        expected = [batches_of(pool, 7).batch(0, step)[1] for step in range(2 * per_epoch)]
+        assert len(learnt) == len(expected)
+        for found, said in zip(learnt, expected, strict=True):
+            assert found.features.equal(said.features)
+            assert found.labels.equal(said.logits.argmax(1))
 
 
 def test_students_of_the_pool_need_no_teacher(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
@@ -299,10 +313,8 @@ def test_the_pools_images_given_live_teach_the_same(
         return safetensors.torch.load_file(path)
 
     pooled, other = trained("pool", "pool"), trained("live", "other")
-    batches = RandomPool(cache, (1, 16, 16), 7)
-    monkeypatch.setattr(
-        "tspipe.random_images.uniform", lambda seed, epoch, batch, *a: batches.batch(seed, batch).images
-    )
+    batches = batches_of(cache, 7)
+    monkeypatch.setattr(random_images, "uniform", lambda seed, epoch, batch, *rest: batches.batch(seed, batch)[0])
     live = trained("live", "live")
     for name, value in pooled.items():
         torch.testing.assert_close(live[name], value, rtol=1e-4, atol=1e-6)

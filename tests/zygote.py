@@ -2,7 +2,8 @@
 
 A fork of this process, which has imported everything already, is a start in a tenth of a second instead of two.
 An order has `arguments`, and `seconds`, after which the command gets SIGKILL (null: never). It may have `limit`, the
-largest file in bytes (RLIMIT_FSIZE), and `obey`: then permissions hold for the superuser, too.
+largest file in bytes (RLIMIT_FSIZE), and `obey`: then permissions hold for the superuser, too. With `ranks` the command
+is a job of several processes, as torchrun starts them, that are killed together; the answer is that of them all.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,16 +21,21 @@ from typing import Any
 
 def slowly() -> None:
     """Have stage one say which blocks it computes and has written, and take its time, to be killed in."""
+    from tspipe import rows
     from tspipe.cache import CacheWriter
 
-    write_block = CacheWriter.write_block
+    taught, write_block = rows.taught, CacheWriter.write_block
+
+    def computed(*arguments: Any) -> Any:
+        os.write(1, "computed {} {}\n".format(*arguments[-2:]).encode())  # in one call: never half a line
+        return taught(*arguments)
 
     def written(self: CacheWriter, split: str, block: int, columns: Any) -> None:
-        os.write(1, f"computed {split} {block}\n".encode())  # in one call: never half a line
         write_block(self, split, block, columns)
         os.write(1, f"written {split} {block}\n".encode())
         time.sleep(0.005)
 
+    rows.taught = computed
     CacheWriter.write_block = written  # type: ignore[method-assign]
 
 
@@ -45,7 +52,16 @@ def obey_permissions() -> None:
     assert libc.capset(header, sets) == 0
 
 
-def start(arguments: list[str], limit: int | None = None, obey: bool = False) -> tuple[int, int]:
+def places(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each process of a job of `ranks` of its place, in the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def start(place: dict[str, str], arguments: list[str], limit: int | None = None, obey: bool = False) -> tuple[int, int]:
     """Start a command in a fork; its process, and the pipe into which it prints."""
     from tspipe.cli import main
 
@@ -54,6 +70,7 @@ def start(arguments: list[str], limit: int | None = None, obey: bool = False) ->
     if process:
         os.close(writer)
         return process, reader
+    os.environ.update(place)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
     if limit is not None:
@@ -81,15 +98,19 @@ def main() -> None:
     slowly()
     for line in sys.stdin:
         order = json.loads(line)
-        seconds = order.pop("seconds")
-        process, pipe = start(**order)
-        with os.fdopen(pipe) as output:
-            if seconds is not None:
-                time.sleep(seconds)
+        seconds, ranks = order.pop("seconds"), order.pop("ranks", None)
+        started = [start(place, **order) for place in (places(ranks) if ranks else [{}])]
+        if seconds is not None:
+            time.sleep(seconds)
+            for process, _ in started:
                 os.kill(process, signal.SIGKILL)
-            lines = output.read().splitlines()
-        status = os.waitpid(process, 0)[1]
-        print(json.dumps([os.WIFSIGNALED(status), os.waitstatus_to_exitcode(status), lines]), flush=True)
+        lines = []
+        for _, pipe in started:
+            with os.fdopen(pipe) as output:
+                lines += output.read().splitlines()
+        ends = [os.waitpid(process, 0)[1] for process, _ in started]
+        codes = [os.waitstatus_to_exitcode(end) for end in ends]
+        print(json.dumps([any(map(os.WIFSIGNALED, ends)), next(filter(None, codes), 0), lines]), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Stages are imported inside the commands, so that `tspipe --help` answers at once
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from tspipe import commands
 from tspipe.commands import RecipeName, Settings, local, recipe_of, say
-from tspipe.errors import NetworkError, TspipeError
+from tspipe.errors import NetworkError, OtherProcessFailed, TspipeError
 
 if TYPE_CHECKING:
     from tspipe.extract import ExtractConfig
@@ -94,41 +95,57 @@ def cache(
     download: Download = False,
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
-    from tspipe import datasets, extract, networks
+    from tspipe import datasets, distributed, extract
     from tspipe import recipe as recipes
     from tspipe import train_teacher as stage
     from tspipe import weights as weight_files
 
     name = recipe or recipes.of_dataset(dataset)
     flags = {"dataset": dataset, "teacher.network": teacher}
-    chosen = recipes.load(name, settings or (), flags)
-    stated = datasets.parse(dataset, data)[1]
-    network = chosen.teacher.network
-    path = weights or stage.find_checkpoint(stated, network)
-    if path is None:
-        path = stage.checkpoint_path(stated, network)
-        config = stage.TeacherConfig(chosen, data, None, path, download=download)
-        if networks.published(network, stated) or not train_teacher:
-            flags_again = {"--teacher": teacher, "--data": data, "--recipe": recipe}
-            train = ["tspipe", "teacher", "--dataset", dataset]
-            train += [word for flag, value in flags_again.items() if value for word in (flag, str(value))]
-            train += [word for setting in settings or () for word in ("--set", setting)]
-            raise NetworkError(
-                f"There are no weights for {network} on {stated}: {path} does not exist. "
-                + stage.how_to_get(config, shlex.join(train))
-            )
-        say(f"{network} has no weights for {stated} yet, so it is trained first.")
-        _train_teacher(config)
-    found = weight_files.read(path)
-    _check_network(found, chosen.teacher.network)
-    chosen = recipes.load(name, settings or (), flags, _stated(found))
-    usual = recipes.load(name).teacher.network
-    out = out or extract.cache_path(stated, chosen.teacher.network, usual)
-    say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {found.sha256[:12]}…) over {stated}")
-    wanted = extract.ExtractConfig(chosen, found, out, data, force, download, images, random_pool or 0)
-    made = extract.extract(wanted)
-    commands.info(str(made.path))
-    say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(wanted, dataset, name)]))
+    with distributed.group() as group:
+        with group.first():
+            chosen = recipes.load(name, settings or (), flags)
+            stated = datasets.parse(dataset, data)[1]
+            path = weights or stage.find_checkpoint(stated, chosen.teacher.network)
+            if path is None:
+                config = stage.TeacherConfig(chosen, data, download=download)
+                again = {"--dataset": dataset, "--teacher": teacher, "--data": data, "--recipe": recipe}
+                path = _no_weights(config, stated, train_teacher and not group.rank, again, settings)
+            found = weight_files.read(path)
+            _check_network(found, chosen.teacher.network)
+            chosen = recipes.load(name, settings or (), flags, _stated(found))
+            usual = recipes.load(name).teacher.network
+            out = out or extract.cache_path(stated, chosen.teacher.network, usual)
+        if not group.rank:
+            sha256 = found.sha256[:12]
+            say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {sha256}…) over {stated}")
+        wanted = extract.ExtractConfig(chosen, found, out, data, force, download, images, random_pool or 0)
+        made = extract.extract(wanted, group)
+    if made is not None:
+        commands.info(str(made.path))
+        say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(wanted, dataset, name)]))
+
+
+def _no_weights(
+    config: "TeacherConfig", dataset: str, train: bool, flags: dict[str, Any], settings: list[str] | None
+) -> Path:
+    """Train a teacher that has no weights where that may be done, and give their path; else say how to get them."""
+    from tspipe import networks
+    from tspipe import train_teacher as stage
+
+    network = config.recipe.teacher.network
+    path = stage.checkpoint_path(dataset, network)
+    if networks.published(network, dataset) or not train:
+        words = ["tspipe", "teacher"]
+        words += [word for flag, value in flags.items() if value for word in (flag, str(value))]
+        words += [word for setting in settings or () for word in ("--set", setting)]
+        raise NetworkError(
+            f"There are no weights for {network} on {dataset}: {path} does not exist. "
+            + stage.how_to_get(config, shlex.join(words))
+        )
+    say(f"{network} has no weights for {dataset} yet, so it is trained first.")
+    _train_teacher(replace(config, out=path))
+    return path
 
 
 @app.command()
@@ -165,6 +182,35 @@ def student(
     report.show(run)
 
 
+@app.command()
+def bench(
+    cache: Annotated[str, typer.Option(help="The file stage one wrote, or its URL.", metavar="FILE|URL")],
+    student: Annotated[
+        list[str] | None, typer.Option(help="A network; repeatable. Else the recipe's.", show_default=False)
+    ] = None,
+    data: Data = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long; more where one step takes seconds.")] = 120,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """What the cache saves on this machine, each time beside its floor."""
+    import json
+
+    from tspipe import bench as stage
+    from tspipe.cache import open_cache
+    from tspipe.show import show_bench
+    from tspipe.train_students import StudentConfig
+
+    opened = open_cache(local(cache))
+    chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, {"student": student or None})
+    result = stage.as_json(stage.bench(StudentConfig(chosen, opened, data=data or usual), seconds))
+    if json_:
+        print(json.dumps(result, indent=2))
+    else:
+        show_bench(result)
+
+
 for command in (commands.info, commands.verify, commands.diff, commands.push, commands.pull):
     app.command()(command)
 app.command("list")(commands.list_)
@@ -182,6 +228,9 @@ def main() -> None:
         text = _sentence(problem)
         if text is None or "--debug" in sys.argv:
             raise
+        if isinstance(problem, OtherProcessFailed):  # the other has the panel
+            print(problem, file=sys.stderr)
+            sys.exit(1)
         from rich.panel import Panel
         from rich.text import Text
 

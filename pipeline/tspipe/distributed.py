@@ -1,22 +1,112 @@
-"""Where a process computes: its device and its place among others."""
+"""Where a process computes: its device and its place among others. The only file that imports torch.distributed."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 
-from tspipe.errors import RecipeError
+from tspipe.errors import OtherProcessFailed, RecipeError
+
+T = TypeVar("T")
+_PLACE = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # in the environment of torchrun's processes
+_PATIENCE = timedelta(days=7)  # one rank may work for long while the others wait; one that has died is noticed at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a job that torchrun started, or this one alone.
+
+    All of them make the same calls in the same order; each call waits for the others. Values are pickled, so they
+    are small Python objects. Raises OtherProcessFailed when another process has ended instead of making the call.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank; what the others give is not looked at."""
+        values: list[Any] = [value]
+        self._together(lambda dist: dist.broadcast_object_list(values))
+        found: T = values[0]
+        return found
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        values: list[Any] = [value] * self.size
+        self._together(lambda dist: dist.all_gather_object(values, value))
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 does what is inside before the others do: what goes wrong for all of them is said once."""
+        if self.rank:
+            self.barrier()
+        yield
+        if not self.rank:
+            self.barrier()
+
+    def _together(self, call: Callable[[Any], object]) -> None:
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        try:
+            call(dist)
+        except RuntimeError as problem:  # gloo's, of a closed connection
+            raise OtherProcessFailed(
+                f"Rank {self.rank} stops: another process has failed, or cannot be reached."
+            ) from problem
+
+
+ALONE = Group()
+
+
+@contextlib.contextmanager
+def group() -> Iterator[Group]:
+    """The group that torchrun's environment variables tell of; without them, or with one process, ALONE.
+
+    It carries small objects over gloo; tensors on GPUs want a group of their own.
+    """
+    # Some clusters set WORLD_SIZE without torchrun; then nobody says where the others are.
+    if not os.environ.keys() >= _PLACE or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
-    """The device to compute on; `auto` takes a GPU if there is one. Raises RecipeError if `wanted` is not there."""
+    """The device to compute on; `auto` takes a GPU if there is one, each of torchrun's processes its own.
+
+    Raises RecipeError if `wanted` is not there.
+    """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
     if not there.get(wanted, False):
         raise RecipeError(f"This machine has no device {wanted!r}; it has {', '.join(n for n in there if there[n])}.")
-    return torch.device(wanted)
+    if wanted != "cuda" or "LOCAL_RANK" not in os.environ:
+        return torch.device(wanted)
+    mine, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if mine >= count:
+        raise RecipeError(f"This machine has {count} GPUs, one a process: start torchrun with --nproc-per-node {count}")
+    return torch.device(wanted, mine)
 
 
 def cores() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors this process may use; where torchrun started several on this machine, its share of them."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

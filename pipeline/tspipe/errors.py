@@ -10,6 +10,8 @@ TspipeError
 │   └── RemoteError       the place of a remote one cannot be asked (defined in cache/remote.py)
 ├── DatasetError          images or labels missing, unreadable, or not as published
 ├── NetworkError          an architecture or its weights
+├── OutOfMemory           a batch that does not fit, and one that does
+├── OtherProcessFailed    of the same job; it says why itself
 ├── RecipeError           a recipe, a flag or an override
 └── TrainingError         a loss that is no longer a number
 
@@ -52,6 +54,22 @@ class DatasetError(TspipeError):
 
 class NetworkError(TspipeError):
     """A network cannot be built, split or loaded."""
+
+
+class OutOfMemory(TspipeError):
+    """The teacher does not fit into memory with batches of `batch_size` images; with `fits` it does, 0: with none."""
+
+    def __init__(self, batch_size: int, fits: int):
+        self.batch_size, self.fits = batch_size, fits
+        super().__init__(
+            f"The teacher runs out of memory with batches of {batch_size:,} images; batches of {fits:,} fit."
+            if fits
+            else "The teacher runs out of memory even with one image at a time. It needs a machine with more."
+        )
+
+
+class OtherProcessFailed(TspipeError):
+    """Another process of the same job has ended, or cannot be reached; saying why is left to that one."""
 
 
 class RecipeError(TspipeError):

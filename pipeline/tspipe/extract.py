@@ -1,7 +1,9 @@
 """Stage one: every image once through the frozen teacher, into the cache."""
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ from numpy.typing import NDArray
 
 from tspipe import feature_net, networks, random_images, rows, weights
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
+from tspipe.cache.join import absorb
 from tspipe.cache.layout import as_plan
 from tspipe.cache.write import differing
 from tspipe.datasets import Dataset, open_dataset, stem
-from tspipe.distributed import pick_device
-from tspipe.errors import CacheError, CacheMismatch
+from tspipe.distributed import ALONE, Group, pick_device
+from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, TspipeError
 from tspipe.feature_net import FeatureNet
+from tspipe.memory import keep_freed
+from tspipe.overlap import Spent, behind
 from tspipe.pixels import input_shape
-from tspipe.progress import progress
+from tspipe.progress import Advance, progress
 from tspipe.recipe import Recipe
 from tspipe.weights import Weights
 
@@ -45,16 +50,44 @@ def cache_path(dataset: str, teacher: str, usual: str) -> Path:
     return Path("cache") / f"{stem(dataset)}{other}.h5"
 
 
-def extract(config: ExtractConfig) -> Cache:
-    """Write the cache, or go on with one that was begun; gives it opened.
+def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
+    """Write the cache, or go on with one that was begun; gives it opened, on rank 0; None on the others of a group.
 
-    A finished file of the same settings and data is left as it is. Raises CacheMismatch when the name is taken
-    by another cache and `force` is not set, CacheBusy when another process writes it.
+    A finished file of the same settings and data is left as it is. The ranks of a group share the blocks that are
+    missing; the file is the same with any number of them, and another number goes on with what a killed one left.
+    Raises CacheMismatch when the name is taken by another cache and `force` is not set, CacheBusy when another
+    process writes it.
     """
+    with group.first():
+        job = _prepare(config)
+    if group.rank:
+        _help(job, group)
+        return None
+    return _lead(job, group)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process makes ready for itself."""
+
+    config: ExtractConfig
+    dataset: Dataset
+    teacher: FeatureNet
+    weights: bytes  # the teacher's
+    plan: Manifest
+    dimensions: Dimensions
+
+    def writer(self, rank: int) -> CacheWriter:
+        classes = self.dataset.train.classes
+        return CacheWriter(self.config.out, self.plan, self.dimensions, classes, self.weights, rank)
+
+
+def _prepare(config: ExtractConfig) -> _Job:
     recipe, name = config.recipe, config.recipe.teacher.network
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     device = pick_device(recipe.compute.device)
     rows.exact()
+    keep_freed()
 
     shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
     module, options = feature_net.load_teacher(
@@ -64,42 +97,115 @@ def extract(config: ExtractConfig) -> Cache:
     stored = weights.canonical(module)
     teacher = feature_net.frozen(module, name, shape, device)
     plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
-    if config.out.exists() and not config.force:
-        return _finished(config, plan, dataset)
-
     dimensions = _dimensions(plan, dataset, len(stored), (*shape[1:], shape[0]) if config.images else None)
-    with CacheWriter(config.out, plan, dimensions, dataset.train.classes, stored) as writer:
-        for split in SPLITS:
-            match.match_split(
-                str(writer.part), split, writer.split(split), dataset.split(split), rows=writer.written(split)
-            )
-        _write_rows(writer, dataset, teacher, recipe)
+    return _Job(config, dataset, teacher, stored, plan, dimensions)
+
+
+def _lead(job: _Job, group: Group) -> Cache:
+    """What rank 0 does: say which blocks are missing, compute its share, and make one file of all."""
+    out = job.config.out
+    if out.exists() and not job.config.force:
+        cache = _finished(job.config, job.plan, job.dataset)
+        group.broadcast(None)
+        return cache
+    with job.writer(0) as writer:
+        _absorb(writer, job.dataset)
+        missing = {split: writer.missing(split) for split in job.dimensions.sections}
+        group.broadcast((job.plan, missing))
+        _write_share(writer, job, missing, group)
+        group.barrier()
+        if group.size > 1:
+            _absorb(writer, job.dataset, group.size)
         writer.finish()
-    return open_cache(config.out)
+    group.barrier()
+    return open_cache(out)
 
 
-def _write_rows(writer: CacheWriter, dataset: Dataset, teacher: FeatureNet, recipe: Recipe) -> None:
-    sizes = writer.dimensions
-    missing = {split: writer.missing(split) for split in sizes.sections}
-    ranges = {split: [sizes.block(split, block) for block in missing[split]] for split in sizes.sections}
+def _help(job: _Job, group: Group) -> None:
+    """What every other rank does: compute its share into a part file of its own."""
+    told: tuple[Manifest, dict[str, list[int]]] | None = group.broadcast(None)
+    if told is None:
+        return
+    plan, missing = told
+    if differences := list(differing(plan, job.plan)):
+        raise CacheMismatch(
+            f"Rank {group.rank} would write another cache than rank 0: {'; '.join(differences[:3])}. "
+            "All machines of a job need the same data, settings and kind of device."
+        )
+    with job.writer(group.rank) as writer:
+        _write_share(writer, job, missing, group)
+        writer.sync()
+    group.barrier()
+    group.barrier()  # rank 0 has finished: only then is the job done
+
+
+def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
+    """Take in what other ranks wrote, and check that all there is now is of this dataset."""
+    absorb(writer, ranks)
+    for split in SPLITS:
+        match.match_split(
+            str(writer.part), split, writer.split(split), dataset.split(split), rows=writer.written(split)
+        )
+
+
+def _write_share(writer: CacheWriter, job: _Job, missing: dict[str, list[int]], group: Group) -> None:
+    """Compute and write this rank's share of the missing blocks; rank 0 shows how far all of them have come."""
+    mine = {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
+    sizes = job.dimensions
     total = sum(sizes.images(split) for split in sizes.sections)
-    left = sum(len(images) for split in sizes.sections for images in ranges[split])
-    with progress("teacher", total, "images", total - left) as advance:
-        for split in sizes.sections:
-            blocks = rows.of_section(split, dataset, recipe.preprocess, writer.plan, ranges[split])
-            for number, block in zip(missing[split], blocks, strict=True):
-                features, logits = rows.taught(
-                    teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
-                )
+    left, share = (sum(len(sizes.block(s, n)) for s, blocks in of.items() for n in blocks) for of in (missing, mine))
+    done = 0
+
+    def shown(advance: Advance, images: int, what: str) -> None:
+        nonlocal done
+        before, done = done, done + images
+        advance(left * done // share - left * before // share, what)  # the others come as far in the same time
+
+    try:
+        with progress("teacher", total, "images", total - left) if not group.rank else nullcontext(_silent) as advance:
+            _write_rows(writer, job, mine, partial(shown, advance))
+    except OutOfMemory as problem:
+        raise _smaller(problem, writer, group) from problem
+
+
+def _silent(count: int, what: str) -> None:
+    """Progress that nobody sees."""
+
+
+def _write_rows(writer: CacheWriter, job: _Job, blocks: dict[str, list[int]], advance: Advance) -> None:
+    """Compute and write these blocks: decoding goes on ahead of the teacher, writing behind it."""
+    recipe, spent = job.config.recipe, Spent()
+
+    def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:
+        columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
+        writer.write_block(split, number, {"features": features, "logits": logits, **columns})
+        advance(len(block.indices), f"{split}, {spent.most}-bound")
+
+    with behind() as do:
+        for split in blocks:
+            ranges = [writer.dimensions.block(split, number) for number in blocks[split]]
+            found = rows.of_section(split, job.dataset, recipe.preprocess, job.plan, ranges)
+            decoded = spent.waiting("decoding", found)
+            for number, block in zip(blocks[split], decoded, strict=True):
+                with spent.on("teacher"):
+                    features, logits = rows.taught(
+                        job.teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
+                    )
                 _check_features(features, block.keys, recipe)
-                columns: dict[str, NDArray[Any]] = {
-                    "features": features,
-                    "logits": logits,
-                    "labels": block.labels,
-                    "keys": block.keys,
-                }
-                writer.write_block(split, number, {**columns, "digests": block.digests, "images": block.pixels})
-                advance(len(block.indices), f"teacher, {split}")
+                with spent.on("writing"):
+                    do(partial(write, split, number, block, features, logits))
+
+
+def _smaller(problem: OutOfMemory, writer: CacheWriter, group: Group) -> TspipeError:
+    """The command that goes on where memory ran out; a part file without a block is of no use to it, and removed."""
+    if not problem.fits:
+        return problem
+    remedy = f"{problem} Give the command --set compute.batch_size={problem.fits}"
+    if group.size > 1 or any(len(writer.written(split)) for split in writer.dimensions.sections):
+        part = writer.path.with_name(writer.path.name + ".part")
+        return CacheError(f"{remedy} after deleting {part}, which was begun with the larger batches.")
+    writer.part.unlink()
+    return CacheError(remedy)
 
 
 def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], recipe: Recipe) -> None:

@@ -1,12 +1,10 @@
 """Preprocessed pixels, batch by batch: from memory where they fit, decoded ahead in threads where not."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -92,6 +90,14 @@ def check_sizes(sizes: Sequence[tuple[int, ...]], keys: Sequence[str]) -> None:
             )
 
 
+def moved(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Batches of indices (n,) on a device, copied there at once: a copy for each batch would wait for the GPU."""
+    if not batches or batches[0].device == device:
+        return batches
+    there: tuple[Tensor, ...] = torch.cat(list(batches)).to(device).split([len(rows) for rows in batches])
+    return there
+
+
 class Pixels:
     """A split's preprocessed images, uint8.
 
@@ -112,61 +118,38 @@ class Pixels:
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
-        """(n, C, H, W) uint8 on the device for each batch of indices (n,) int64."""
+    def batches(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
+        """(n, C, H, W) uint8, channels-last, on the device for each batch of indices (n,) int64."""
         if self._held is not None:
-            for rows in order:
-                yield self._held.index_select(0, rows.to(self.device))
+            for rows in moved(order, self.device):
+                yield self._held.index_select(0, rows).permute(0, 3, 1, 2)
             return
         for batch in self._decoded(rows.tolist() for rows in order):
-            yield torch.from_numpy(batch).to(self.device)
+            yield torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
 
     def _load(self, what: str) -> Tensor:
         channels, height, width = self.shape
         if self._images.array is not None and self._images.array.shape[1:] == (height, width, channels):
-            return _channels_first(self._images.array)
-        out, done = torch.empty((len(self), *self.shape), dtype=torch.uint8), 0
+            return torch.from_numpy(self._images.array)
+        out, done = torch.empty((len(self), height, width, channels), dtype=torch.uint8), 0
         with progress(f"reading {what}", len(self), "images") as advance:
             for batch in self._decoded(range(i, min(i + _LOADED, len(self))) for i in range(0, len(self), _LOADED)):
-                check_sizes([(height, width), batch.shape[2:]], [self._images.keys[0], self._images.keys[done]])
+                check_sizes([(height, width), batch.shape[1:3]], [self._images.keys[0], self._images.keys[done]])
                 out[done : done + len(batch)] = torch.from_numpy(batch)
                 done += len(batch)
                 advance(len(batch), f"reading {what}")
         return out
 
     def _decoded(self, batches: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
-        """(n, C, H, W) for each batch; the threads put the channels first, to leave the caller little to do."""
+        """(n, H, W, C) for each batch."""
 
         def work(index: int) -> tuple[str, NDArray[np.uint8]]:
-            pixels = read(self._images, self._preprocess, index)[1]
-            return self._images.keys[index], np.ascontiguousarray(pixels.transpose(2, 0, 1))
+            return self._images.keys[index], read(self._images, self._preprocess, index)[1]
 
         for results in read_ahead(work, batches):
             keys, pixels = zip(*results, strict=True)
-            check_sizes([image.shape[1:] for image in pixels], keys)
+            check_sizes([image.shape[:2] for image in pixels], keys)
             yield np.stack(pixels)
-
-
-def memory_bound(device: torch.device) -> int:
-    """What may be held in memory when nothing is said, in bytes: half of what this process and its GPU have."""
-    if device.type == "cuda":
-        return min(_half_of_memory(), torch.cuda.mem_get_info(device)[0] // 2)
-    return _half_of_memory()
-
-
-def _half_of_memory() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        container = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit (`max`)
-        container = machine
-    return min(machine, container) // 2
-
-
-def _channels_first(images: NDArray[np.uint8]) -> Tensor:
-    # A copy with the usual strides: with one channel, a transposed array counts as channels-last too, and convolutions
-    # of that form round differently.
-    return torch.from_numpy(images.transpose(0, 3, 1, 2)).clone(memory_format=torch.contiguous_format)
 
 
 def _stated(size: tuple[int, ...]) -> str:

@@ -65,7 +65,7 @@ class Compute(Section):
     """How stage one computes; the cache's bytes depend on it."""
 
     batch_size: int = Field(64, ge=1)
-    block_rows: int = Field(256, ge=1, description="images of a block: the most a kill can lose")
+    block_rows: int = Field(256, ge=1, description="images of a block; a kill loses three blocks at most")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tspipe.cache import Manifest
 from tspipe.cache.layout import digest
 from tspipe.datasets import Dataset, Images
+from tspipe.errors import OutOfMemory
 from tspipe.feature_net import FeatureNet
 from tspipe.pixels import check_sizes, read, read_ahead
 from tspipe.preprocess import Preprocess
@@ -76,7 +77,6 @@ def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iter
         )
 
 
-@torch.inference_mode()
 def taught(
     teacher: FeatureNet,
     preprocess: Preprocess,
@@ -87,11 +87,49 @@ def taught(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Features (n, d) and logits (n, c) of a block's (n, H, W, C) pixels, batch by batch; none crosses a block.
 
-    A teacher that draws random numbers in eval mode, too, draws the same for the same block.
+    A teacher that draws random numbers in eval mode, too, draws the same for the same block. Raises OutOfMemory with
+    a batch size that does run on this block; it is not taken, since the last digits depend on it.
     """
+
+    def given(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        try:
+            return _taught(teacher, preprocess, size, pixels, split, block)
+        except (MemoryError, RuntimeError) as problem:  # what a GPU raises is a RuntimeError, too
+            if not _out_of_memory(problem):
+                raise
+            return None
+
+    if (found := given(batch_size)) is not None:
+        return found
+    size = min(batch_size, len(pixels))
+    fits = size // 2
+    while fits and given(fits) is None:
+        fits //= 2
+    raise OutOfMemory(size, fits)
+
+
+@torch.inference_mode()
+def _taught(
+    teacher: FeatureNet,
+    preprocess: Preprocess,
+    batch_size: int,
+    pixels: NDArray[np.uint8] | NDArray[np.float32],
+    split: str,
+    block: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     device, outputs = teacher.head.weight.device, []
     for number, batch in enumerate(torch.from_numpy(pixels).split(batch_size)):
         seed_torch(_SEED, f"teacher, {split}", block, number)
         outputs.append(teacher(preprocess.normalise(batch.to(device).permute(0, 3, 1, 2))))
     features, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
     return features, logits
+
+
+def _out_of_memory(problem: Exception) -> bool:
+    # PyTorch's is of a class of its own on a GPU, and any RuntimeError on the CPU.
+    text = str(problem)
+    return (
+        isinstance(problem, MemoryError | torch.OutOfMemoryError)
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )

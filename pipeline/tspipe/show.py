@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,6 +136,36 @@ def show_diff(found: Diff) -> None:
             out.print(Text(plain(f"{split}: {line}", 400)))
     if found.same:
         out.print("They hold the same.")
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """What `tspipe bench` found, as JSON has it: a table, the machine, and what to do."""
+    out, table = console(), Table(box=None, pad_edge=False)
+    table.add_column("")
+    for heading in ("floor", "tspipe", "ratio", "(range)", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in result["lines"]:
+        spread = f"({line['smallest']:.3g} to {line['largest']:.3g})"
+        times = (_seconds(line[way]) for way in ("floor", "ours"))
+        table.add_row(Text(plain(line["what"])), *times, f"{line['ratio']:.3g}", spread, str(line["n"]))
+    out.print(table)
+    out.print("\nMedians of n turns; a ratio is of one turn, and the range of all turns.")
+    for name, value in result["facts"].items():
+        out.print(Text(plain(f"{name}: {value:.3g}")))
+    machine = result["environment"]
+    packages = ("python", "torch", "torchvision", "numpy", "h5py")
+    out.print(
+        "{device}, {threads} threads of {cores} cores, {processor}, {system}".format(**machine)
+        + "".join(f", {name} {machine[name]}" for name in packages)
+    )
+    out.print(Text(f"\n{plain(result['sentence'])}"))
+
+
+def _seconds(value: float) -> str:
+    """A time in the unit people read: 12.3 ms, 4.56 s, 1:02:03."""
+    if value < 1:
+        return f"{value * 1000:.3g} ms"
+    return f"{value:.3g} s" if value < 1000 else str(timedelta(seconds=round(value)))
 
 
 def _row_lines(rows: SplitDiff) -> Iterator[str]:

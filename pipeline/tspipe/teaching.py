@@ -1,16 +1,21 @@
 """What students learn from: the cached targets, and the live teacher."""
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tspipe import feature_net, networks, plugins, weights
 from tspipe.cache import Cache, Column
 from tspipe.errors import CacheMismatch, NetworkError
 from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output, Target
+from tspipe.pixels import moved
 from tspipe.recipe import Recipe
 
 ROUNDING = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
+_AHEAD = 4  # batches that the system is asked to read before they are wanted
 _MOST_BYTES = 16  # of a weight: as float64, and again for what is no parameter
 
 
@@ -29,29 +34,38 @@ class Targets:
     ):
         self.needs, self.device, self._labels = needs, device, labels.to(device)
         wanted = {name: column for name, column in columns.items() if name in needs}
-        fits = sum(column.nbytes for column in wanted.values()) <= memory
-        self._held = {name: torch.from_numpy(c.load()).to(device) for name, c in wanted.items()} if fits else {}
+        stored = sum(column.nbytes for column in wanted.values())
+        single = sum(4 * math.prod(column.shape) for column in wanted.values())
+        # As float32 where there is room, so that taking a batch is one copy; else as they are stored.
+        dtype = torch.float32 if single <= memory else None
+        fits = stored <= memory
+        self._held = {name: torch.from_numpy(c.load()).to(device, dtype) for name, c in wanted.items()} if fits else {}
         self._read = {} if fits else wanted
+        self._nothing = torch.empty(0, 0, device=device)
 
-    def take(self, rows: Tensor) -> Target:
-        """The targets of these rows (n,) int64."""
-        there = rows.to(self.device)
-        found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
-        for name, column in self._read.items():
-            found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
-        return self.only(self._labels.index_select(0, there), **found)
+    def batches(self, order: Sequence[Tensor]) -> Iterator[Target]:
+        """The targets of each batch of indices (n,) int64; what is not held, the system reads some batches ahead."""
+        for rows in order[:_AHEAD]:
+            self._advise(rows)
+        for i, (rows, there) in enumerate(zip(order, moved(order, self.device), strict=True)):
+            if i + _AHEAD < len(order):
+                self._advise(order[i + _AHEAD])
+            found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
+            for name, column in self._read.items():
+                found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
+            yield self.only(self._labels.index_select(0, there), **found)
 
-    def advise(self, rows: Tensor) -> None:
-        """Have the system read these rows ahead, where they are not held."""
+    def _advise(self, rows: Tensor) -> None:
         for column in self._read.values():
             column.advise(rows.numpy())
 
     def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
         """A target without what no loss needs."""
-        nothing = torch.empty(len(labels), 0, device=self.device)
+        if len(self._nothing) != len(labels):
+            self._nothing = torch.empty(len(labels), 0, device=self.device)
         return Target(
-            features if features is not None and "features" in self.needs else nothing,
-            logits if logits is not None and "logits" in self.needs else nothing,
+            features if features is not None and "features" in self.needs else self._nothing,
+            logits if logits is not None and "logits" in self.needs else self._nothing,
             labels,
         )
 
@@ -59,10 +73,23 @@ class Targets:
 def load_teacher(
     cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], device: torch.device, data: bytes | None = None
 ) -> FeatureNet:
-    """The teacher of a cache, from the weights the file carries or, where it carries none, from `data`, the same bytes.
+    """The teacher of a cache, made for inference, from the weights the file carries or from `data`, the same bytes.
 
     Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
     """
+    module, name = build_teacher(cache, recipe, input_shape, data)
+    network = feature_net.frozen(module, name, input_shape, device)
+    if network.width != cache.dimensions.width:
+        raise CacheMismatch(
+            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
+        )
+    return network
+
+
+def build_teacher(
+    cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], data: bytes | None = None
+) -> tuple[nn.Module, str]:
+    """The plain network of a cache's teacher with its weights, on the CPU, and its name; raises as `load_teacher`."""
     name, options = teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
     check_input_shape(cache, input_shape)
     source = f"the teacher's weights in {cache.path.name}"
@@ -73,12 +100,7 @@ def load_teacher(
         )
     tensors = weights.parse(data or cache.teacher_weights(), source)
     module, _ = feature_net.load_teacher(name, len(cache.classes), input_shape, options, tensors, source)
-    network = feature_net.frozen(module, name, input_shape, device)
-    if network.width != cache.dimensions.width:
-        raise CacheMismatch(
-            f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
-        )
-    return network
+    return module, name
 
 
 def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
@@ -105,9 +127,10 @@ def teacher_name(cache: Cache, recipe: Recipe) -> str:
 
 
 def run_teacher(teacher: FeatureNet, images: Tensor) -> Output:
-    """What the teacher says of normalised images (n, C, H, W), in the precision in which stage one computes."""
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return teacher(images)  # type: ignore[no-any-return]
+    """What the teacher says of normalised images (n, C, H, W), for students to learn from."""
+    with torch.inference_mode():
+        said = teacher(images)
+    return Output(*(part.clone() for part in said))  # autograd may keep the copies, not what was made in this mode
 
 
 def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspipe import networks, plugins, random_images, training, weights
-from tspipe.cache import SPLITS, Cache, match
-from tspipe.datasets import Dataset, open_dataset
+from tspipe import networks, plugins, training, weights
+from tspipe.cache import Cache
+from tspipe.datasets import Dataset
 from tspipe.distributed import pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
 from tspipe.learner import OWN, RANDOM, Batch, Learner
-from tspipe.losses import Target
-from tspipe.pixels import Pixels, memory_bound, of_cache
+from tspipe.live_teacher import LiveTeacher
+from tspipe.local_data import check_preprocess, open_local
+from tspipe.losses import Output, Target
+from tspipe.memory import keep_freed, memory_bound
+from tspipe.pixels import Pixels, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
-from tspipe.random_pool import Labelled, RandomPool
+from tspipe.random_pool import RandomPool
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
+from tspipe.rows import exact
 from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.show import shares
-from tspipe.teaching import Targets, check_teacher, load_teacher, run_teacher, teacher_parameters
+from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -60,6 +63,7 @@ def train_students(config: StudentConfig) -> RunFolder:
     """
     recipe, cache = config.recipe, config.cache
     device = pick_device(recipe.device)
+    keep_freed()
     identity = _identity(config)
     stem = cache.path.name.removesuffix(".h5")
     folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
@@ -71,6 +75,7 @@ def train_students(config: StudentConfig) -> RunFolder:
             "both. Choose another --out."
         )
     torch.set_num_threads(folder.environment["threads"])
+    exact()
     run = Run(config, folder, device)
     folder.create()
     with lock(folder.path / "run", RecipeError):
@@ -112,10 +117,10 @@ class Run:
         self.config, self.folder, self.device = config, folder, device
         recipe, cache = config.recipe, config.cache
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
-        _check_preprocess(cache, recipe.preprocess)
+        check_preprocess(cache, recipe.preprocess)
         if cache.manifest["views"]:
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
-        dataset, steps = of_cache(cache, lambda: _local(config))
+        dataset, steps = of_cache(cache, self._local)
         if len(dataset.train) < recipe.batch_size:
             raise DatasetError(
                 f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
@@ -126,18 +131,32 @@ class Run:
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
         self.clock = training.Clock(recipe.checkpoint_seconds)
-        self.random = recipe.random_images if RANDOM in config.arms else 0
-        pooled, shape = self.random and recipe.random_source == "pool", self.train_pixels.shape
-        self.pool = RandomPool(cache, shape, self.random) if pooled else None
-        self.teacher = load_teacher(cache, recipe, shape, device) if self.random and not pooled else None
+        random = RANDOM in config.arms and recipe.random_images
+        self.live = self._live_teacher() if random and recipe.random_source == "live" else None
+        self.pool = self._pool() if random and recipe.random_source == "pool" else None
         first = self.cohort(0)
         self.parameters = {learner.student: learner.parameters for learner in first}
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
         self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
-        if self.teacher is not None:
-            (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
-            check_teacher(self.teacher, cache, self.preprocess.normalise(pixels))
+
+    def _local(self) -> Dataset:
+        config = self.config
+        return open_local(
+            config.cache, config.recipe.dataset, config.data, download=config.download, trust=config.trust_data
+        )
+
+    def _live_teacher(self) -> LiveTeacher:
+        """The cache's teacher, after comparing what it says here with what the file holds."""
+        recipe, cache, shape = self.config.recipe, self.config.cache, self.train_pixels.shape
+        teacher = load_teacher(cache, recipe, shape, self.device)
+        (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
+        check_teacher(teacher, cache, self.preprocess.normalise(pixels))
+        return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device)
+
+    def _pool(self) -> RandomPool:
+        count, shape = self.config.recipe.random_images, self.train_pixels.shape
+        return RandomPool(self.config.cache, self.preprocess, count, shape, self.device)
 
     def cohort(self, seed: int) -> list[Learner]:
         """The learners of a seed: every student in every arm."""
@@ -153,7 +172,7 @@ class Run:
         """Train what is still to be trained, seed by seed, and finish the folder."""
         recipe = self.config.recipe
         position, tensors = self._resume()
-        if self.random and not (self.folder.path / "random_labels.json").exists():
+        if (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
             self.folder.write_json("random_labels.json", counts := self._label_histogram())
             console.print(shares(counts), markup=False)
         rows = len(self.train_pixels)
@@ -183,98 +202,88 @@ class Run:
 
     def _train_epoch(self, learners: list[Learner], position: "Position", advance: Advance) -> None:
         """Train the cohort on what is left of an epoch, test it, and write its rows; checkpoints in between."""
-        seed, epoch = position.seed, position.epoch
-        what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
-        teaching = training.Stopwatch(self.device)
+        epoch = position.epoch
+        if self.live:
+            self.live.watch.reset()
         for learner in learners:
             learner.start_epoch(epoch, counted=position.batch > 0)
-        for number, batch in self._batches(seed, epoch, position.batch, teaching):
+        self.learn(learners, position, advance)
+        _check_losses(learners, self.config.recipe, epoch)
+        self.folder.append(self._rows(learners, epoch), self._columns(learners))
+
+    def learn(self, learners: list[Learner], position: "Position", advance: Advance, stop: int | None = None) -> None:
+        """Train on an epoch's batches from the position on, up to number `stop` or its end; checkpoints in between."""
+        seed, epoch = position.seed, position.epoch
+        what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
+        for number, batch in self.batches(seed, epoch, slice(position.batch, stop)):
             for learner in learners:
                 seed_torch(seed, "dropout", epoch, number)
                 learner.step(batch, number)
             advance(len(batch.images), what)
             if self.clock.due():
                 _check_losses(learners, self.config.recipe, epoch)
-                self._save(learners, Position(seed, epoch, number + 1))
-        _check_losses(learners, self.config.recipe, epoch)
-        self.folder.append(self._rows(learners, epoch, teaching), self._columns(learners))
+                self.save(learners, Position(seed, epoch, number + 1))
 
-    def _batches(self, seed: int, epoch: int, start: int, teaching: training.Stopwatch) -> Iterator[tuple[int, Batch]]:
-        """An epoch's batches from number `start` on."""
-        order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)[start:]
-        numbers = range(start, start + len(order))
-        noise = self._random_batches(seed, epoch, numbers, teaching)
-        ahead = [*order[1:], order[0][:0]] if order else []
-        parts = zip(numbers, order, ahead, self.train_pixels.batches(order), noise, strict=True)
-        for number, rows, later, pixels, random in parts:
-            self.targets.advise(later)
-            yield number, Batch(self.preprocess.normalise(pixels), self.targets.take(rows), random)
+    def batches(self, seed: int, epoch: int, part: slice) -> Iterator[tuple[int, Batch]]:
+        """An epoch's batches, or those of a part of it, with their numbers."""
+        order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)
+        said = self._random(seed, epoch, range(len(order))[part], len(order))
+        numbers, order = range(len(order))[part], order[part]
+        parts = zip(numbers, self.train_pixels.batches(order), self.targets.batches(order), said, strict=True)
+        for number, pixels, target, random in parts:
+            yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random))
 
-    def _random_batches(
-        self, seed: int, epoch: int, numbers: range, teaching: training.Stopwatch
-    ) -> Iterator[tuple[Tensor, Target] | None]:
-        """Random images and what the teacher says of them, for each batch; drawn a batch ahead in a thread."""
-        if not self.random:
-            yield from (None for _ in numbers)
-            return
+    def _random(
+        self, seed: int, epoch: int, numbers: range, of: int
+    ) -> Iterator[tuple[Tensor, Output]] | Iterator[None]:
+        """Random images and what the teacher says of them, for these of an epoch's batches; None: none are wanted."""
+        if self.live:
+            return self.live.batches(seed, epoch, numbers)
+        if self.pool:
+            return self.pool.batches(seed, [epoch * of + number for number in numbers])
+        return iter([None] * len(numbers))
 
-        def draw(number: int) -> Tensor | Labelled:
-            if self.pool is not None:
-                return self.pool.batch(seed, epoch * numbers.stop + number)  # an epoch's numbers end where it does
-            return random_images.uniform(seed, epoch, number, self.random, self.train_pixels.shape)
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(draw, numbers[0] if numbers else 0)
-            for number in numbers:
-                teaching.start()
-                images, ahead = ahead.result(), pool.submit(draw, number + 1)
-                seed_torch(seed, "teacher", epoch, number)  # for a teacher whose dropout is always on
-                taught = self._teach(images)
-                teaching.stop()
-                yield taught
-
-    def _teach(self, random: Tensor | Labelled) -> tuple[Tensor, Target]:
-        """Normalise random images (r, C, H, W) in [0, 1) and let the teacher label them, if it has not yet."""
-        if isinstance(random, Labelled):
-            images, features, logits, labels = (part.to(self.device) for part in random)
-            return self.preprocess.normalise(images), self.targets.only(labels, features, logits)
-        assert self.teacher is not None
-        images = self.preprocess.normalise(random.to(self.device))
-        features, logits = run_teacher(self.teacher, images)
-        return images, self.targets.only(logits.argmax(1), features, logits)
+    def _labelled(self, images: Tensor, said: Output) -> tuple[Tensor, Target]:
+        """Random images with what the teacher says of them as their targets; its argmax is their label."""
+        return images, self.targets.only(said.logits.argmax(1), *said)
 
     def _label_histogram(self) -> dict[str, int]:
         """How many of the run's (or the pool's) first random images the teacher gives to each class, the most first."""
-        labels = self._live_labels() if self.pool is None else self.pool.labels(_LABELLED)
+        labels = self.pool.labels(_LABELLED) if self.pool else self._live_labels()
         counts = labels.bincount(minlength=len(self.config.cache.classes)).tolist()
         ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
         return {name: count for name, count in ranked if count}
 
     def _live_labels(self) -> Tensor:
         """What the teacher calls the run's first random images, (n,) int64."""
+        assert self.live is not None
         count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
         labels: list[Tensor] = []
         with progress("labels of random images", count, "images") as advance:
-            for batch in range(math.ceil(count / self.random)):
-                seed_torch(0, "teacher", 0, batch)
-                images = random_images.uniform(0, 0, batch, self.random, self.train_pixels.shape)
-                labels.append(self._teach(images)[1].labels)
-                advance(len(images), "labels of random images")
+            for batch in range(math.ceil(count / self.live.count)):
+                _, said = self.live.batch(0, 0, batch)
+                labels.append(said.logits.argmax(1))
+                advance(self.live.count, "labels of random images")
         return torch.cat(labels)[:count]
 
-    def _rows(self, learners: list[Learner], epoch: int, teaching: training.Stopwatch) -> list[Row]:
-        """The epoch's rows of metrics.csv, after testing every learner."""
+    def test(self, learners: list[Learner], stop: int | None = None) -> list[int]:
+        """How many images of the test split, or of its first `stop` batches, each learner classifies rightly."""
         networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
         for learner in learners:
             learner.network.eval()
-        batches = self.test_pixels.batches(training.in_turn(len(self.test_pixels), self.config.recipe.test_batch_size))
-        correct = training.count_correct(networks_, batches, self.test_labels, self.preprocess, watches)
+        order = training.in_turn(len(self.test_pixels), self.config.recipe.test_batch_size)[:stop]
+        batches = self.test_pixels.batches(order)
+        return training.count_correct(networks_, batches, self.test_labels, self.preprocess, watches)
+
+    def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
+        """The epoch's rows of metrics.csv, after testing every learner."""
+        correct = self.test(learners)
         return [
             {
                 **learner.row(epoch),
                 "test_accuracy": right / len(self.test_labels),
                 "seconds_testing": round(learner.testing.seconds(), 4),
-                "seconds_teacher": round(teaching.seconds(), 4),
+                "seconds_teacher": round(self.live.watch.seconds(), 4) if self.live else 0.0,
             }
             for learner, right in zip(learners, correct, strict=True)
         ]
@@ -283,7 +292,8 @@ class Run:
         terms = dict.fromkeys(term for learner in learners for term in learner.terms)
         return [*_COLUMNS, *sorted(terms), *_SECONDS]
 
-    def _save(self, learners: list[Learner], position: "Position") -> None:
+    def save(self, learners: list[Learner], position: "Position") -> None:
+        """Write a checkpoint."""
         tensors: dict[str, Tensor] = {}
         for learner in learners:
             tensors.update(training.prefixed(learner.name, learner.pack()))
@@ -325,44 +335,6 @@ class Position:
     seed: int = 0
     epoch: int = 0
     batch: int = 0
-
-
-def _local(config: StudentConfig) -> Dataset:
-    """The local images, which must be those the cache was made from."""
-    dataset = open_dataset(config.recipe.dataset, config.data, download=config.download)
-    (_check_counts if config.trust_data else _check_data)(config.cache, dataset)
-    return dataset
-
-
-def _check_preprocess(cache: Cache, wanted: Preprocess) -> None:
-    there, here = cache.manifest["preprocess"], wanted.as_dict()
-    for field in there:
-        if there[field] != here[field]:
-            raise CacheMismatch(
-                f"{cache.path.name} was made with preprocess.{field} = {there[field]}, not {here[field]}: its targets "
-                "belong to those pixels. Leave the setting out, or make another cache with it."
-            )
-
-
-def _check_data(cache: Cache, dataset: Dataset) -> None:
-    match.match_classes(cache.path.name, cache.classes, dataset.train.classes)
-    for split in SPLITS:
-        match.match_split(cache.path.name, split, cache.split(split), dataset.split(split))
-
-
-def _check_counts(cache: Cache, dataset: Dataset) -> None:
-    """What even data that are trusted must have: a row of the cache for each image, and its classes."""
-    there = {split: len(cache.split(split)) for split in SPLITS} | {"class": len(cache.classes)}
-    here = {split: len(dataset.split(split)) for split in SPLITS} | {"class": len(dataset.train.classes)}
-    if there != here:
-        raise CacheMismatch(
-            f"{cache.path.name} has {_counts(there)}, the dataset {_counts(here)}: --trust-data skips the comparison "
-            "of images, but cannot do without their rows."
-        )
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return "{train:,} + {test:,} images of {class:,} classes".format(**counts)
 
 
 def _check_losses(learners: list[Learner], recipe: Recipe, epoch: int) -> None:

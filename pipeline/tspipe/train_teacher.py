@@ -17,7 +17,8 @@ from tspipe.datasets import Dataset, Images, open_dataset, parse, stem
 from tspipe.distributed import pick_device
 from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.files import lock
-from tspipe.pixels import Pixels, input_shape, memory_bound
+from tspipe.memory import keep_freed, memory_bound
+from tspipe.pixels import Pixels, input_shape
 from tspipe.preprocess import shift_and_flip
 from tspipe.progress import progress
 from tspipe.randomness import seed_torch, stream
@@ -95,6 +96,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     """
     recipe, how = config.recipe, config.recipe.teacher
     device = pick_device(recipe.device)
+    keep_freed()
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     if len(dataset.train) < how.batch_size:
         raise DatasetError(
@@ -116,7 +118,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
             f"{start.source}, with which training {how.network} begins, does not fit it as it is built here. Begin "
             "with random weights: --set teacher.pretrained=false"
         ) from problem
-    network.to(device)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
         part = path.with_name(path.name + ".part")

@@ -140,8 +140,12 @@ def unpack(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.op
     """The inverse of `pack`, into a module and an optimiser built alike."""
     module.load_state_dict(below("module", tensors))
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in below("optimizer", tensors).items():
         index, _, field = name.partition("/")
+        parameter = parameters[int(index)]
+        if value.shape == parameter.shape:  # in the parameter's layout, which fused kernels take for granted
+            value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -1,4 +1,4 @@
-"""Writing a feature cache so that a kill at any moment loses at most the block being computed.
+"""Writing a feature cache so that a kill at any moment loses no block that was written.
 
 h5py makes the skeleton of `NAME.h5.part` and closes it; rows then go in by `os.pwrite` at the offsets noted, and
 after each block its checksum. A writer that comes later reads the checksums and goes on. At the end come the
@@ -46,21 +46,31 @@ class CacheWriter:
     `plan` is the manifest with null for `dataset.fingerprint` and `teacher.correct`, which `finish` fills in.
     Raises CacheBusy when another process writes the same name, CacheMismatch when a part file was begun with
     another plan, CacheError when the disk does not take it; the part file stays usable in every case.
+
+    Of several processes, that of `rank` 0 writes the cache. The others each write some blocks into a sparse part file
+    of their own, always begun anew, which `absorb` (in join.py) takes in.
     """
 
     def __init__(
-        self, path: Path, plan: Manifest, dimensions: Dimensions, classes: Sequence[str], weights: bytes = b""
+        self,
+        path: Path,
+        plan: Manifest,
+        dimensions: Dimensions,
+        classes: Sequence[str],
+        weights: bytes = b"",
+        rank: int = 0,
     ):
-        self.path, self.plan, self.dimensions = path, plan, dimensions
-        self.part = path.with_name(path.name + ".part")
+        self.path, self.plan, self.dimensions, self.rank = path, plan, dimensions, rank
+        self.part = path.with_name(path.name + (f".part-{rank}" if rank else ".part"))
         self._classes, self._weights = classes, weights
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with self._stack, writing(self.part, CacheError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stack.enter_context(lock(self.path, CacheBusy))
-            if not self.part.exists():
+            if not self.rank:
+                self._stack.enter_context(lock(self.path, CacheBusy))
+            if self.rank or not self.part.exists():
                 self._create()
             structure = inspect(self.part, finished=False)
             self._check_plan(structure)
@@ -68,11 +78,11 @@ class CacheWriter:
             self._stack.callback(os.close, self._file)
             self._offsets = {name: region.offset for name, region in structure.regions.items()}
             self._columns = {name: Column(self.part, region) for name, region in structure.regions.items()}
-            # Again on every start, and so also after a kill between the skeleton and here.
-            names = [name.encode() for name in self._classes]
-            self._write("classes", 0, np.array(names, f"S{self.dimensions.class_bytes}").tobytes())
-            if self._weights:
-                self._write("teacher_weights", 0, self._weights)
+            if not self.rank:  # again on every start, and so also after a kill between the skeleton and here
+                names = [name.encode() for name in self._classes]
+                self._write("classes", 0, np.array(names, f"S{self.dimensions.class_bytes}").tobytes())
+                if self._weights:
+                    self._write("teacher_weights", 0, self._weights)
             self._stack = self._stack.pop_all()
         return self
 
@@ -90,9 +100,9 @@ class CacheWriter:
         ]
 
     def written(self, split: str) -> NDArray[np.int64]:
-        """The images of a split whose block has a checksum, (n,) int64."""
+        """The images of a split (or the `random` pool) whose block has a checksum, (n,) int64."""
         stored = self._columns[f"{split}_checksums"].load().any(axis=(1, 2))
-        return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.rows[split]])
+        return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.images(split)])
 
     def split(self, split: str) -> Split:
         """What the part file holds of a split; rows not yet written are zero."""
@@ -115,6 +125,11 @@ class CacheWriter:
                 checksums += hashlib.sha256(raw).digest()
                 self._write(f"{split}_{column}", rows.start * dataset.row_bytes, raw)
             self._write(f"{split}_checksums", block * len(checksums), checksums)
+
+    def sync(self) -> None:
+        """Have all that was written on the disk."""
+        with writing(self.part, CacheError):
+            os.fsync(self._file)
 
     def finish(self) -> str:
         """Complete the manifest, write the id, and give the file its name; returns the id (64 hex digits).
@@ -147,14 +162,14 @@ class CacheWriter:
         """Make the part file's skeleton under a third name, so that a part file is always whole."""
         plan = encode_manifest(self.plan)
         decode_manifest(plan, finished=False)  # no reader would take a plan that breaks the schema
-        skeleton = self.path.with_name(self.path.name + ".skeleton")
+        skeleton = self.part.with_name(self.part.name + ".skeleton")
         # h5py crashes when a write fails, so the disk shows that it has the room before h5py writes at all.
         size = sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in self.dimensions.datasets().values())
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(skeleton.unlink, missing_ok=True)
-            _reserve(skeleton, size + 2**20)
+            _reserve(skeleton, size + 2**20, sparse=self.rank > 0)
             write_skeleton(skeleton, self.dimensions)
-            _reserve(skeleton, skeleton.stat().st_size)
+            _reserve(skeleton, skeleton.stat().st_size, sparse=self.rank > 0)
             with h5py.File(skeleton, "r", locking=False) as hdf5:
                 offset = hdf5["manifest"].id.get_offset()
             with skeleton.open("r+b") as file:
@@ -229,10 +244,16 @@ def _stated(value: Any) -> str:
     return ", ".join(f"{key} {v}" for key, v in value.items()) if isinstance(value, dict) else repr(value)
 
 
-def _reserve(path: Path, size: int) -> None:
-    """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run."""
+def _reserve(path: Path, size: int, *, sparse: bool) -> None:
+    """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run.
+
+    A sparse file only gets the size: a limit on it is met now, a full disk where rows are written.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        if sparse:
+            os.ftruncate(descriptor, size)
+            size = min(size, 2**20)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:  # macOS: write what is there again, and zeros beyond

@@ -1,0 +1,313 @@
+"""What a cache saves on this machine: every time beside its floor, the plainest code that does the same work.
+
+A floor and what is compared with it take turns, so that a machine that slows down slows both; ratios are of turns,
+and their median is given with the smallest and the largest.
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+from tspipe import feature_net, networks, training
+from tspipe.distributed import pick_device
+from tspipe.feature_net import FeatureNet
+from tspipe.learner import RANDOM, TAUGHT, Batch, Learner
+from tspipe.losses import Output, Target
+from tspipe.progress import Advance, progress
+from tspipe.run_folder import RunFolder, environment
+from tspipe.teaching import Targets, build_teacher
+from tspipe.train_students import Position, Run, StudentConfig
+
+_TURNS = 5
+_PREPARED = 4  # batches that a floor has in memory
+_ROWS = 64  # batches of rows in a turn that only reads
+
+Way = Callable[[], object]
+Prepared = list[tuple[Tensor, Target]]  # normalised images and their targets, batch by batch
+
+
+@dataclass(frozen=True)
+class Line:
+    """Two times in seconds, medians of n turns, and their ratio in each turn: median, smallest, largest."""
+
+    what: str
+    floor: float
+    ours: float
+    ratio: float
+    smallest: float
+    largest: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured; `asdict` of it is the JSON."""
+
+    cache: str
+    environment: dict[str, Any]
+    lines: list[Line]
+    facts: dict[str, float]
+    sentence: str
+
+
+class Bench:
+    """Measures one cache; about `seconds` long, more where a single step takes seconds."""
+
+    def __init__(self, config: StudentConfig, seconds: float, folder: Path):
+        self.device = pick_device(config.recipe.device)
+        self.environment = environment(str(self.device), torch.get_num_threads())
+        arms = (TAUGHT, RANDOM) if config.cache.has_teacher and config.recipe.random_images else (TAUGHT,)
+        live = config.recipe.model_copy(update={"random_source": "live"})  # a pool's images cost next to nothing
+        self.config = replace(config, arms=arms, recipe=live)
+        self.run = Run(self.config, RunFolder(folder, {}, self.environment), self.device)
+        self.live = self.run.live
+        students = len(config.recipe.student)
+        self.seconds = seconds / (2 * students + 3)  # for each comparison
+        self.lines: list[Line] = []
+        self.facts: dict[str, float] = {}
+        self._total = 2 * students + 2 + 2 * bool(self.live)
+        self._advance: Advance = lambda _count, _what: None
+
+    def measure(self) -> Result:
+        """All of it, in the order of the table."""
+        with progress("bench", self._total, "comparisons") as self._advance:
+            self._targets()
+            for student in self.config.recipe.student:
+                self._student(student)
+            if self.live:
+                self._teacher()
+                self._cohort()
+        return Result(self.config.cache.id, self.environment, self.lines, self.facts, self._sentence())
+
+    def _targets(self) -> None:
+        """Rows of features in random order: held, beside index_select; read, beside h5py's own indexing."""
+        column = self.config.cache.train.features
+        order = training.order(0, 0, len(column), self.config.recipe.batch_size)[:_ROWS]
+        labels = torch.from_numpy(self.config.cache.train.labels)
+
+        def ours(memory: int) -> Way:
+            targets = Targets({"features": column}, labels, frozenset({"features"}), memory, self.device)
+            return lambda: [target.features for target in targets.batches(order)]
+
+        held, there = torch.from_numpy(column.load()).float().to(self.device), labels.to(self.device)
+        rows = [batch.to(self.device) for batch in order]
+
+        def selected() -> None:
+            for batch in rows:
+                held.index_select(0, batch)
+                there.index_select(0, batch)
+
+        self._compare("targets, held / index_select", selected, ours(2**62))
+        with h5py.File(self.config.cache.path, "r", locking=False) as file:
+            dataset = file["train_features"]
+
+            def indexed() -> None:
+                for batch in order:
+                    there, back = batch.unique(return_inverse=True)  # h5py wants them in order
+                    torch.from_numpy(dataset[there.numpy()]).float()[back]
+
+            self._compare("targets, read / h5py", indexed, ours(0))
+
+    def _student(self, name: str) -> None:
+        """An epoch of a taught student, beside bare steps and bare tests on tensors in memory; and the loop without."""
+        run, what = self.run, networks.stated_name(name)
+        run.live = None
+        ours, bare = (self._learner(name, TAUGHT) for _ in range(2))
+        prepared = [(batch.images, batch.target) for _, batch in run.batches(0, 0, slice(_PREPARED))]
+        once = self._seconds(lambda: _steps(bare, prepared, 1))
+        count = self._count(once * (2 if not self.live else 3), len(self._order()))
+        ways: dict[str, Way] = {
+            "floor": lambda: _steps(bare, prepared, count),
+            "ours": lambda: self._learn([ours], count),
+        }
+        if self.live:
+            plain = self._plain_teacher()
+            ways["live"] = lambda: self._live_loop(bare, plain, prepared, count)
+        step = self._turns(ways)
+        self._advance(1, f"{what}, steps")
+
+        in_turn = training.in_turn(len(run.test_pixels), self.config.recipe.test_batch_size)
+        tests, images = len(in_turn), list(map(run.preprocess.normalise, run.test_pixels.batches(in_turn[:_PREPARED])))
+        few = min(tests, self._count(self._seconds(lambda: _tests(bare, images, 1)) * 2, tests))
+        test = self._turns({"floor": lambda: _tests(bare, images, few), "ours": lambda: run.test([ours], few)})
+        saving = self._seconds(lambda: run.save([ours], Position()))
+        steps = len(self._order())
+
+        def epoch(way: str, turn: int) -> float:
+            seconds = step[way][turn] / count * steps + test["ours" if way == "ours" else "floor"][turn] / few * tests
+            return seconds * (1 + saving / self.config.recipe.checkpoint_seconds) if way == "ours" else seconds
+
+        epochs = {way: [epoch(way, turn) for turn in range(_TURNS)] for way in ways}
+        self._line(f"{what}, an epoch, taught", epochs["floor"], epochs["ours"])
+        if self.live:
+            self._line(f"{what}, an epoch, teacher in the loop", epochs["floor"], epochs["live"])
+            self.facts[f"{what}: cached epoch, times faster than live"] = statistics.median(
+                a / b for a, b in zip(epochs["live"], epochs["ours"], strict=True)
+            )
+            self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"]) / count
+        self._advance(1, f"{what}, tests")
+        run.live = self.live
+
+    def _teacher(self) -> None:
+        """One pass of the live teacher over a batch's random images, beside the plain network's."""
+        assert self.live is not None
+        live, plain = self.live, self._plain_teacher()
+        images, said = live.batch(0, 0, 0)
+
+        def eager() -> Output:
+            with torch.no_grad():
+                return plain(images)  # type: ignore[no-any-return]
+
+        apart = (eager().features - said.features).abs().max() / said.features.abs().max()
+        self.facts["teacher: max|Δ|/max|f| from the plain network"] = float(apart)
+        count = self._count(2 * self._seconds(eager), 1000)
+        self._compare(
+            f"teacher, {live.count} random images / eager",
+            lambda: [eager() for _ in range(count)],
+            lambda: [live.batch(0, 0, number) for number in range(count)],
+            count,
+        )
+        self.facts["teacher: seconds of a pass over random images"] = self.lines[-1].ours
+
+    def _cohort(self) -> None:
+        """An epoch's batches of all students, taught and with random images, beside bare steps and one pass a batch."""
+        assert self.live is not None
+        live, students = self.live, self.config.recipe.student
+        ours, bare = ([self._learner(s, arm) for s in students for arm in (TAUGHT, RANDOM)] for _ in range(2))
+        batches = [batch for _, batch in self.run.batches(0, 0, slice(_PREPARED))]
+        prepared = {TAUGHT: [(batch.images, batch.target) for batch in batches], RANDOM: list(map(_joined, batches))}
+
+        def floor(count: int) -> None:
+            for number in range(count):
+                live.batch(0, 0, number)
+                for learner in bare:
+                    _steps(learner, prepared[learner.arm], 1)
+
+        count = self._count(2 * self._seconds(lambda: floor(1)), len(self._order()))
+        what = f"cohort of {len(ours)}, a batch"
+        self._compare(what, lambda: floor(count), lambda: self._learn(ours, count), count)
+
+    def _learner(self, student: str, arm: str) -> Learner:
+        return next(learner for learner in self.run.cohort(0) if (learner.student, learner.arm) == (student, arm))
+
+    def _order(self) -> list[Tensor]:
+        return training.order(0, 0, len(self.run.train_pixels), self.config.recipe.batch_size)
+
+    def _learn(self, learners: list[Learner], count: int) -> None:
+        with progress("bench", count * self.config.recipe.batch_size, "images") as advance:
+            self.run.learn(learners, Position(), advance, count)
+
+    def _live_loop(
+        self, learner: Learner, teacher: FeatureNet, batches: list[tuple[Tensor, Target]], count: int
+    ) -> None:
+        """What one would write without a cache: the teacher labels every batch."""
+        for images, target in itertools.islice(itertools.cycle(batches), count):
+            with torch.no_grad():
+                features, logits = teacher(images)
+            _steps(learner, [(images, Target(features, logits, target.labels))], 1)
+
+    def _plain_teacher(self) -> FeatureNet:
+        shape = self.run.train_pixels.shape
+        module, name = build_teacher(self.config.cache, self.config.recipe, shape)
+        return feature_net.split(module.eval().requires_grad_(False), name, feature_net.noise(shape)).to(self.device)
+
+    def _compare(self, what: str, floor: Way, ours: Way, count: int = 1) -> None:
+        """A line of the table, of times for one of `count` that a turn does."""
+        seconds = self._turns({"floor": floor, "ours": ours})
+        self._line(what, *([turn / count for turn in seconds[way]] for way in ("floor", "ours")))
+        self._advance(1, what)
+
+    def _line(self, what: str, floor: list[float], ours: list[float]) -> None:
+        ratios = [a / b for a, b in zip(ours, floor, strict=True)]
+        middle = [statistics.median(values) for values in (floor, ours, ratios)]
+        self.lines.append(Line(what, middle[0], middle[1], middle[2], min(ratios), max(ratios), len(ratios)))
+
+    def _turns(self, ways: dict[str, Way]) -> dict[str, list[float]]:
+        """Seconds of each way in each turn, after one to warm up."""
+        for way in ways.values():
+            self._seconds(way)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(_TURNS):
+            for name, way in ways.items():
+                seconds[name].append(self._seconds(way))
+        return seconds
+
+    def _count(self, once: float, most: int) -> int:
+        """How often a turn does what takes `once` seconds, to fill the time there is."""
+        return max(1, min(most, int(self.seconds / (_TURNS + 1) / once)))
+
+    def _seconds(self, way: Way) -> float:
+        self._wait()
+        start = time.perf_counter()
+        way()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _sentence(self) -> str:
+        """What to do about it."""
+        if not self.live:
+            return "The file carries no teacher, or no random images are asked for, so only cached targets were timed."
+        name = networks.stated_name(self.config.recipe.student[0])
+        faster = self.facts[f"{name}: cached epoch, times faster than live"]
+        steps = (
+            self.facts["teacher: seconds of a pass over random images"]
+            / self.facts[f"{name}: seconds of a taught step"]
+        )
+        advice = (
+            "use a random pool (tspipe cache --random-pool), or train more students at once"
+            if steps > 1
+            else "which is less than the student itself takes"
+        )
+        return (
+            f"With this teacher and {name} a cached epoch is {faster:.3g} × faster than one with the teacher in the "
+            f"loop; random images live cost {steps:.2g} student steps a batch: {advice}."
+        )
+
+
+def bench(config: StudentConfig, seconds: float = 120) -> Result:
+    """Measure what `config` would train; nothing is kept of it. Raises what `train_students` raises of a cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Bench(config, seconds, Path(folder)).measure()
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """A result as JSON has it; times are seconds."""
+    return asdict(result)
+
+
+def _steps(learner: Learner, batches: Prepared, count: int) -> None:
+    """Bare training steps."""
+    learner.network.train()
+    for images, target in itertools.islice(itertools.cycle(batches), count):
+        loss = torch.stack(list(learner.loss(learner.network(images), target).values())).sum()
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        learner.optimizer.step()
+
+
+@torch.no_grad()
+def _tests(learner: Learner, batches: list[Tensor], count: int) -> None:
+    """Bare test forwards."""
+    learner.network.eval()
+    for images in itertools.islice(itertools.cycle(batches), count):
+        learner.network(images)
+
+
+def _joined(batch: Batch) -> tuple[Tensor, Target]:
+    """Real and random images as one batch, before a floor is timed."""
+    assert batch.random is not None
+    random, target = batch.random
+    return torch.cat([batch.images, random]), Target(*map(torch.cat, zip(batch.target, target, strict=True)))

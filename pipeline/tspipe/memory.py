@@ -1,0 +1,39 @@
+"""How much memory may be held, and that the C library keeps what is freed."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1  # of glibc's malloc.h
+
+
+def memory_bound(device: torch.device) -> int:
+    """What may be held in memory when nothing is said, in bytes: half of what this process and its GPU have."""
+    if device.type == "cuda":
+        return min(_half_of_memory(), torch.cuda.mem_get_info(device)[0] // 2)
+    return _half_of_memory()
+
+
+def _half_of_memory() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        container = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit (`max`)
+        container = machine
+    return min(machine, container) // 2
+
+
+def keep_freed() -> None:
+    """Have glibc keep up to 2 GiB that are freed for the next tensors; elsewhere nothing happens.
+
+    It maps each tensor of over 32 MiB anew and gives it back when it is freed, so that networks on the CPU may spend
+    half of their time in page faults: ResNet-56 over 178 images takes 0.63 s so, and 0.35 s with memory kept.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        mallopt(option, _INT_MAX)

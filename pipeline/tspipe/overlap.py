@@ -1,0 +1,60 @@
+"""Parts of a loop that overlap: one goes on in a thread behind it, and a clock says for which part the others wait."""
+
+import contextlib
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+_MOST = 2  # tasks begun or waiting: one more than is worked on, so that the thread need not wait for the next
+
+
+@contextlib.contextmanager
+def behind() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Gives `do(task)`: tasks are done one after the other in a thread behind the caller's, at most two at a time.
+
+    What a task raises, a later call of `do` raises, or the end of the `with`. Where the caller raises, tasks it gave
+    are still done.
+    """
+    waiting: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+
+        def do(task: Callable[[], object]) -> None:
+            while len(waiting) >= _MOST:
+                waiting.popleft().result()
+            waiting.append(thread.submit(task))
+
+        yield do
+        while waiting:
+            waiting.popleft().result()
+
+
+class Spent:
+    """How long a loop was at each of its parts, by name."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """Count what is inside to this part."""
+        start = time.monotonic()
+        yield
+        self._seconds[part] += time.monotonic() - start
+
+    def waiting(self, part: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, the time until each is there counted to this part."""
+        source = iter(items)
+        while True:
+            with self.on(part):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+    @property
+    def most(self) -> str:
+        """The part that took longest."""
+        return max(self._seconds, key=self._seconds.__getitem__)

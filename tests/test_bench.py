@@ -1,0 +1,87 @@
+"""The benchmark: what it compares, and that both sides of a comparison do the same work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Result
+from tspipe import bench
+from tspipe import recipe as recipes
+from tspipe.cache import Cache
+from tspipe.learner import RANDOM, TAUGHT
+from tspipe.train_students import StudentConfig
+
+LINES = [
+    "targets, held / index_select",
+    "targets, read / h5py",
+    "lenet5, an epoch, taught",
+    "lenet5, an epoch, teacher in the loop",
+    "teacher, 5 random images / eager",
+    "cohort of 2, a batch",
+]
+
+
+def config(cache: Cache) -> StudentConfig:
+    facts = {"preprocess": cache.manifest["preprocess"]}
+    return StudentConfig(recipes.load("digits", ["batch_size=100", "random_images=5"], facts=facts), cache)
+
+
+def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
+    settings = [f"--set={setting}" for setting in ("batch_size=100", "random_images=5")]
+    command = ["bench", "--cache", digits.path, "--seconds", "1", *settings]
+    found = json.loads(tspipe(*command, "--json").out)
+    assert found["cache"] == digits.id
+    assert found["environment"]["threads"] == 1
+    assert [line["what"] for line in found["lines"]] == LINES
+    for line in found["lines"]:
+        assert min(line["floor"], line["ours"]) > 0
+        assert line["smallest"] <= line["ratio"] <= line["largest"]
+        assert line["n"] == 5
+    facts = found["facts"]
+    assert facts["teacher: max|Δ|/max|f| from the plain network"] < 1e-4
+    steps = facts["teacher: seconds of a pass over random images"] / facts["lenet5: seconds of a taught step"]
+    faster = facts["lenet5: cached epoch, times faster than live"]
+    beginning = (
+        f"With this teacher and lenet5 a cached epoch is {faster:.3g} × faster than one with the teacher in the loop; "
+        f"random images live cost {steps:.2g} student steps a batch: "
+    )
+    assert found["sentence"].startswith(beginning)
+
+    shown = tspipe(*command).out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "torch " + torch.__version__.split("+")[0] in shown
+
+
+def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Path) -> None:
+    """Bare steps end with the weights that `Run.learn` gives, or the comparison would be of two things."""
+    measured = bench.Bench(config(digits), 1, tmp_path)
+    ours, bare = ([measured._learner("lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
+    measured._learn(ours, 3)
+    batches = [batch for _, batch in measured.run.batches(0, 0, slice(3))]
+    bench._steps(bare[0], [(batch.images, batch.target) for batch in batches], 3)
+    bench._steps(bare[1], list(map(bench._joined, batches)), 3)
+    for one, two in zip(ours, bare, strict=True):
+        for name, value in one.network.state_dict().items():
+            torch.testing.assert_close(two.network.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_without_a_teacher_only_targets_are_timed(digits: Cache, tmp_path: Path) -> None:
+    chosen = config(digits)
+    recipe = chosen.recipe.model_copy(update={"random_images": 0})
+    found = bench.bench(StudentConfig(recipe, digits), seconds=1)
+    assert [line.what for line in found.lines] == LINES[:3]
+    assert found.sentence == (
+        "The file carries no teacher, or no random images are asked for, so only cached targets were timed."
+    )
+
+
+def test_seconds_are_a_number(tspipe: Callable[..., Result]) -> None:
+    assert tspipe("bench", "--cache", "x.h5", "--seconds", "soon").code == 2
+
+
+@pytest.mark.parametrize(("steps", "most", "count"), [(100.0, 10, 1), (1e-9, 10, 10)])
+def test_a_turn_fills_its_time(digits: Cache, tmp_path: Path, steps: float, most: int, count: int) -> None:
+    assert bench.Bench(config(digits), 1, tmp_path)._count(steps, most) == count

@@ -1,0 +1,118 @@
+"""Stage one by several processes: the file of one, and one voice."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Zygote
+from shared import make_folder, small
+from tspipe import extract as stage
+from tspipe.distributed import Group
+from tspipe.errors import CacheError, CacheMismatch, OutOfMemory
+from tspipe.extract import extract
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own in this folder."""
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_writes_the_file_of_one_process(tmp_path: Path) -> None:
+    """It also trains the teacher that has no weights, once; and rank 0 speaks for all."""
+    make_folder(tmp_path / "shapes")
+    settings = ["teacher.epochs=1", "teacher.batch_size=8", "compute.block_rows=4"]
+    command = ["-m", "tspipe", "cache", "--dataset", "folder:shapes", "--teacher", "lenet5"]
+    command += [f"--set={setting}" for setting in settings]
+    two = run(tmp_path, *TORCHRUN, *command, "--train-teacher", "--out=two.h5")
+    assert two.returncode == 0, two.stderr
+    one = run(tmp_path, *command, "--out=one.h5")
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "two.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    first, accuracy, *rest = two.stdout.splitlines()
+    assert first == "lenet5 has no weights for folder:shapes yet, so it is trained first."
+    assert accuracy.startswith("Test accuracy ")
+    assert rest == one.stdout.replace("one.h5", "two.h5").splitlines()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "one.h5", "shapes", "two.h5"]
+
+    other = run(tmp_path, *TORCHRUN, *command, "--out=two.h5", "--set=compute.batch_size=3")
+    assert other.returncode == 1
+    assert other.stderr.count("╭─ Error") == 1
+    assert "two.h5 is another cache: compute.batch_size is 64 there and 3 here." in other.stderr
+    assert other.stdout.count("Teacher lenet5") == 1
+
+
+def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None:
+    """There is no file then; what both ranks wrote is there for any number that comes next."""
+    wanted = small(tmp_path / "shapes")
+    command = ["cache", "--dataset", wanted.recipe.dataset, "--teacher", "lenet5", "--out", wanted.out]
+    command += ["--weights", tmp_path / "shapes/w.safetensors", "--set=compute.block_rows=4"]
+    broken = tmp_path / "shapes/train/b/07.png"  # in block 3, the second of rank 1
+    pixels = broken.read_bytes()
+    broken.write_bytes(pixels[:100])
+    failed = zygote.run(*command, ranks=2)
+    assert failed.code == 1
+    assert sum("Error" in line for line in failed.lines) == 1
+    assert "b/07.png" in failed.error
+    assert "Rank 0 stops: another process has failed, or cannot be reached." in failed.lines
+    assert not wanted.out.exists()
+    assert (tmp_path / "shapes.h5.part-1").exists()
+    assert "written train 1" in failed.lines
+
+    broken.write_bytes(pixels)
+    done = {line.replace("written", "computed") for line in failed.lines if line.startswith("written")}
+    again = zygote.run(*command, ranks=3)
+    assert again.code == 0
+    assert {"computed train 1", "computed train 0"} <= done
+    assert not done & set(again.lines)
+    data = wanted.out.read_bytes()
+    wanted.out.unlink()
+    assert extract(wanted).path.read_bytes() == data
+
+
+def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = stage._prepare(small(tmp_path / "shapes"))
+    plan = {**job.plan, "compute": {**job.plan["compute"], "device": "cuda"}}
+    monkeypatch.setattr(Group, "broadcast", lambda self, value: (plan, {"train": [0], "test": []}))
+    with pytest.raises(CacheMismatch) as refused:
+        stage._help(job, Group(1, 2))
+    assert str(refused.value) == (
+        "Rank 1 would write another cache than rank 0: compute.device is 'cuda' there and 'cpu' here. "
+        "All machines of a job need the same data, settings and kind of device."
+    )
+
+
+def test_progress_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has blocks 0 and 3 of 4, and 0 of 2: 12 of the 24 images stand for all."""
+    shown: list[int] = []
+    monkeypatch.setattr(stage, "progress", lambda *_: contextlib.nullcontext(lambda count, what: shown.append(count)))
+    job = stage._prepare(small(tmp_path / "shapes"))
+    missing = {split: list(range(job.dimensions.blocks(split))) for split in ("train", "test")}
+    for rank in range(3):
+        with job.writer(rank) as writer:
+            stage._write_share(writer, job, missing, Group(rank, 3))
+            assert [writer.missing("train"), writer.missing("test")] == [
+                [block for block in missing[split] if block % 3 != rank] for split in ("train", "test")
+            ]
+    assert shown == [8, 8, 8]
+
+
+def test_out_of_memory_on_one_of_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's part file is begun, whatever this rank has written."""
+
+    def hungry(*_: Any) -> None:
+        raise OutOfMemory(4, 2)
+
+    monkeypatch.setattr("tspipe.rows.taught", hungry)
+    job = stage._prepare(small(tmp_path / "shapes"))
+    with job.writer(1) as writer, pytest.raises(CacheError) as refused:
+        stage._write_share(writer, job, {"train": [0, 1], "test": []}, Group(1, 2))
+    assert str(refused.value) == (
+        "The teacher runs out of memory with batches of 4 images; batches of 2 fit. Give the command "
+        f"--set compute.batch_size=2 after deleting {tmp_path}/shapes.h5.part, which was begun with the larger batches."
+    )
