@@ -59,7 +59,7 @@ def _take(writer: CacheWriter, path: Path) -> None:
             if stored[block].tobytes() == block_checksums(columns, found.dimensions, split, block):
                 images = found.dimensions.block(split, block)
                 rows = {
-                    name: columns[f"{split}_{name}"][found.dimensions.column_rows(name, images)]
+                    name: columns[f"{split}_{name}"][found.dimensions.column_rows(split, name, images)]
                     for name in found.dimensions.columns(split)
                 }
                 writer.write_block(split, block, rows)

@@ -72,9 +72,10 @@ class Dimensions:
         absent = {"views": self.views is None, "images": self.image_shape is None}
         return [column for column in COLUMNS if not absent.get(column)]
 
-    def column_rows(self, column: str, images: range) -> slice:
-        """The rows of a column that belong to these images: those with a row per view have V each."""
-        times = (self.views or 1) if column in ("features", "logits", "views") else 1
+    def column_rows(self, split: str, column: str, images: range) -> slice:
+        """The rows of a split's column that belong to these images: those with a row per view have V each."""
+        per_view = column in ("features", "logits", "views") and split != "random"
+        times = (self.views or 1) if per_view else 1
         return slice(images.start * times, images.stop * times)
 
     def datasets(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

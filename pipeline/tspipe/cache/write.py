@@ -117,7 +117,7 @@ class CacheWriter:
         checksums = b""
         with writing(self.part, CacheError):
             for column in self.dimensions.columns(split):
-                data, rows = columns[column], self.dimensions.column_rows(column, images)
+                data, rows = columns[column], self.dimensions.column_rows(split, column, images)
                 dataset = self._columns[f"{split}_{column}"]
                 if data.shape != (rows.stop - rows.start, *dataset.row_shape):
                     raise ValueError(f"{split}_{column}: {data.shape} for {rows} of {dataset.shape}")
@@ -214,7 +214,8 @@ def write_skeleton(path: Path, dimensions: Dimensions) -> None:
 def block_checksums(columns: Mapping[str, Column], dimensions: Dimensions, split: str, block: int) -> bytes:
     """SHA-256 of each column of a block as it lies in the file, in the order of `dimensions.columns`."""
     images = dimensions.block(split, block)
-    parts = (columns[f"{split}_{name}"][dimensions.column_rows(name, images)] for name in dimensions.columns(split))
+    names = dimensions.columns(split)
+    parts = (columns[f"{split}_{name}"][dimensions.column_rows(split, name, images)] for name in names)
     return b"".join(hashlib.sha256(part).digest() for part in parts)
 
 
