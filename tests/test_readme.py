@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make ([a-z-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("gpus", "begins"),
+    [("", "b/tspipe cache"), ("GPUS=4", "b/torchrun --standalone --nproc-per-node '4' -m tspipe cache")],
+)
+def test_make_teacher_cache_starts_a_process_for_each_gpu(gpus: str, begins: str) -> None:
+    command = ["make", "-n", "teacher-cache", "BIN=b", "DATASET=cifar10", *gpus.split()]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"\n{begins} --train-teacher --dataset 'cifar10' " in f"\n{said}"
 
 
 def test_links_lead_somewhere() -> None:

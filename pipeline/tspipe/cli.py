@@ -170,16 +170,19 @@ def student(
     ] = False,
 ) -> None:
     """Stage two: train students against a cache."""
-    from tspipe import learner, report, train_students
+    from tspipe import distributed, learner, report, train_students
     from tspipe.cache import open_cache
 
-    opened = open_cache(local(cache))
     flags = {"student": student or None, "random_images": random_images, "seeds": seeds, "epochs": epochs}
-    chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, flags)
-    arms = learner.arms(compare, chosen)
-    config = train_students.StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
-    run = train_students.train_students(config)
-    report.show(run)
+    with distributed.group() as group:
+        with group.first():
+            opened = open_cache(local(cache))
+            chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, flags)
+            arms = learner.arms(compare, chosen)
+        config = train_students.StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
+        run = train_students.train_students(config, group)
+    if not group.rank:
+        report.show(run)
 
 
 @app.command()

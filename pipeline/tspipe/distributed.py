@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from tspipe.errors import OtherProcessFailed, RecipeError
 
@@ -44,6 +46,29 @@ class Group:
         """Wait until every rank is here."""
         self.gather(None)
 
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's part of a batch (n, …): of sizes that differ by at most one; empty where n is below the rank."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module with its gradients averaged over all ranks at each backward pass.
+
+        Batch norms then take their statistics from the batch of all ranks, which PyTorch can do on GPUs only. Raises
+        RecipeError for one elsewhere.
+        """
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        gpus = None
+        if device.type == "cuda":
+            gpus = _between_gpus()
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module, gpus)
+        elif norms:
+            raise RecipeError(
+                "A student with batch norm cannot be split between processes on the CPU: its statistics are of the "
+                "whole batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train as many "
+                "students, arms counted, as there are processes."
+            )
+        return nn.parallel.DistributedDataParallel(module, process_group=gpus)
+
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Rank 0 does what is inside before the others do: what goes wrong for all of them is said once."""
@@ -58,15 +83,30 @@ class Group:
             return
         import torch.distributed as dist
 
-        try:
+        with self.noticing():
             call(dist)
-        except RuntimeError as problem:  # gloo's, of a closed connection
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Say of a connection that is lost inside that another process has failed: OtherProcessFailed."""
+        try:
+            yield
+        except RuntimeError as problem:  # PyTorch has no class of its own for it
+            if not any(name in str(problem) for name in ("gloo", "NCCL", "Connection")):
+                raise
             raise OtherProcessFailed(
                 f"Rank {self.rank} stops: another process has failed, or cannot be reached."
             ) from problem
 
 
 ALONE = Group()
+
+
+@lru_cache
+def _between_gpus() -> Any:
+    import torch.distributed as dist
+
+    return dist.new_group(backend="nccl")
 
 
 @contextlib.contextmanager

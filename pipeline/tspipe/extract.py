@@ -151,9 +151,8 @@ def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
 def _write_share(writer: CacheWriter, job: _Job, missing: dict[str, list[int]], group: Group) -> None:
     """Compute and write this rank's share of the missing blocks; rank 0 shows how far all of them have come."""
     mine = {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
-    sizes = job.dimensions
-    total = sum(sizes.images(split) for split in sizes.sections)
-    left, share = (sum(len(sizes.block(s, n)) for s, blocks in of.items() for n in blocks) for of in (missing, mine))
+    total = sum(job.dimensions.images(split) for split in missing)
+    left, share = (sum(len(job.dimensions.block(s, n)) for s in of for n in of[s]) for of in (missing, mine))
     done = 0
 
     def shown(advance: Advance, images: int, what: str) -> None:
@@ -165,7 +164,8 @@ def _write_share(writer: CacheWriter, job: _Job, missing: dict[str, list[int]], 
         with progress("teacher", total, "images", total - left) if not group.rank else nullcontext(_silent) as advance:
             _write_rows(writer, job, mine, partial(shown, advance))
     except OutOfMemory as problem:
-        raise _smaller(problem, writer, group) from problem
+        begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
+        raise _smaller(problem, writer, begun) from problem
 
 
 def _silent(count: int, what: str) -> None:
@@ -182,11 +182,10 @@ def _write_rows(writer: CacheWriter, job: _Job, blocks: dict[str, list[int]], ad
         advance(len(block.indices), f"{split}, {spent.most}-bound")
 
     with behind() as do:
-        for split in blocks:
-            ranges = [writer.dimensions.block(split, number) for number in blocks[split]]
+        for split, numbers in blocks.items():
+            ranges = [job.dimensions.block(split, number) for number in numbers]
             found = rows.of_section(split, job.dataset, recipe.preprocess, job.plan, ranges)
-            decoded = spent.waiting("decoding", found)
-            for number, block in zip(blocks[split], decoded, strict=True):
+            for number, block in zip(numbers, spent.waiting("decoding", found), strict=True):
                 with spent.on("teacher"):
                     features, logits = rows.taught(
                         job.teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
@@ -196,12 +195,12 @@ def _write_rows(writer: CacheWriter, job: _Job, blocks: dict[str, list[int]], ad
                     do(partial(write, split, number, block, features, logits))
 
 
-def _smaller(problem: OutOfMemory, writer: CacheWriter, group: Group) -> TspipeError:
-    """The command that goes on where memory ran out; a part file without a block is of no use to it, and removed."""
+def _smaller(problem: OutOfMemory, writer: CacheWriter, begun: bool) -> TspipeError:
+    """The command that goes on where memory ran out; a part file not begun is of no use to it, and removed."""
     if not problem.fits:
         return problem
     remedy = f"{problem} Give the command --set compute.batch_size={problem.fits}"
-    if group.size > 1 or any(len(writer.written(split)) for split in writer.dimensions.sections):
+    if begun:
         part = writer.path.with_name(writer.path.name + ".part")
         return CacheError(f"{remedy} after deleting {part}, which was begun with the larger batches.")
     writer.part.unlink()

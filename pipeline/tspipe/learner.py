@@ -1,14 +1,17 @@
 """One student in training: its network, its loss, its optimiser, and what it has counted this epoch."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tspipe import feature_net, losses, networks, training
+from tspipe.distributed import Group
 from tspipe.errors import RecipeError
+from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output, Target
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Own, Recipe
@@ -29,11 +32,39 @@ def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a cohort's learners share: normalised images (m, C, H, W), their targets, and random ones with theirs."""
+    """What a cohort's learners share: normalised images (m, C, H, W), their targets, and random ones with theirs.
+
+    Of a batch that several processes share it is this one's part; `whole` then says how many images it has, and how
+    many random ones.
+    """
 
     images: Tensor
     target: Target
     random: tuple[Tensor, Target] | None
+    whole: tuple[int, int] | None = None
+
+
+class Trained(nn.Module):
+    """What a learner's optimiser fits: the network, and the loss, which may learn too."""
+
+    def __init__(self, network: FeatureNet, loss: nn.Module, separate: bool):
+        super().__init__()
+        self.network, self.loss, self.separate = network, loss, separate
+
+    def forward(
+        self, images: Tensor, target: Target, random: tuple[Tensor, Target] | None
+    ) -> tuple[Output, dict[str, Tensor]]:
+        """The network's output for the images and, after them, the random ones; and the loss's terms."""
+        if random is None:
+            output: Output = self.network(images)
+            return output, self.loss(output, target)
+        noise, its_target = random
+        target = Target(*map(torch.cat, zip(target, its_target, strict=True)))
+        if self.separate:
+            output = Output(*map(torch.cat, zip(self.network(images), self.network(noise), strict=True)))
+        else:
+            output = self.network(torch.cat([images, noise]))
+        return output, self.loss(output, target)
 
 
 class Learner:
@@ -61,7 +92,6 @@ class Learner:
         self.student, self.arm, self.seed, self.device = student, arm, seed, device
         self.loss_name = "xent" if arm in (ALONE, OWN) else recipe.loss
         self.loss = losses.build(self.loss_name, recipe.model_dump()).to(device)
-        self.separate = recipe.random_forward == "separate"
         self.how = recipe.optimisation(student, alone=arm == OWN)
         options = recipe.student_options(student)
         # The same seed for every arm: they begin as the same network.
@@ -71,7 +101,9 @@ class Learner:
         network = feature_net.student_of(module, student, width, num_classes, probe)
         # Channels-last, as the pixels come: 5 to 30 % faster than channels-first for all of the paper's students.
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trained = torch.nn.ModuleList([self.network, self.loss])  # a loss may learn too
+        self.trained = Trained(self.network, self.loss, recipe.random_forward == "separate")
+        self._forward: nn.Module = self.trained
+        self._processes = 1
         self.optimizer = training.make_optimizer(self.how, self.trained.parameters(), device)
         self.training, self.testing = training.Stopwatch(device), training.Stopwatch(device)
         self.terms = self._term_names(width, num_classes)
@@ -100,37 +132,49 @@ class Learner:
         self.training.reset()
         self.testing.reset()
         if not counted:
-            self.sums = torch.zeros(len(self.terms), device=self.device)
-            self.correct, self.rows = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
-            self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget what it has counted this epoch."""
+        self.sums = torch.zeros(len(self.terms), device=self.device)
+        self.correct, self.rows = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def distribute(self, group: Group) -> None:
+        """Have every process of the group train this learner, each on its part of a batch."""
+        self._forward, self._processes = group.parallel(self.trained, self.device), group.size
 
     def step(self, batch: Batch, step: int) -> None:
         """One optimiser step on this arm's share of a batch. Nothing here waits for the device."""
         self.training.start()
-        real = len(batch.images)
-        output, target = self._forward(batch)
-        terms = self.loss(output, target)
-        loss = torch.stack(list(terms.values())).sum()
+        real, random = len(batch.images), batch.random if self.arm == RANDOM else None
+        output, terms = self._forward(batch.images, batch.target, random)
+        parts = torch.stack(list(terms.values()))
+        weight, whole = self._weight(batch), batch.whole[0] if batch.whole else real
+        loss = parts.sum() if weight is None else parts.sum() * weight * self._processes
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            self.sums += torch.stack([term.detach() for term in terms.values()]) * real
+            if weight != 0:  # the mean of no images is no number
+                self.sums += parts.detach() * (whole if weight is None else weight * whole)
+                bad = (self.bad_step < 0) & ~loss.detach().isfinite()
+                self.bad_step = torch.where(bad, step, self.bad_step)
             self.rows += real
             self.correct += (output.logits[:real].argmax(1) == batch.target.labels).sum()
-            bad = (self.bad_step < 0) & ~loss.detach().isfinite()
-            self.bad_step = torch.where(bad, step, self.bad_step)
         self.training.stop()
 
-    def _forward(self, batch: Batch) -> tuple[Output, Target]:
-        if self.arm != RANDOM or batch.random is None:
-            return self.network(batch.images), batch.target
-        random, random_target = batch.random
-        target = Target(*map(torch.cat, zip(batch.target, random_target, strict=True)))
-        if self.separate:
-            parts = zip(self.network(batch.images), self.network(random), strict=True)
-            return Output(*map(torch.cat, parts)), target
-        return self.network(torch.cat([batch.images, random])), target
+    def _weight(self, batch: Batch) -> float | None:
+        """This process's share of a batch's images, random ones counted; None where the whole batch is here.
+
+        A loss is a mean over a process's images. Weighted so, the sum over all processes is the mean over the batch.
+        """
+        if batch.whole is None:
+            return None
+        here, whole = len(batch.images), batch.whole[0]
+        if self.arm == RANDOM and batch.random is not None:
+            here, whole = here + len(batch.random[0]), sum(batch.whole)
+        return here / whole
 
     def _term_names(self, width: int, num_classes: int) -> list[str]:
         """The loss's terms, in its order; also the place where a loss of the user's is first tried."""
@@ -146,8 +190,20 @@ class Learner:
 
     def pack(self) -> dict[str, Tensor]:
         """Its whole state as flat tensors."""
-        counted = {"sums": self.sums, "rows": self.rows, "correct": self.correct, "bad_step": self.bad_step}
-        return {**training.pack(self.trained, self.optimizer), **training.prefixed("counted", counted)}
+        return {**training.pack(self.trained, self.optimizer), **training.prefixed("counted", self.counted)}
+
+    @property
+    def counted(self) -> dict[str, Tensor]:
+        """What it has counted this epoch."""
+        return {"sums": self.sums, "rows": self.rows, "correct": self.correct, "bad_step": self.bad_step}
+
+    def count(self, parts: Sequence[dict[str, Tensor]]) -> None:
+        """Replace what it has counted by what several processes have, together."""
+        self.sums, self.rows, self.correct = (
+            torch.stack([part[name] for part in parts]).sum(0).to(self.device) for name in ("sums", "rows", "correct")
+        )
+        bad = [step for part in parts if (step := int(part["bad_step"])) >= 0]
+        self.bad_step = torch.full_like(self.bad_step, min(bad, default=-1))
 
     def unpack(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `pack`."""

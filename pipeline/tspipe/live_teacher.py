@@ -1,7 +1,7 @@
 """Random images and what the teacher says of them, a batch ahead of the students."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -22,6 +22,8 @@ class LiveTeacher:
     On a GPU it does so in a stream of its own. A teacher that draws random numbers too is seeded for each batch, and
     is not run ahead: the students' dropout draws from the same generator.
 
+    Where several processes split a batch, `part` is what this one takes of it.
+
     Attributes:
         watch: how long the teacher took; beside the students, not in addition.
     """
@@ -33,9 +35,10 @@ class LiveTeacher:
         count: int,
         shape: tuple[int, int, int],
         device: torch.device,
+        part: Callable[[Tensor], Tensor] = lambda images: images,
     ):
         self.count, self.shape, self.device, self.watch = count, shape, device, Stopwatch(device)
-        self._teacher, self._preprocess = teacher, preprocess
+        self._teacher, self._preprocess, self._part = teacher, preprocess, part
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         probe = preprocess.normalise(random_images.uniform(0, 0, 0, 1, shape).to(device))
         self._in_turn = draws_at_random(teacher, probe)
@@ -62,7 +65,7 @@ class LiveTeacher:
         return images, said
 
     def _batch(self, seed: int, epoch: int, number: int) -> tuple[Tensor, Output, torch.cuda.Event | None]:
-        images = random_images.uniform(seed, epoch, number, self.count, self.shape)
+        images = self._part(random_images.uniform(seed, epoch, number, self.count, self.shape))
         images = images.contiguous(memory_format=torch.channels_last)  # as the pixels come
         if self._in_turn:
             seed_torch(seed, "teacher", epoch, number)

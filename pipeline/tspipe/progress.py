@@ -30,7 +30,7 @@ class _Rate(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+def progress(what: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Advance]:
     """Show how far something has come; gives `advance(count, what)`, whose text replaces the description.
 
     Args:
@@ -38,9 +38,13 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
         total: how many units there are.
         unit: their name, in the plural.
         done: how many of them an earlier run has done.
+        shown: False for a process beside the one that speaks.
     """
-    shown = _bar if console.is_terminal else _lines
-    with shown(what, total, unit, done) as advance:
+    if not shown:
+        yield lambda _count, _what: None
+        return
+    form = _bar if console.is_terminal else _lines
+    with form(what, total, unit, done) as advance:
         yield advance
 
 

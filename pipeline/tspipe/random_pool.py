@@ -1,6 +1,6 @@
 """Random images without the teacher: a cache's pool, whose pixels are drawn again beside the targets that it stores."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,13 +28,20 @@ class RandomPool:
         count: r, the random images of a batch.
         shape: (C, H, W) of the images the students get.
         device: where batches are wanted.
+        part: what this process takes of a batch, where several split it.
 
     Raises CacheMismatch when the cache has no pool, a smaller one than a batch, one of an unknown generator, or one of
     images of another shape.
     """
 
     def __init__(
-        self, cache: Cache, preprocess: Preprocess, count: int, shape: tuple[int, int, int], device: torch.device
+        self,
+        cache: Cache,
+        preprocess: Preprocess,
+        count: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        part: Callable[[Tensor], Tensor] = lambda rows: rows,
     ):
         if cache.random is None:
             raise CacheMismatch(
@@ -49,7 +56,7 @@ class RandomPool:
                 f"--random-pool {count}), or {_LIVE}"
             )
         check_input_shape(cache, shape)
-        self.rows, self.count, self.device = rows, count, device
+        self.rows, self.count, self.device, self._part = rows, count, device, part
         self._stored, self._images, self._preprocess = cache.random, PoolImages.of(cache.manifest), preprocess
 
     def batches(self, seed: int, steps: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
@@ -63,10 +70,8 @@ class RandomPool:
                 images, said = ahead.pop().result()
                 if later is not None:
                     ahead.append(thread.submit(self.batch, seed, later))
-                yield (
-                    self._preprocess.normalise(images.to(self.device)),
-                    Output(*(part.to(self.device) for part in said)),
-                )
+                images, features, logits = (self._part(rows).to(self.device) for rows in (images, *said))
+                yield self._preprocess.normalise(images), Output(features, logits)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Output]:
         """One batch before normalisation, on the CPU: images (r, C, H, W) float32 in [0, 1), and what was said of them.

@@ -5,9 +5,11 @@ student's arms start from the same weights, so that arms can be compared pair by
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor
 from tspipe import networks, plugins, training, weights
 from tspipe.cache import Cache
 from tspipe.datasets import Dataset
-from tspipe.distributed import pick_device
+from tspipe.distributed import ALONE, Group, pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
 from tspipe.learner import OWN, RANDOM, Batch, Learner
@@ -34,6 +36,7 @@ from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
 from tspipe.rows import exact
 from tspipe.run_folder import Row, RunFolder, environment, find_run
+from tspipe.sharing import Sharing
 from tspipe.show import shares
 from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters
 
@@ -55,10 +58,12 @@ class StudentConfig:
     trust_data: bool = False
 
 
-def train_students(config: StudentConfig) -> RunFolder:
+def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
     """Train every student in every arm over every seed; gives the run folder.
 
-    The same config goes on with the run it began, and finds a finished one finished.
+    The same config goes on with the run it began, and finds a finished one finished. The processes of a group each
+    train some of a cohort's learners or, where it has fewer learners than there are processes, a part of every batch;
+    rank 0 alone writes, into a folder that all of them see.
     Raises CacheMismatch when the cache is not of the local data, TrainingError when a loss is no longer a number.
     """
     recipe, cache = config.recipe, config.cache
@@ -66,8 +71,9 @@ def train_students(config: StudentConfig) -> RunFolder:
     keep_freed()
     identity = _identity(config)
     stem = cache.path.name.removesuffix(".h5")
-    folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
-    if folder.finished:
+    with group.first():
+        folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
+    if group.broadcast(folder.finished):
         return folder
     if folder.environment["device"] != str(device):
         raise RecipeError(
@@ -76,11 +82,15 @@ def train_students(config: StudentConfig) -> RunFolder:
         )
     torch.set_num_threads(folder.environment["threads"])
     exact()
-    run = Run(config, folder, device)
-    folder.create()
-    with lock(folder.path / "run", RecipeError):
-        if not folder.finished:  # by another process, while this one was reading the data
-            run.train()
+    with group.first():
+        run = Run(config, folder, device, group)
+        if not group.rank:
+            folder.create()
+    with nullcontext() if group.rank else lock(folder.path / "run", RecipeError):
+        if not group.broadcast(folder.finished):  # by another job, while this one was reading the data
+            with group.noticing():
+                run.train()
+        group.barrier()
     return folder
 
 
@@ -113,8 +123,8 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
 class Run:
     """What all cohorts of a run share: the data, the targets, the teacher, the folder."""
 
-    def __init__(self, config: StudentConfig, folder: RunFolder, device: torch.device):
-        self.config, self.folder, self.device = config, folder, device
+    def __init__(self, config: StudentConfig, folder: RunFolder, device: torch.device, group: Group = ALONE):
+        self.config, self.folder, self.device, self.first = config, folder, device, group.rank == 0
         recipe, cache = config.recipe, config.cache
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
         check_preprocess(cache, recipe.preprocess)
@@ -131,11 +141,13 @@ class Run:
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
         self.clock = training.Clock(recipe.checkpoint_seconds)
-        random = RANDOM in config.arms and recipe.random_images
+        first = self.cohort(0)
+        self.sharing = Sharing(group, len(first))
+        random = recipe.random_images and any(learner.arm == RANDOM for learner in self.sharing.mine(first))
         self.live = self._live_teacher() if random and recipe.random_source == "live" else None
         self.pool = self._pool() if random and recipe.random_source == "pool" else None
-        first = self.cohort(0)
         self.parameters = {learner.student: learner.parameters for learner in first}
+        self.terms = {term for learner in first for term in learner.terms}
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
         self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
@@ -152,11 +164,11 @@ class Run:
         teacher = load_teacher(cache, recipe, shape, self.device)
         (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
         check_teacher(teacher, cache, self.preprocess.normalise(pixels))
-        return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device)
+        return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device, self.sharing.part)
 
     def _pool(self) -> RandomPool:
         count, shape = self.config.recipe.random_images, self.train_pixels.shape
-        return RandomPool(self.config.cache, self.preprocess, count, shape, self.device)
+        return RandomPool(self.config.cache, self.preprocess, count, shape, self.device, self.sharing.part)
 
     def cohort(self, seed: int) -> list[Learner]:
         """The learners of a seed: every student in every arm."""
@@ -172,32 +184,38 @@ class Run:
         """Train what is still to be trained, seed by seed, and finish the folder."""
         recipe = self.config.recipe
         position, tensors = self._resume()
-        if (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
+        if self.first and (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
             self.folder.write_json("random_labels.json", counts := self._label_histogram())
             console.print(shares(counts), markup=False)
         rows = len(self.train_pixels)
         total, done = recipe.seeds * recipe.epochs * rows, (position.seed * recipe.epochs + position.epoch) * rows
-        with progress("students", total, "images", done + position.batch * recipe.batch_size) as advance:
+        with progress("students", total, "images", done + position.batch * recipe.batch_size, self.first) as advance:
             for seed in range(position.seed, recipe.seeds):
                 learners = self.cohort(seed)
-                for learner in learners if tensors else []:
-                    learner.unpack(training.below(learner.name, tensors))
+                mine = self.sharing.mine(learners)
+                for learner in mine:
+                    if tensors:
+                        learner.unpack(training.below(learner.name, tensors))
+                    if self.sharing.splits:
+                        learner.distribute(self.sharing.group)
                 for epoch in range(position.epoch, recipe.epochs):
-                    self._train_epoch(learners, Position(seed, epoch, position.batch), advance)
+                    self._train_epoch(mine, Position(seed, epoch, position.batch), advance)
                     position.batch = 0
-                for learner in learners:
-                    self._save_student(learner)
+                self._save_students(learners, mine)
                 tensors, position = {}, Position(seed + 1)
-                training.save_checkpoint(self.folder.checkpoint, {}, vars(position))
-        self.folder.write_json("summary.json", self._summary())
-        self.folder.checkpoint.unlink(missing_ok=True)
+                if self.first:
+                    training.save_checkpoint(self.folder.checkpoint, {}, vars(position))
+        if self.first:
+            self.folder.write_json("summary.json", self._summary())
+            self.folder.checkpoint.unlink(missing_ok=True)
 
     def _resume(self) -> tuple["Position", dict[str, Tensor]]:
         """Where an earlier run stopped, and its learners' state; metrics of what will run again are dropped."""
         found = training.load_checkpoint(self.folder.checkpoint)
         position, tensors = (Position(**found[1]), found[0]) if found else (Position(), {})
         now = (position.seed, position.epoch + 1)
-        self.folder.keep([row for row in self.folder.rows() if (row["seed"], row["epoch"]) < now])
+        if self.first:
+            self.folder.keep([row for row in self.folder.rows() if (row["seed"], row["epoch"]) < now])
         return position, tensors
 
     def _train_epoch(self, learners: list[Learner], position: "Position", advance: Advance) -> None:
@@ -207,31 +225,57 @@ class Run:
             self.live.watch.reset()
         for learner in learners:
             learner.start_epoch(epoch, counted=position.batch > 0)
+        self.sharing.count_on(learners)
         self.learn(learners, position, advance)
-        _check_losses(learners, self.config.recipe, epoch)
-        self.folder.append(self._rows(learners, epoch), self._columns(learners))
+        self.sharing.count_together(learners)
+        self._check_losses(learners, epoch)
+        rows = self.sharing.rows(self._rows(learners, epoch))
+        if self.first:
+            self.folder.append(sorted(rows, key=self._place), self._columns())
+
+    def _place(self, row: Row) -> tuple[int, int]:
+        """Where a row of an epoch belongs: in the order of the cohort."""
+        return self.config.recipe.student.index(row["student"]), self.config.arms.index(row["arm"])
 
     def learn(self, learners: list[Learner], position: "Position", advance: Advance, stop: int | None = None) -> None:
         """Train on an epoch's batches from the position on, up to number `stop` or its end; checkpoints in between."""
         seed, epoch = position.seed, position.epoch
         what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
+        rank = self.sharing.group.rank if self.sharing.splits else 0
+        dropout = f"dropout, rank {rank}" if rank else "dropout"  # other images, other draws
         for number, batch in self.batches(seed, epoch, slice(position.batch, stop)):
             for learner in learners:
-                seed_torch(seed, "dropout", epoch, number)
+                seed_torch(seed, dropout, epoch, number)
                 learner.step(batch, number)
-            advance(len(batch.images), what)
-            if self.clock.due():
-                _check_losses(learners, self.config.recipe, epoch)
+            advance(batch.whole[0] if batch.whole else len(batch.images), what)
+            if self.sharing.due(self.clock, number):
+                self.sharing.count_together(learners)
+                self._check_losses(learners, epoch)
                 self.save(learners, Position(seed, epoch, number + 1))
+                self.sharing.count_on(learners)
+
+    def _check_losses(self, learners: list[Learner], epoch: int) -> None:
+        """Raise TrainingError if a loss was no number, once of each; comes before anything is written."""
+        recipe = self.config.recipe
+        for learner in learners if self.first or not self.sharing.splits else []:
+            if (step := int(learner.bad_step)) >= 0:
+                own = learner.arm == OWN and recipe.alone.lr is not None
+                raise TrainingError(
+                    f"The loss of {learner.name} is no longer a number: epoch {epoch + 1}, step {step + 1}. The last "
+                    "checkpoint is kept. A smaller learning rate may help: "
+                    f"--set {'alone' if own else f'students.{learner.student}'}.lr={learner.how.lr / 10:g}"
+                )
 
     def batches(self, seed: int, epoch: int, part: slice) -> Iterator[tuple[int, Batch]]:
         """An epoch's batches, or those of a part of it, with their numbers."""
         order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)
         said = self._random(seed, epoch, range(len(order))[part], len(order))
         numbers, order = range(len(order))[part], order[part]
-        parts = zip(numbers, self.train_pixels.batches(order), self.targets.batches(order), said, strict=True)
-        for number, pixels, target, random in parts:
-            yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random))
+        mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
+        parts = zip(numbers, order, self.train_pixels.batches(mine), self.targets.batches(mine), said, strict=True)
+        for number, rows, pixels, target, random in parts:
+            whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
+            yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random), whole)
 
     def _random(
         self, seed: int, epoch: int, numbers: range, of: int
@@ -260,10 +304,12 @@ class Run:
         count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
         labels: list[Tensor] = []
         with progress("labels of random images", count, "images") as advance:
-            for batch in range(math.ceil(count / self.live.count)):
+            for batch in itertools.count():
                 _, said = self.live.batch(0, 0, batch)
                 labels.append(said.logits.argmax(1))
-                advance(self.live.count, "labels of random images")
+                advance(len(said.logits), "labels of random images")
+                if sum(map(len, labels)) >= count:
+                    break
         return torch.cat(labels)[:count]
 
     def test(self, learners: list[Learner], stop: int | None = None) -> list[int]:
@@ -271,9 +317,11 @@ class Run:
         networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
         for learner in learners:
             learner.network.eval()
-        order = training.in_turn(len(self.test_pixels), self.config.recipe.test_batch_size)[:stop]
-        batches = self.test_pixels.batches(order)
-        return training.count_correct(networks_, batches, self.test_labels, self.preprocess, watches)
+        size, group = self.config.recipe.test_batch_size, self.sharing.group
+        mine = slice(group.rank, stop, group.size) if self.sharing.splits else slice(stop)
+        batches = self.test_pixels.batches(training.in_turn(len(self.test_pixels), size)[mine])
+        labels = self.test_labels.split(size)[mine]
+        return self.sharing.total(training.count_correct(networks_, batches, labels, self.preprocess, watches))
 
     def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
         """The epoch's rows of metrics.csv, after testing every learner."""
@@ -288,16 +336,22 @@ class Run:
             for learner, right in zip(learners, correct, strict=True)
         ]
 
-    def _columns(self, learners: list[Learner]) -> list[str]:
-        terms = dict.fromkeys(term for learner in learners for term in learner.terms)
-        return [*_COLUMNS, *sorted(terms), *_SECONDS]
+    def _columns(self) -> list[str]:
+        return [*_COLUMNS, *sorted(self.terms), *_SECONDS]
 
-    def save(self, learners: list[Learner], position: "Position") -> None:
+    def save(self, mine: list[Learner], position: "Position") -> None:
         """Write a checkpoint."""
-        tensors: dict[str, Tensor] = {}
-        for learner in learners:
-            tensors.update(training.prefixed(learner.name, learner.pack()))
-        training.save_checkpoint(self.folder.checkpoint, tensors, vars(position))
+        tensors = self.sharing.states(mine)
+        if self.first:
+            training.save_checkpoint(self.folder.checkpoint, tensors, vars(position))
+
+    def _save_students(self, learners: list[Learner], mine: list[Learner]) -> None:
+        """Write all trained students of a cohort, those of other processes too."""
+        tensors = self.sharing.states(mine)
+        for learner in learners if self.first else []:
+            if learner not in mine:
+                learner.unpack(training.below(learner.name, tensors))
+            self._save_student(learner)
 
     def _save_student(self, learner: Learner) -> None:
         cache = self.config.cache
@@ -335,15 +389,3 @@ class Position:
     seed: int = 0
     epoch: int = 0
     batch: int = 0
-
-
-def _check_losses(learners: list[Learner], recipe: Recipe, epoch: int) -> None:
-    """Raise TrainingError if a loss was no number; comes before anything is written."""
-    for learner in learners:
-        if (step := int(learner.bad_step)) >= 0:
-            own = learner.arm == OWN and recipe.alone.lr is not None
-            raise TrainingError(
-                f"The loss of {learner.name} is no longer a number: epoch {epoch + 1}, step {step + 1}. The last "
-                "checkpoint is kept. A smaller learning rate may help: "
-                f"--set {'alone' if own else f'students.{learner.student}'}.lr={learner.how.lr / 10:g}"
-            )

@@ -276,7 +276,7 @@ def _accuracy(network: nn.Module, recipe: Recipe, dataset: Dataset, test: Pixels
     network.eval()
     labels = torch.from_numpy(dataset.test.labels).to(test.device)
     batches = test.batches(training.in_turn(len(test), recipe.test_batch_size))
-    (correct,) = training.count_correct([network], batches, labels, recipe.preprocess)
+    (correct,) = training.count_correct([network], batches, labels.split(recipe.test_batch_size), recipe.preprocess)
     return correct / len(test)
 
 

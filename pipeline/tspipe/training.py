@@ -1,8 +1,9 @@
 """What training a teacher and training students have in common: optimiser, schedule, evaluation, checkpoint."""
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ class Stopwatch:
         else:
             self._sum += time.perf_counter() - self._started
 
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Count what is inside."""
+        self.start()
+        yield
+        self.stop()
+
     def seconds(self) -> float:
         """What has been counted; on a GPU this waits for it."""
         if self._gpu:
@@ -103,7 +111,7 @@ def in_turn(rows: int, batch_size: int) -> list[Tensor]:
 def count_correct(
     networks: Sequence[Callable[[Tensor], Tensor]],
     batches: Iterable[Tensor],
-    labels: Tensor,
+    labels: Iterable[Tensor],
     preprocess: Preprocess,
     stopwatches: Sequence[Stopwatch] = (),
 ) -> list[int]:
@@ -111,21 +119,17 @@ def count_correct(
 
     Args:
         networks: each maps normalised images to logits, in the mode it is in.
-        batches: (n, C, H, W) uint8, in the order of `labels`.
-        labels: (N,) int64, on the networks' device.
+        batches: (n, C, H, W) uint8.
+        labels: (n,) int64 for each of them, on the networks' device.
         stopwatches: one a network, to time it with.
     """
-    correct = torch.zeros(len(networks), dtype=torch.int64, device=labels.device)
-    watches = stopwatches or [Stopwatch(labels.device) for _ in networks]
-    start = 0
-    for pixels in batches:
-        images, stop = preprocess.normalise(pixels), start + len(pixels)
-        for i, (network, watch) in enumerate(zip(networks, watches, strict=True)):
-            watch.start()
-            correct[i] += (network(images).argmax(1) == labels[start:stop]).sum()
-            watch.stop()
-        start = stop
-    return [int(count) for count in correct.tolist()]
+    correct: list[Tensor | int] = [0] * len(networks)
+    for pixels, right in zip(batches, labels, strict=True):
+        images = preprocess.normalise(pixels)
+        for i, network in enumerate(networks):
+            with stopwatches[i].on() if stopwatches else contextlib.nullcontext():
+                correct[i] += (network(images).argmax(1) == right).sum()
+    return [int(count) for count in correct]
 
 
 def pack(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -248,7 +248,7 @@ def _stated(value: Any) -> str:
 def _reserve(path: Path, size: int, *, sparse: bool) -> None:
     """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run.
 
-    A sparse file only gets the size: a limit on it is met now, a full disk where rows are written.
+    A sparse file gets its size, and room for what HDF5 writes: a full disk is met where rows are written.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

@@ -1,0 +1,147 @@
+"""Stage two by several processes, real ones over gloo: what one process would have trained, and one voice."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import Run, Zygote
+from tspipe.cache import Cache
+from tspipe.distributed import Group
+from tspipe.sharing import Sharing
+
+SETTINGS = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7", "checkpoint_seconds=0"]
+
+
+def train(
+    zygote: Zygote, cache: Cache, out: Path, *arguments: object, ranks: int | None = None, seconds: float | None = None
+) -> Run:
+    settings = [f"--set={setting}" for setting in SETTINGS]
+    command = ["student", "--cache", cache.path, "--out", out, *settings, *arguments]
+    return zygote.run(*command, ranks=ranks, seconds=seconds)
+
+
+def students(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: safetensors.torch.load_file(path) for path in sorted(folder.glob("student-*.safetensors"))}
+
+
+def assert_close(one: Path, two: Path) -> None:
+    """The same students to 1e-5, and the same metrics as far as that goes."""
+    for (name, tensors), (other, others) in zip(students(one).items(), students(two).items(), strict=True):
+        assert name == other
+        for key, value in tensors.items():
+            torch.testing.assert_close(others[key], value, rtol=0, atol=1e-5)
+    for row, other_row in zip(metrics(one), metrics(two), strict=True):
+        assert {k: v for k, v in row.items() if isinstance(v, str)} == {
+            k: v for k, v in other_row.items() if isinstance(v, str)
+        }
+        for name, value in row.items():
+            if isinstance(value, float):
+                near = 2e-3 if "accuracy" in name else 1e-4  # an image at a border may fall on its other side
+                assert other_row[name] == pytest.approx(value, abs=near), name
+
+
+def metrics(folder: Path) -> list[dict[str, float | str]]:
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    numbers = {"train_accuracy", "test_accuracy", "mse", "xent"}
+    return [{k: float(v) if k in numbers and v else v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def test_two_processes_split_the_batches_of_one_learner(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    """20 Adam steps of 100 + 7 images, which two processes cannot share evenly."""
+    one = train(zygote, digits, tmp_path / "one")
+    two = train(zygote, digits, tmp_path / "two", ranks=2)
+    assert (one.code, two.code) == (0, 0), "\n".join(two.lines)
+    assert_close(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "one/random_labels.json").exists()
+    counts = (tmp_path / "one/random_labels.json").read_text()
+    assert (tmp_path / "two/random_labels.json").exists() == bool(counts)
+    assert sum("Run folder" in line for line in two.lines) == 1
+    assert len(two.lines) == len(one.lines)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted(
+        path.name for path in (tmp_path / "two").iterdir()
+    )
+
+
+def test_two_processes_split_the_random_images_of_a_pool(zygote: Zygote, pool: Cache, tmp_path: Path) -> None:
+    for name, ranks in (("one", None), ("two", 2)):
+        run = train(zygote, pool, tmp_path / name, "--set=random_source=pool", ranks=ranks)
+        assert run.code == 0, run.lines
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_batch_of_fewer_images_than_processes(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    """1,000 images in batches of 499 leave 2 for three processes: the third has none of them."""
+    arguments = ["--random-images=0", "--set=batch_size=499"]
+    assert train(zygote, digits, tmp_path / "one", *arguments).code == 0
+    three = train(zygote, digits, tmp_path / "three", *arguments, ranks=3)
+    assert three.code == 0, three.lines
+    assert_close(tmp_path / "one", tmp_path / "three")
+
+
+def test_a_split_run_goes_on_after_a_kill(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    assert train(zygote, digits, tmp_path / "whole", ranks=2).code == 0
+    kills = 0
+    for seconds in (0.8, 1.2, 1.6):
+        kills += train(zygote, digits, tmp_path / "killed", ranks=2, seconds=seconds).killed
+    assert kills
+    last = train(zygote, digits, tmp_path / "killed", ranks=2)
+    assert last.code == 0, last.lines
+    assert_close(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_processes_share_the_learners_of_a_cohort(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    """Three arms in two processes, killed and ended by one: the students to the last bit, the rows in their order."""
+    assert train(zygote, digits, tmp_path / "one", "--compare").code == 0
+    two = train(zygote, digits, tmp_path / "two", "--compare", ranks=2)
+    assert two.code == 0, two.lines
+    assert sum("Run folder" in line for line in two.lines) == 1
+    train(zygote, digits, tmp_path / "killed", "--compare", ranks=2, seconds=1.5)
+    assert train(zygote, digits, tmp_path / "killed", "--compare").code == 0
+    for other in ("two", "killed"):
+        assert metrics(tmp_path / other) == metrics(tmp_path / "one")
+        for name in students(tmp_path / "one"):
+            assert (tmp_path / other / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_loss_that_is_no_number_is_said_once(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    found = train(zygote, digits, tmp_path / "run", "--set=lr=1e30", ranks=2)
+    assert found.code == 1
+    assert sum("Error" in line for line in found.lines) == 1
+    assert "Thelossoflenet5-taught-random-seed0isnolongeranumber:epoch1,step" in found.error
+    assert "Rank 1 stops: another process has failed, or cannot be reached." in found.lines
+
+
+def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    found = train(zygote, digits, tmp_path / "run", "--student=resnet20", ranks=2)
+    assert found.code == 1
+    sentence = (
+        "A student with batch norm cannot be split between processes on the CPU: its statistics are of the whole "
+        "batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train as many students, "
+        "arms counted, as there are processes."
+    )
+    assert "".join(sentence.split()) in found.error
+
+
+@pytest.mark.parametrize(
+    ("size", "cohort", "shares"),
+    [
+        (1, "abc", ["abc"]),
+        (2, "abc", ["ac", "b"]),
+        (3, "abc", ["c", "b", "a"]),
+        (4, "abc", ["abc"] * 4),
+    ],
+)
+def test_who_trains_what(size: int, cohort: str, shares: list[str]) -> None:
+    """Rank 0 has the last arm, which has the random images whose labels it counts."""
+    found = ["".join(Sharing(Group(rank, size), len(cohort)).mine(cohort)) for rank in range(size)]
+    assert found == shares
+
+
+def test_a_batch_is_split_whole() -> None:
+    rows = torch.arange(178)
+    parts = [Sharing(Group(rank, 4), 1).part(rows) for rank in range(4)]
+    assert torch.equal(torch.cat(parts), rows)
+    assert {len(part) for part in parts} == {44, 45}
