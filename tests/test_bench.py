@@ -15,12 +15,15 @@ from tspipe.learner import RANDOM, TAUGHT
 from tspipe.train_students import StudentConfig
 
 LINES = [
-    "targets, held / index_select",
-    "targets, read / h5py",
-    "lenet5, an epoch, taught",
-    "lenet5, an epoch, teacher in the loop",
-    "teacher, 5 random images / eager",
-    "cohort of 2, a batch",
+    "targets held / index_select",
+    "targets read / h5py",
+    "lenet5 epoch / bare",
+    "lenet5 epoch / live teacher",
+    "5 random images / eager teacher",
+    "cohort of 2 / bare, one teacher",
+    "stage one / bare teacher",
+    "stage one / eager teacher",
+    "stage one / decode, eager teacher",
 ]
 
 

@@ -79,3 +79,17 @@ def test_shift_and_flip_is_the_plain_loop(views: list[tuple[int, int, int]], hei
                 inside = 0 <= source_y < height and 0 <= source_x < width
                 expected = images[i, :, source_y, source_x] if inside else torch.zeros(2)
                 assert found[i, :, y, x].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_layout_in_memory_changes_no_bit(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (5, 3, 7, 4), generator=draw, dtype=torch.uint8)
+    images = images if dtype == torch.uint8 else torch.rand(images.shape, generator=draw)
+    last = images.contiguous(memory_format=torch.channels_last)
+    before = last.clone()
+    preprocess = Preprocess((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    found = preprocess.normalise(last)
+    assert torch.equal(found, preprocess.normalise(images))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, before), "what is given is left as it is"

@@ -8,24 +8,28 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import torch
 from torch import Tensor
 
-from tspipe import feature_net, networks, training
+from tspipe import extract, feature_net, networks, pixels, training
+from tspipe.cache.layout import as_plan
 from tspipe.distributed import pick_device
 from tspipe.feature_net import FeatureNet
 from tspipe.learner import RANDOM, TAUGHT, Batch, Learner
 from tspipe.losses import Output, Target
 from tspipe.progress import Advance, progress
+from tspipe.recipe import Compute, Features
 from tspipe.run_folder import RunFolder, environment
 from tspipe.teaching import Targets, build_teacher
 from tspipe.train_students import Position, Run, StudentConfig
+from tspipe.weights import Weights
 
 _TURNS = 5
 _PREPARED = 4  # batches that a floor has in memory
@@ -37,7 +41,7 @@ Prepared = list[tuple[Tensor, Target]]  # normalised images and their targets, b
 
 @dataclass(frozen=True)
 class Line:
-    """Two times in seconds, medians of n turns, and their ratio in each turn: median, smallest, largest."""
+    """`what`, and what it is compared with after the stroke: seconds, medians of n turns; ours / floor in each turn."""
 
     what: str
     floor: float
@@ -71,10 +75,10 @@ class Bench:
         self.run = Run(self.config, RunFolder(folder, {}, self.environment), self.device)
         self.live = self.run.live
         students = len(config.recipe.student)
-        self.seconds = seconds / (2 * students + 3)  # for each comparison
+        self.seconds = seconds / (2 * students + 5)  # for each comparison
         self.lines: list[Line] = []
         self.facts: dict[str, float] = {}
-        self._total = 2 * students + 2 + 2 * bool(self.live)
+        self._total = 2 * students + 2 + 5 * bool(self.live)
         self._advance: Advance = lambda _count, _what: None
 
     def measure(self) -> Result:
@@ -86,6 +90,7 @@ class Bench:
             if self.live:
                 self._teacher()
                 self._cohort()
+                self._stage_one()
         return Result(self.config.cache.id, self.environment, self.lines, self.facts, self._sentence())
 
     def _targets(self) -> None:
@@ -106,7 +111,7 @@ class Bench:
                 held.index_select(0, batch)
                 there.index_select(0, batch)
 
-        self._compare("targets, held / index_select", selected, ours(2**62))
+        self._compare("targets held / index_select", selected, ours(2**62))
         with h5py.File(self.config.cache.path, "r", locking=False) as file:
             dataset = file["train_features"]
 
@@ -115,7 +120,7 @@ class Bench:
                     there, back = batch.unique(return_inverse=True)  # h5py wants them in order
                     torch.from_numpy(dataset[there.numpy()]).float()[back]
 
-            self._compare("targets, read / h5py", indexed, ours(0))
+            self._compare("targets read / h5py", indexed, ours(0))
 
     def _student(self, name: str) -> None:
         """An epoch of a taught student, beside bare steps and bare tests on tensors in memory; and the loop without."""
@@ -147,12 +152,10 @@ class Bench:
             return seconds * (1 + saving / self.config.recipe.checkpoint_seconds) if way == "ours" else seconds
 
         epochs = {way: [epoch(way, turn) for turn in range(_TURNS)] for way in ways}
-        self._line(f"{what}, an epoch, taught", epochs["floor"], epochs["ours"])
+        self._line(f"{what} epoch / bare", epochs["floor"], epochs["ours"])
         if self.live:
-            self._line(f"{what}, an epoch, teacher in the loop", epochs["floor"], epochs["live"])
-            self.facts[f"{what}: cached epoch, times faster than live"] = statistics.median(
-                a / b for a, b in zip(epochs["live"], epochs["ours"], strict=True)
-            )
+            self._line(f"{what} epoch / live teacher", epochs["live"], epochs["ours"])
+            self.facts[f"{what}: cached epoch, times faster than live"] = 1 / self.lines[-1].ratio
             self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"]) / count
         self._advance(1, f"{what}, tests")
         run.live = self.live
@@ -171,7 +174,7 @@ class Bench:
         self.facts["teacher: max|Δ|/max|f| from the plain network"] = float(apart)
         count = self._count(2 * self._seconds(eager), 1000)
         self._compare(
-            f"teacher, {live.count} random images / eager",
+            f"{live.count} random images / eager teacher",
             lambda: [eager() for _ in range(count)],
             lambda: [live.batch(0, 0, number) for number in range(count)],
             count,
@@ -193,8 +196,55 @@ class Bench:
                     _steps(learner, prepared[learner.arm], 1)
 
         count = self._count(2 * self._seconds(lambda: floor(1)), len(self._order()))
-        what = f"cohort of {len(ours)}, a batch"
+        what = f"cohort of {len(ours)} / bare, one teacher"
         self._compare(what, lambda: floor(count), lambda: self._learn(ours, count), count)
+
+    def _stage_one(self) -> None:
+        """Blocks decoded, taught, checked and written, beside the bare teacher on arrays, and beside eager code."""
+        job, plain = self._job(), self._plain_teacher()
+        size, train, preprocess = job.config.recipe.compute.batch_size, job.dataset.train, job.config.recipe.preprocess
+        blocks = [job.dimensions.block("train", number) for number in range(job.dimensions.blocks("train"))]
+
+        def read(rows: Iterable[int]) -> Tensor:
+            return torch.from_numpy(np.stack([pixels.read(train, preprocess, row)[1] for row in rows]))
+
+        @torch.inference_mode()
+        def forward(network: FeatureNet, images: Tensor) -> None:
+            for batch in images.split(size):
+                network(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2)))
+
+        decoded = [read(block) for block in blocks[:1]]
+        count = self._count(3 * self._seconds(lambda: forward(plain, decoded[0])), len(blocks))
+        blocks, decoded = blocks[:count], decoded + [read(block) for block in blocks[1:count]]
+        images = sum(map(len, blocks))
+        with job.writer() as writer:
+            ways: dict[str, Way] = {
+                "ours": lambda: extract.write_rows(writer, job, {"train": range(count), "test": []}, _unseen),
+                "bare teacher": lambda: [forward(job.teacher, block) for block in decoded],
+                "eager teacher": lambda: [forward(plain, block) for block in decoded],
+                "decode, eager teacher": lambda: [forward(plain, read(block)) for block in blocks],
+            }
+            turns = {way: [seconds / images for seconds in turns] for way, turns in self._turns(ways).items()}
+        for way in list(ways)[1:]:
+            self._line(f"stage one / {way}", turns[way], turns["ours"])
+            self._advance(1, "stage one")
+
+    def _job(self) -> extract.Job:
+        """Stage one for the training images of the cache, as it was made, into the folder."""
+        cache, (dataset, steps) = self.config.cache, self.run.images
+        compute = cache.manifest["compute"], cache.manifest["block_rows"]
+        assert self.live is not None
+        recipe = self.config.recipe.model_copy(
+            update={
+                "preprocess": steps,
+                "compute": Compute(batch_size=compute[0]["batch_size"], block_rows=compute[1]),
+                "features": Features(dtype="float32" if cache.manifest["features"]["dtype"] == "<f4" else "float16"),
+            }
+        )
+        config = extract.ExtractConfig(recipe, Weights({}, {}, "", ""), self.run.folder.path / "bench.h5")
+        dimensions = replace(cache.dimensions, weights_bytes=0, random_rows=None)
+        plan = {**as_plan(cache.manifest), "random": None}
+        return extract.Job(config, dataset, self.live.teacher, b"", plan, dimensions)
 
     def _learner(self, student: str, arm: str) -> Learner:
         return next(learner for learner in self.run.cohort(0) if (learner.student, learner.arm) == (student, arm))
@@ -281,6 +331,10 @@ def bench(config: StudentConfig, seconds: float = 120) -> Result:
     """Measure what `config` would train; nothing is kept of it. Raises what `train_students` raises of a cache."""
     with tempfile.TemporaryDirectory() as folder:
         return Bench(config, seconds, Path(folder)).measure()
+
+
+def _unseen(count: int, what: str) -> None:
+    """Progress that is not shown."""
 
 
 def as_json(result: Result) -> dict[str, Any]:

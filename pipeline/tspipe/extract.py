@@ -1,6 +1,7 @@
 """Stage one: every image once through the frozen teacher, into the cache."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -67,8 +68,8 @@ def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every process makes ready for itself."""
+class Job:
+    """What is to be written, and what for: every process makes it ready for itself."""
 
     config: ExtractConfig
     dataset: Dataset
@@ -77,12 +78,13 @@ class _Job:
     plan: Manifest
     dimensions: Dimensions
 
-    def writer(self, rank: int) -> CacheWriter:
+    def writer(self, rank: int = 0) -> CacheWriter:
+        """What writes it, or this rank's part of it."""
         classes = self.dataset.train.classes
         return CacheWriter(self.config.out, self.plan, self.dimensions, classes, self.weights, rank)
 
 
-def _prepare(config: ExtractConfig) -> _Job:
+def _prepare(config: ExtractConfig) -> Job:
     recipe, name = config.recipe, config.recipe.teacher.network
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     device = pick_device(recipe.compute.device)
@@ -98,10 +100,10 @@ def _prepare(config: ExtractConfig) -> _Job:
     teacher = feature_net.frozen(module, name, shape, device)
     plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
     dimensions = _dimensions(plan, dataset, len(stored), (*shape[1:], shape[0]) if config.images else None)
-    return _Job(config, dataset, teacher, stored, plan, dimensions)
+    return Job(config, dataset, teacher, stored, plan, dimensions)
 
 
-def _lead(job: _Job, group: Group) -> Cache:
+def _lead(job: Job, group: Group) -> Cache:
     """What rank 0 does: say which blocks are missing, compute its share, and make one file of all."""
     out = job.config.out
     if out.exists() and not job.config.force:
@@ -121,7 +123,7 @@ def _lead(job: _Job, group: Group) -> Cache:
     return open_cache(out)
 
 
-def _help(job: _Job, group: Group) -> None:
+def _help(job: Job, group: Group) -> None:
     """What every other rank does: compute its share into a part file of its own."""
     told: tuple[Manifest, dict[str, list[int]]] | None = group.broadcast(None)
     if told is None:
@@ -148,7 +150,7 @@ def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
         )
 
 
-def _write_share(writer: CacheWriter, job: _Job, missing: dict[str, list[int]], group: Group) -> None:
+def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], group: Group) -> None:
     """Compute and write this rank's share of the missing blocks; rank 0 shows how far all of them have come."""
     mine = {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
     total = sum(job.dimensions.images(split) for split in missing)
@@ -162,7 +164,7 @@ def _write_share(writer: CacheWriter, job: _Job, missing: dict[str, list[int]], 
 
     try:
         with progress("teacher", total, "images", total - left) if not group.rank else nullcontext(_silent) as advance:
-            _write_rows(writer, job, mine, partial(shown, advance))
+            write_rows(writer, job, mine, partial(shown, advance))
     except OutOfMemory as problem:
         begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
         raise _smaller(problem, writer, begun) from problem
@@ -172,8 +174,8 @@ def _silent(count: int, what: str) -> None:
     """Progress that nobody sees."""
 
 
-def _write_rows(writer: CacheWriter, job: _Job, blocks: dict[str, list[int]], advance: Advance) -> None:
-    """Compute and write these blocks: decoding goes on ahead of the teacher, writing behind it."""
+def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]], advance: Advance) -> None:
+    """Compute and write these blocks, by split: decoding goes on ahead of the teacher, writing behind it."""
     recipe, spent = job.config.recipe, Spent()
 
     def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:

@@ -38,7 +38,7 @@ class LiveTeacher:
         part: Callable[[Tensor], Tensor] = lambda images: images,
     ):
         self.count, self.shape, self.device, self.watch = count, shape, device, Stopwatch(device)
-        self._teacher, self._preprocess, self._part = teacher, preprocess, part
+        self.teacher, self._preprocess, self._part = teacher, preprocess, part
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         probe = preprocess.normalise(random_images.uniform(0, 0, 0, 1, shape).to(device))
         self._in_turn = draws_at_random(teacher, probe)
@@ -72,7 +72,7 @@ class LiveTeacher:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             self.watch.start()
             images = self._preprocess.normalise(images.to(self.device))
-            said = run_teacher(self._teacher, images)
+            said = run_teacher(self.teacher, images)
             self.watch.stop()
             return images, said, self._stream.record_event() if self._stream else None
 

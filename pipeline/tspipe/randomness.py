@@ -15,10 +15,21 @@ def stream(seed: int, purpose: str, epoch: int = 0, batch: int = 0) -> np.random
 
     Seeded through `numpy.random.SeedSequence`, whose output numpy keeps the same across versions.
     """
-    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), epoch, batch])
-    return np.random.Generator(np.random.MT19937(entropy))
+    return np.random.Generator(np.random.MT19937(_entropy(seed, purpose, epoch, batch)))
 
 
 def seed_torch(seed: int, purpose: str, epoch: int = 0, batch: int = 0) -> None:
-    """Seed torch's own generators (initial weights, dropout) from `stream`."""
-    torch.manual_seed(int(stream(seed, purpose, epoch, batch).integers(2**63)))
+    """Seed torch's own generators (initial weights, dropout) for a (seed, purpose, epoch, batch).
+
+    Not by `torch.manual_seed`: where there is no GPU, it notes each call with its stack for the time when one is found.
+    """
+    number = int(_entropy(seed, purpose, epoch, batch).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
+
+
+def _entropy(seed: int, purpose: str, epoch: int, batch: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), epoch, batch])

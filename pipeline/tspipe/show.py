@@ -142,14 +142,17 @@ def show_bench(result: dict[str, Any]) -> None:
     """What `tspipe bench` found, as JSON has it: a table, the machine, and what to do."""
     out, table = console(), Table(box=None, pad_edge=False)
     table.add_column("")
-    for heading in ("floor", "tspipe", "ratio", "(range)", "n"):
+    for heading in ("beside", "tspipe", "ratio", "(range)", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
     for line in result["lines"]:
         spread = f"({line['smallest']:.3g} to {line['largest']:.3g})"
         times = (_seconds(line[way]) for way in ("floor", "ours"))
         table.add_row(Text(plain(line["what"])), *times, f"{line['ratio']:.3g}", spread, str(line["n"]))
     out.print(table)
-    out.print("\nMedians of n turns; a ratio is of one turn, and the range of all turns.")
+    out.print(
+        "\nThe left side of each line is tspipe's: an epoch with its test, the random images of a batch, a batch of a "
+        "cohort, an image in stage one. Medians of n turns; ratios are of one turn, with their range."
+    )
     for name, value in result["facts"].items():
         out.print(Text(plain(f"{name}: {value:.3g}")))
     machine = result["environment"]

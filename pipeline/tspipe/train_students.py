@@ -130,7 +130,7 @@ class Run:
         check_preprocess(cache, recipe.preprocess)
         if cache.manifest["views"]:
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
-        dataset, steps = of_cache(cache, self._local)
+        dataset, steps = self.images = of_cache(cache, self._local)
         if len(dataset.train) < recipe.batch_size:
             raise DatasetError(
                 f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
