@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from shared import TEACHER
+from shared import TEACHER, pool_config
 from tspipe import recipe as recipes
 from tspipe import weights
 from tspipe.cache import Cache
@@ -116,3 +116,9 @@ def digits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Its cache."""
     path = tmp_path_factory.mktemp("cache") / "digits.h5"
     return extract(ExtractConfig(recipes.load("digits", TEACHER), weights.read(teacher), path))
+
+
+@pytest.fixture(scope="session")
+def pool(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache of the same with a random pool."""
+    return extract(pool_config(teacher, tmp_path_factory.mktemp("pool") / "digits.h5"))

@@ -9,7 +9,7 @@ from tspipe.cache import SPLITS, CacheWriter, Dimensions, Manifest
 CLASSES = ["cat", "dög"]
 
 
-def plan(rows: dict[str, int], *, width: int = 5, dtype: str = "<f2", block_rows: int = 4) -> Manifest:
+def plan(rows: dict[str, int], *, width: int = 5, dtype: str = "<f2", block_rows: int = 4, pool: int = 0) -> Manifest:
     sha256 = "0" * 64
     return {
         "block_rows": block_rows,
@@ -17,7 +17,7 @@ def plan(rows: dict[str, int], *, width: int = 5, dtype: str = "<f2", block_rows
         "dataset": {"classes": 2, "fingerprint": None, "license": "CC0", "name": "pets", "rows": rows},
         "features": {"dtype": dtype, "width": width},
         "preprocess": {"crop": None, "interpolation": "bilinear", "mean": [0.5], "resize": None, "std": [0.25]},
-        "random": None,
+        "random": {"generator": "mt19937", "rows": pool, "seed": 0} if pool else None,
         "teacher": {
             "correct": None,
             "file_sha256": sha256,
@@ -39,12 +39,13 @@ def dimensions(manifest: Manifest, weights: bytes = b"") -> Dimensions:
         class_bytes=4,
         key_bytes=dict.fromkeys(SPLITS, 6),
         weights_bytes=len(weights),
+        random_rows=manifest["random"] and manifest["random"]["rows"],
     )
 
 
 def rows_of(split: str, images: range, width: int) -> dict[str, np.ndarray]:
     """The rows of these images, by arithmetic that is the same everywhere and for ever."""
-    i = np.array(images)[:, None] + 100 * SPLITS.index(split)
+    i = np.array(images)[:, None] + 100 * (*SPLITS, "random").index(split)
     return {
         "features": (37 * i + 11 * np.arange(width)) % 101 / np.float32(8) - 6,
         "logits": (53 * i + 29 * np.arange(2)) % 89 / np.float32(16) - 2,
@@ -59,7 +60,7 @@ def write(path: Path, manifest: Manifest, weights: bytes = b"", stop_after: int 
     sizes = dimensions(manifest, weights)
     done = []
     with CacheWriter(path, manifest, sizes, CLASSES, weights) as writer:
-        for split in SPLITS:
+        for split in sizes.sections:
             for block in writer.missing(split):
                 if len(done) == stop_after:
                     return done

@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +49,21 @@ def untouched(path: Path) -> tuple[int, int, int]:
     """What stays while nobody writes to a file; that it was read changes other times."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+POOL_ROWS = 40  # in blocks of 16, 16 and 8
+
+
+def pool_config(teacher: Path, out: Path, *overrides: str, rows: int = POOL_ROWS) -> ExtractConfig:
+    """The digits with a random pool."""
+    settings = [*TEACHER, "compute.block_rows=16", *overrides]
+    return ExtractConfig(recipes.load("digits", settings), weights.read(teacher), out, random_pool=rows)
+
+
+def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Image `row` of a pool from the words of the Mersenne Twister, as cache/README.md says."""
+    block, before = divmod(row, block_rows)
+    twister = np.random.MT19937(np.random.SeedSequence([seed, zlib.crc32(b"random pool"), 0, block]))
+    size = int(np.prod(shape))
+    words = twister.random_raw((before + 1) * size)[before * size :]
+    return ((words >> 8).astype(np.float32) / np.float32(2**24)).reshape(shape)

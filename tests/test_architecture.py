@@ -19,7 +19,7 @@ LAYERS = [
     {"weights", "random_images", "recipe", "run_folder", "pixels", "show", "local_data"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
-    {"live_teacher", "sharing"},
+    {"live_teacher", "random_pool", "sharing"},
     STAGES | {"report"},
     {"bench"},
     {"commands"},

@@ -14,7 +14,7 @@ from conftest import Zygote
 from shared import TEACHER
 from tspipe import recipe as recipes
 from tspipe import training, weights
-from tspipe.cache import SPLITS, Cache
+from tspipe.cache import Cache
 from tspipe.extract import ExtractConfig, extract
 
 KILLS = int(os.environ.get("TSPIPE_KILLS", "25"))
@@ -26,10 +26,13 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     Each start is of another number of processes: none of torchrun's, one, two or three.
     """
     settings = [*TEACHER, "compute.block_rows=16"]
-    whole = extract(ExtractConfig(recipes.load("digits", settings), weights.read(teacher), tmp_path / "whole.h5"))
-    blocks = {f"{split} {block}" for split in SPLITS for block in range(whole.dimensions.blocks(split))}
+    wanted = recipes.load("digits", settings)
+    whole = extract(ExtractConfig(wanted, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
+    sizes = whole.dimensions
+    blocks = {f"{section} {block}" for section in sizes.sections for block in range(sizes.blocks(section))}
     out = tmp_path / "digits.h5"
-    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, *(f"--set={s}" for s in settings)]
+    arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, "--random-pool", 100]
+    arguments += [f"--set={setting}" for setting in settings]
     draw, kills, files, processes, parts = random.Random(0), 0, 0, 0, 0
     written: set[str] = set()
     before: set[str] = set()

@@ -65,6 +65,13 @@ def test_two_processes_split_the_batches_of_one_learner(zygote: Zygote, digits: 
     )
 
 
+def test_two_processes_split_the_random_images_of_a_pool(zygote: Zygote, pool: Cache, tmp_path: Path) -> None:
+    for name, ranks in (("one", None), ("two", 2)):
+        run = train(zygote, pool, tmp_path / name, "--set=random_source=pool", ranks=ranks)
+        assert run.code == 0, run.lines
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
 def test_a_batch_of_fewer_images_than_processes(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
     """1,000 images in batches of 499 leave 2 for three processes: the third has none of them."""
     arguments = ["--random-images=0", "--set=batch_size=499"]

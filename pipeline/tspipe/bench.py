@@ -70,7 +70,8 @@ class Bench:
         self.device = pick_device(config.recipe.device)
         self.environment = environment(str(self.device), torch.get_num_threads())
         arms = (TAUGHT, RANDOM) if config.cache.has_teacher and config.recipe.random_images else (TAUGHT,)
-        self.config = replace(config, arms=arms)
+        live = config.recipe.model_copy(update={"random_source": "live"})  # a pool's images cost next to nothing
+        self.config = replace(config, arms=arms, recipe=live)
         self.run = Run(self.config, RunFolder(folder, {}, self.environment), self.device)
         self.live = self.run.live
         students = len(config.recipe.student)

@@ -16,7 +16,7 @@ from tspipe.commands import RecipeName, Settings, local, recipe_of, say
 from tspipe.errors import NetworkError, OtherProcessFailed, TspipeError
 
 if TYPE_CHECKING:
-    from tspipe.recipe import Recipe
+    from tspipe.extract import ExtractConfig
     from tspipe.train_teacher import TeacherConfig
     from tspipe.weights import Weights
 
@@ -83,6 +83,10 @@ def cache(
     images: Annotated[
         bool, typer.Option("--images", help="Keep the pixels, too: stage two then needs no dataset.")
     ] = False,
+    random_pool: Annotated[
+        int | None,
+        typer.Option(metavar="P", min=1, help="Label P random images, too, for students without the teacher."),
+    ] = None,
     train_teacher: Annotated[
         bool,
         typer.Option("--train-teacher", help="Train the teacher first, if it has no weights and none are published."),
@@ -115,11 +119,11 @@ def cache(
         if not group.rank:
             sha256 = found.sha256[:12]
             say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {sha256}…) over {stated}")
-        made = extract.extract(extract.ExtractConfig(chosen, found, out, data, force, download, images), group)
+        wanted = extract.ExtractConfig(chosen, found, out, data, force, download, images, random_pool or 0)
+        made = extract.extract(wanted, group)
     if made is not None:
         commands.info(str(made.path))
-        again_needed = _needed_again(dataset, data, name, chosen, images)
-        say("Next: " + " ".join(["tspipe student --cache", str(out), *again_needed]))
+        say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(wanted, dataset, name)]))
 
 
 def _no_weights(
@@ -153,7 +157,7 @@ def student(
     compare: Annotated[
         bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
     ] = False,
-    random_images: Annotated[int | None, typer.Option(help="Added to every batch, live.", show_default=False)] = None,
+    random_images: Annotated[int | None, typer.Option(help="Added to every batch.", show_default=False)] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds.", show_default=False)] = None,
     epochs: Annotated[int | None, typer.Option(help="Else the recipe's.", show_default=False)] = None,
     data: Data = None,
@@ -262,16 +266,18 @@ def _check_network(found: "Weights", network: str) -> None:
         raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
 
 
-def _needed_again(dataset: str, data: Path | None, recipe: str, chosen: "Recipe", images: bool) -> list[str]:
-    """The flags stage two needs because the cache names neither folders nor files of code."""
+def _needed_again(wanted: "ExtractConfig", dataset: str, recipe: str) -> list[str]:
+    """The flags stage two needs because the cache names neither folders nor files of code, and to use its pool."""
     from tspipe import datasets, plugins
 
-    where, network = data or datasets.parse(dataset, data)[2], chosen.teacher.network
-    flags = ["--data", shlex.quote(str(where))] if where and not images else []
+    where, network = wanted.data or datasets.parse(dataset, wanted.data)[2], wanted.recipe.teacher.network
+    flags = ["--data", shlex.quote(str(where))] if where and not wanted.images else []
     if plugins.is_file(dataset):
         flags += ["--recipe", recipe, f"--set dataset={shlex.quote(dataset)}"]
     if plugins.is_file(network):
         flags += [f"--set teacher.network={shlex.quote(network)}"]
+    if wanted.random_pool:
+        flags += ["--set random_source=pool"]
     return flags
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tspipe import feature_net, networks, rows, weights
+from tspipe import feature_net, networks, random_images, rows, weights
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
 from tspipe.cache.join import absorb
 from tspipe.cache.layout import as_plan
@@ -42,6 +42,7 @@ class ExtractConfig:
     force: bool = False
     download: bool = False
     images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
+    random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
 
 
 def cache_path(dataset: str, teacher: str, usual: str) -> Path:
@@ -111,7 +112,7 @@ def _lead(job: Job, group: Group) -> Cache:
         return cache
     with job.writer(0) as writer:
         _absorb(writer, job.dataset)
-        missing = {split: writer.missing(split) for split in SPLITS}
+        missing = {split: writer.missing(split) for split in job.dimensions.sections}
         group.broadcast((job.plan, missing))
         _write_share(writer, job, missing, group)
         group.barrier()
@@ -185,8 +186,8 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
     with behind() as do:
         for split, numbers in blocks.items():
             ranges = [job.dimensions.block(split, number) for number in numbers]
-            decoded = spent.waiting("decoding", rows.decoded(job.dataset.split(split), recipe.preprocess, ranges))
-            for number, block in zip(numbers, decoded, strict=True):
+            found = rows.of_section(split, job.dataset, recipe.preprocess, job.plan, ranges)
+            for number, block in zip(numbers, spent.waiting("decoding", found), strict=True):
                 with spent.on("teacher"):
                     features, logits = rows.taught(
                         job.teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
@@ -243,7 +244,7 @@ def _plan(
         },
         "features": {"dtype": _DTYPES[recipe.features.dtype], "width": width},
         "preprocess": recipe.preprocess.as_dict(),
-        "random": None,
+        "random": random_images.described(config.random_pool) if config.random_pool else None,
         "teacher": {
             "correct": None,
             "file_sha256": config.weights.sha256,
@@ -268,6 +269,7 @@ def _dimensions(
         key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
         weights_bytes=weights_bytes,
         image_shape=image_shape,
+        random_rows=plan["random"] and plan["random"]["rows"],
     )
 
 

@@ -103,6 +103,9 @@ class Recipe(Optimisation):
     loss: str = Field("ts", description="of the taught arms: a name, or the path of a Python file")
     test_batch_size: int = Field(1000, ge=1)
     random_images: int = Field(178, ge=0, description="random images added to every batch")
+    random_source: Literal["live", "pool"] = Field(
+        "live", description="labelled live by the teacher, or in stage one (tspipe cache --random-pool)"
+    )
     random_forward: Literal["concatenated", "separate"] = Field(
         "concatenated", description="whether a student's batch norm sees real and random images as one batch"
     )

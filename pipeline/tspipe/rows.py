@@ -7,22 +7,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tspipe.cache import Manifest
 from tspipe.cache.layout import digest
-from tspipe.datasets import Images
+from tspipe.datasets import Dataset, Images
 from tspipe.errors import OutOfMemory
 from tspipe.feature_net import FeatureNet
 from tspipe.pixels import check_sizes, read, read_ahead
 from tspipe.preprocess import Preprocess
+from tspipe.random_images import PoolImages
 from tspipe.randomness import seed_torch
 
 _SEED = 0  # a cache is made once
 
 
 class Block(NamedTuple):
-    """The decoded images of a block."""
+    """The images of a block: decoded, or drawn for the random pool, whose images have neither digests nor labels."""
 
     indices: range
-    pixels: NDArray[np.uint8]  # (n, H, W, C), preprocessed, before normalisation
+    pixels: NDArray[np.uint8] | NDArray[np.float32]  # (n, H, W, C), preprocessed, before normalisation
     digests: NDArray[np.uint8]  # (n, 8), of the images as the dataset has them
     labels: NDArray[np.int64]  # (n,)
     keys: NDArray[np.bytes_]  # (n,)
@@ -32,6 +34,27 @@ def exact() -> None:
     """Have cuDNN and cuBLAS compute what the inputs say: no TF32, no kernel that won a race."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def of_section(
+    section: str, dataset: Dataset, preprocess: Preprocess, manifest: Manifest, blocks: list[range]
+) -> Iterator[Block]:
+    """The images of these blocks of a split, or of the `random` pool as the manifest describes it."""
+    if section == "random":
+        return drawn(PoolImages.of(manifest), blocks)
+    return decoded(dataset.split(section), preprocess, blocks)
+
+
+def drawn(pool: PoolImages, blocks: list[range]) -> Iterator[Block]:
+    """Each block's random images, float32 in [0, 1); for want of keys they are called by their number."""
+    for indices in blocks:
+        yield Block(
+            indices,
+            pool.take(indices.start, len(indices)).transpose(0, 2, 3, 1),
+            np.empty((0, 8), np.uint8),
+            np.empty(0, np.int64),
+            np.array([f"random image {i}".encode() for i in indices]),
+        )
 
 
 def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iterator[Block]:
@@ -55,7 +78,12 @@ def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iter
 
 
 def taught(
-    teacher: FeatureNet, preprocess: Preprocess, batch_size: int, pixels: NDArray[np.uint8], split: str, block: int
+    teacher: FeatureNet,
+    preprocess: Preprocess,
+    batch_size: int,
+    pixels: NDArray[np.uint8] | NDArray[np.float32],
+    split: str,
+    block: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Features (n, d) and logits (n, c) of a block's (n, H, W, C) pixels, batch by batch; none crosses a block.
 
@@ -82,7 +110,12 @@ def taught(
 
 @torch.inference_mode()
 def _taught(
-    teacher: FeatureNet, preprocess: Preprocess, batch_size: int, pixels: NDArray[np.uint8], split: str, block: int
+    teacher: FeatureNet,
+    preprocess: Preprocess,
+    batch_size: int,
+    pixels: NDArray[np.uint8] | NDArray[np.float32],
+    split: str,
+    block: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     device, outputs = teacher.head.weight.device, []
     for number, batch in enumerate(torch.from_numpy(pixels).split(batch_size)):

@@ -81,6 +81,7 @@ def show_cache(cache: Facts) -> None:
         + (" (in the file)" if cache.has_teacher else " (not in the file)"),
         "accuracy": ", ".join(f"{_accuracy(manifest, split):.2f} % {split}" for split in SPLITS),
         "features": f"{features['width']} × {_DTYPES[features['dtype']]}, logits {dataset['classes']} × float32",
+        **_pool(manifest["random"]),
         "computed": "{device}, {precision}, batches of {batch_size}".format(**manifest["compute"]),
     }.items():
         table.add_row(name, Text(plain(value)))
@@ -196,6 +197,8 @@ def _value(value: Any) -> str:
         return ", ".join(map(str, value[:8])) + (", …" if len(value) > 8 else "")
     if isinstance(value, str) and len(value) == 64:  # a SHA-256
         return f"{value[:12]}…"
+    if isinstance(value, dict):  # a section that the other cache has not
+        return ", ".join(f"{name} {v}" for name, v in value.items())
     return "none" if value is None else str(value)
 
 
@@ -211,6 +214,10 @@ def _few(names: list[str], of: int, most: int = 5) -> str:
 
 def _accuracy(manifest: Manifest, split: str) -> float:
     return 100 * float(manifest["teacher"]["correct"][split]) / float(manifest["dataset"]["rows"][split])
+
+
+def _pool(random: dict[str, Any] | None) -> dict[str, str]:
+    return {"random pool": "{rows:,} images, {generator}, seed {seed}".format(**random)} if random else {}
 
 
 def _preprocess(fields: dict[str, Any]) -> str:

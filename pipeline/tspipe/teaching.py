@@ -92,11 +92,7 @@ def build_teacher(
 ) -> tuple[nn.Module, str]:
     """The plain network of a cache's teacher with its weights, on the CPU, and its name; raises as `load_teacher`."""
     name, options = teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
-    if options.get("input_shape") != list(input_shape):
-        raise CacheMismatch(
-            f"{cache.path.name}: its teacher takes images of {options.get('input_shape')}, its dataset's are of "
-            f"{list(input_shape)}."
-        )
+    check_input_shape(cache, input_shape)
     source = f"the teacher's weights in {cache.path.name}"
     count = feature_net.count_parameters(name, len(cache.classes), input_shape, options)
     if cache.dimensions.weights_bytes > _MOST_BYTES * count + 2**20:  # before they are read: a file may have holes
@@ -106,6 +102,15 @@ def build_teacher(
     tensors = weights.parse(data or cache.teacher_weights(), source)
     module, _ = feature_net.load_teacher(name, len(cache.classes), input_shape, options, tensors, source)
     return module, name
+
+
+def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
+    """Raise CacheMismatch unless the cache's teacher takes images of this shape (C, H, W)."""
+    stated = cache.manifest["teacher"]["options"].get("input_shape")
+    if stated != list(input_shape):
+        raise CacheMismatch(
+            f"{cache.path.name}: its teacher takes images of {stated}, its dataset's are of {list(input_shape)}."
+        )
 
 
 def teacher_name(cache: Cache, recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""Stage two: students learn from a cache, while random images pass live through its teacher.
+"""Stage two: students learn from a cache, while random images pass live through its teacher or come from its pool.
 
 The learners of one seed are a cohort: they share every batch and one teacher pass over its random images, and a
 student's arms start from the same weights, so that arms can be compared pair by pair.
@@ -31,6 +31,7 @@ from tspipe.memory import keep_freed, memory_bound
 from tspipe.pixels import Pixels, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
+from tspipe.random_pool import RandomPool
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Recipe
 from tspipe.rows import exact
@@ -114,6 +115,7 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         "students": students,
         **recipe.model_dump(include=shared),
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
+        **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
         **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }
 
@@ -141,8 +143,9 @@ class Run:
         self.clock = training.Clock(recipe.checkpoint_seconds)
         first = self.cohort(0)
         self.sharing = Sharing(group, len(first))
-        random = any(learner.arm == RANDOM for learner in self.sharing.mine(first))
-        self.live = self._live_teacher() if random and recipe.random_images else None
+        random = recipe.random_images and any(learner.arm == RANDOM for learner in self.sharing.mine(first))
+        self.live = self._live_teacher() if random and recipe.random_source == "live" else None
+        self.pool = self._pool() if random and recipe.random_source == "pool" else None
         self.parameters = {learner.student: learner.parameters for learner in first}
         self.terms = {term for learner in first for term in learner.terms}
         needs = frozenset().union(*(learner.needs for learner in first))
@@ -163,6 +166,10 @@ class Run:
         check_teacher(teacher, cache, self.preprocess.normalise(pixels))
         return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device, self.sharing.part)
 
+    def _pool(self) -> RandomPool:
+        count, shape = self.config.recipe.random_images, self.train_pixels.shape
+        return RandomPool(self.config.cache, self.preprocess, count, shape, self.device, self.sharing.part)
+
     def cohort(self, seed: int) -> list[Learner]:
         """The learners of a seed: every student in every arm."""
         recipe, cache = self.config.recipe, self.config.cache
@@ -177,7 +184,7 @@ class Run:
         """Train what is still to be trained, seed by seed, and finish the folder."""
         recipe = self.config.recipe
         position, tensors = self._resume()
-        if self.first and self.live and not (self.folder.path / "random_labels.json").exists():
+        if self.first and (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
             self.folder.write_json("random_labels.json", counts := self._label_histogram())
             console.print(shares(counts), markup=False)
         rows = len(self.train_pixels)
@@ -262,20 +269,37 @@ class Run:
     def batches(self, seed: int, epoch: int, part: slice) -> Iterator[tuple[int, Batch]]:
         """An epoch's batches, or those of a part of it, with their numbers."""
         order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)
+        said = self._random(seed, epoch, range(len(order))[part], len(order))
         numbers, order = range(len(order))[part], order[part]
-        said = self.live.batches(seed, epoch, numbers) if self.live else (None for _ in numbers)
-        mine = [self.sharing.part(rows) for rows in order]
+        mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
         parts = zip(numbers, order, self.train_pixels.batches(mine), self.targets.batches(mine), said, strict=True)
         for number, rows, pixels, target, random in parts:
-            whole = (len(rows), self.live.count if self.live else 0) if self.sharing.splits else None
+            whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
             yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random), whole)
+
+    def _random(
+        self, seed: int, epoch: int, numbers: range, of: int
+    ) -> Iterator[tuple[Tensor, Output]] | Iterator[None]:
+        """Random images and what the teacher says of them, for these of an epoch's batches; None: none are wanted."""
+        if self.live:
+            return self.live.batches(seed, epoch, numbers)
+        if self.pool:
+            return self.pool.batches(seed, [epoch * of + number for number in numbers])
+        return iter([None] * len(numbers))
 
     def _labelled(self, images: Tensor, said: Output) -> tuple[Tensor, Target]:
         """Random images with what the teacher says of them as their targets; its argmax is their label."""
         return images, self.targets.only(said.logits.argmax(1), *said)
 
     def _label_histogram(self) -> dict[str, int]:
-        """How many of the run's first random images the teacher gives to each class, the most first."""
+        """How many of the run's (or the pool's) first random images the teacher gives to each class, the most first."""
+        labels = self.pool.labels(_LABELLED) if self.pool else self._live_labels()
+        counts = labels.bincount(minlength=len(self.config.cache.classes)).tolist()
+        ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
+        return {name: count for name, count in ranked if count}
+
+    def _live_labels(self) -> Tensor:
+        """What the teacher calls the run's first random images, (n,) int64."""
         assert self.live is not None
         count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
         labels: list[Tensor] = []
@@ -286,9 +310,7 @@ class Run:
                 advance(len(said.logits), "labels of random images")
                 if sum(map(len, labels)) >= count:
                     break
-        counts = torch.cat(labels)[:count].bincount(minlength=len(self.config.cache.classes)).tolist()
-        ranked = sorted(zip(self.config.cache.classes, counts, strict=True), key=lambda item: -item[1])
-        return {name: count for name, count in ranked if count}
+        return torch.cat(labels)[:count]
 
     def test(self, learners: list[Learner], stop: int | None = None) -> list[int]:
         """How many images of the test split, or of its first `stop` batches, each learner classifies rightly."""

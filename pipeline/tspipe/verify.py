@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tspipe.feature_net import FeatureNet
 from tspipe.pixels import input_shape, of_cache, read
 from tspipe.preprocess import Preprocess
 from tspipe.progress import progress
+from tspipe.random_images import PoolImages
 from tspipe.recipe import Recipe
 from tspipe.show import console
 from tspipe.teaching import ROUNDING, draws_at_random, load_teacher, teacher_name
@@ -89,20 +91,26 @@ class Agreement(NamedTuple):
 
 
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
-    """Run the teacher again on random images of both splits: the pixels in the file, else the local dataset's."""
+    """Run the teacher again on images chosen at random: the pixels in the file, else the local dataset's.
+
+    They are of both splits, and of the random pool where there is one.
+    """
     dataset, preprocess = of_cache(cache, config.dataset)
     device = pick_device(config.recipe.device)
     teacher = _teacher(cache, config, dataset, preprocess, device)
-    sizes = [len(cache.split(split)) for split in SPLITS]
-    chosen = np.random.default_rng().choice(sum(sizes), min(count, sum(sizes)), replace=False)
-    views, found, at_once = cache.dimensions.views or 1, [], cache.manifest["compute"]["batch_size"]
-    for split, first, size in zip(SPLITS, (0, sizes[0]), sizes, strict=True):
-        mine = np.sort(chosen[(chosen >= first) & (chosen < first + size)]) - first
-        images, stored = dataset.split(split), cache.split(split)
+    sizes = cache.dimensions
+    ends = np.cumsum([sizes.images(split) for split in sizes.sections]).tolist()
+    chosen = np.random.default_rng().choice(ends[-1], min(count, ends[-1]), replace=False)
+    found, at_once = [], cache.manifest["compute"]["batch_size"]
+    for split, first, end in zip(sizes.sections, [0, *ends[:-1]], ends, strict=True):
+        mine = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
+        stored, views = (cache.random, 1) if split == "random" else (cache.split(split), sizes.views or 1)
+        assert stored is not None
+        pixels_of = _pixels_of(split, cache, dataset, preprocess)
         with progress(f"teacher, {split}", len(mine), "images") as advance:
             for start in range(0, len(mine), at_once):  # none of a split of which nothing was chosen
                 some = mine[start : start + at_once]
-                pixels = np.stack([read(images, preprocess, int(i))[1] for i in some])
+                pixels = np.stack([pixels_of(int(i)) for i in some])
                 features, logits = rows.taught(teacher, preprocess, len(some), pixels, split, 0)
                 found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
                 advance(len(some), f"teacher, {split}")
@@ -122,6 +130,15 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
                 "does, so what it says now tells nothing of the file. Leave out --teacher."
             )
     return agreement
+
+
+def _pixels_of(split: str, cache: Cache, dataset: Dataset, preprocess: Preprocess) -> Callable[[int], NDArray[Any]]:
+    """The pixels (H, W, C) of an image of a split, or of the random pool, by its number."""
+    if split == "random":
+        pool = PoolImages.of(cache.manifest)
+        return lambda i: pool.take(i, 1)[0].transpose(1, 2, 0)
+    images = dataset.split(split)
+    return lambda i: read(images, preprocess, i)[1]
 
 
 def _apart(there: NDArray[np.floating], here: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -178,12 +195,12 @@ def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int],
     sizes = cache.dimensions
     for part in damage:
         split, _, column = part.dataset.partition("_")
-        if split not in (*SPLITS, "random"):
+        if split not in sizes.sections:
             continue
-        if split == "random" or column == "views" or (column in _BY_TEACHER and sizes.views):
+        if column == "views" or (split in SPLITS and column in _BY_TEACHER and sizes.views):
             raise CacheError(f"{cache.path}: this tspipe cannot compute {part.dataset} again. Get the file again.")
         for block in range(sizes.blocks(split)):
-            if sizes.column_rows(column, sizes.block(split, block)).start in part.rows:
+            if sizes.column_rows(split, column, sizes.block(split, block)).start in part.rows:
                 found[split, block].add(column)
     return found
 
@@ -196,12 +213,13 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
         rows.exact()
         teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
     with progress("repairing", len(blocks), "blocks") as advance:
-        for split in SPLITS:
+        for split in dict.fromkeys(split for split, _ in blocks):
             mine = sorted(block for where, block in blocks if where == split)
             ranges = [cache.dimensions.block(split, block) for block in mine]
-            if ranges and ranges[-1].stop > len(dataset.split(split)):
+            if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
-            for number, block in zip(mine, rows.decoded(dataset.split(split), preprocess, ranges), strict=True):
+            found = rows.of_section(split, dataset, preprocess, cache.manifest, ranges)
+            for number, block in zip(mine, found, strict=True):
                 columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
                 if teacher is not None and blocks[split, number] & _BY_TEACHER:
                     features, logits = rows.taught(
@@ -215,10 +233,11 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
 
 
 def _not_the_same(path: Path, split: str, block: rows.Block, wrong: list[str]) -> str:
+    rounding = "this processor or PyTorch rounds differently. Get the file again."
+    why = f"Either the images differ (tspipe verify --data), or {rounding}" if split in SPLITS else f"T{rounding[1:]}"
     return (
         f"{path}: {split} images {block.indices.start:,} to {block.indices.stop - 1:,} give other "
-        f"{' and '.join(sorted(wrong))} here than were written, so these are left as they are. Either the images "
-        "differ (tspipe verify --data), or this processor or PyTorch rounds differently. Get the file again."
+        f"{' and '.join(sorted(wrong))} here than were written, so these are left as they are. {why}"
     )
 
 

@@ -99,6 +99,25 @@ def test_manifest(cache: Path, attack: Change, said: str) -> None:
     assert refusal(cache) == said
 
 
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (changed("random", None), "it holds 'random_checksums', which the format does not know."),
+        (changed("random.rows", 7), "'random_features' is <f2 (6, 5); its manifest says <f2 (7, 5)."),
+        (changed("random.rows", 0), "manifest.random.rows cannot be 0."),
+        (changed("random.seed", -1), "manifest.random.seed cannot be -1."),
+        (changed("random.seed", 2**63), "manifest.random.seed cannot be 9223372036854775808."),
+        (changed("random.generator", "../x"), 'manifest.random.generator cannot be "../x".'),
+        (changed("random.state", [1]), "manifest.random has an unknown field 'state'."),
+        (without("random", "rows"), "manifest.random lacks the field 'rows'."),
+    ],
+)
+def test_a_pool_that_the_manifest_does_not_describe(tmp_path: Path, attack: Change, said: str) -> None:
+    write(tmp_path / "pool.h5", plan({"train": 10, "test": 3}, pool=6))
+    attack(tmp_path / "pool.h5")
+    assert refusal(tmp_path / "pool.h5") == said
+
+
 def test_a_deep_manifest_does_not_exhaust_the_stack() -> None:
     """Of some depth it can be parsed, but not shown in a message."""
     text = encode_manifest(plan({"train": 1, "test": 1}))

@@ -33,7 +33,7 @@ from forging import DATASPACE, DATATYPE, LAYOUT, message
 from pets import plan, write
 from tspipe import weights
 from tspipe.cache import Cache, open_cache
-from tspipe.cache.check import identify
+from tspipe.cache.check import checksum_names, identify
 from tspipe.errors import CacheError, NetworkError
 from tspipe.show import show_cache
 
@@ -53,7 +53,14 @@ class Base:
         with h5py.File(path, "r") as file:
             self.offsets = {
                 name: (file[name].id.get_offset(), file[name].id.get_storage_size())
-                for name in ("manifest", "id", "train_checksums", "test_checksums", "teacher_weights")
+                for name in (
+                    "manifest",
+                    "id",
+                    "train_checksums",
+                    "test_checksums",
+                    "random_checksums",
+                    "teacher_weights",
+                )
                 if name in file
             }
             self.objects = [h5py.h5o.get_info(file[name].id).addr for name in self.offsets]
@@ -81,16 +88,17 @@ class Base:
 
     def identify(self, data: bytearray) -> None:
         """Make the id fit what the manifest and the checksums have become."""
-        checksums = [self.part(data, f"{split}_checksums") for split in ("train", "test")]
+        checksums = [self.part(data, name) for name in checksum_names(self.offsets)]
         self.put(data, "id", identify(self.part(data, "manifest"), checksums))
 
 
 def bases(folder: Path) -> list[Base]:
-    """Sound caches with and without a teacher, one that HDF5 has edited, and one that holds what the format has not."""
+    """Sound caches, also with a teacher or a random pool, one HDF5 has edited, and one with what the format has not."""
     tensors = safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.arange(4)})
     manifest = plan({"train": 10, "test": 3}, dtype="<f4")
     manifest["teacher"]["weights_sha256"] = hashlib.sha256(tensors).hexdigest()
     write(folder / "plain.h5", plan({"train": 10, "test": 3}))
+    write(folder / "pool.h5", plan({"train": 10, "test": 3}, pool=6))
     for name in ("teacher", "edited", "foreign"):
         write(folder / f"{name}.h5", manifest, tensors)
     with h5py.File(folder / "edited.h5", "r+") as file:  # an object header in two parts
@@ -103,7 +111,7 @@ def bases(folder: Path) -> list[Base]:
         file["classes"].attrs["x"] = ["a", "variable"]
         file.create_dataset("chunked", data=np.zeros((40, 4)), chunks=(1, 1), shuffle=True, fletcher32=True)
         file.create_dataset("outside", shape=(4,), dtype="u1", external=[("none", 0, 4)])
-    return [Base(folder / f"{name}.h5") for name in ("plain", "teacher", "edited", "foreign")]
+    return [Base(folder / f"{name}.h5") for name in ("plain", "pool", "teacher", "edited", "foreign")]
 
 
 def mutate(draw: random.Random, base: Base) -> tuple[bytearray, int, int]:

@@ -8,7 +8,7 @@ import pets
 from tspipe.cache import CacheWriter
 from tspipe.cache.join import absorb
 
-PLAN = pets.plan({"train": 10, "test": 6})
+PLAN = pets.plan({"train": 10, "test": 6}, pool=6)
 SIZES = pets.dimensions(PLAN)
 
 
@@ -29,10 +29,10 @@ def missing(path: Path) -> list[tuple[str, int]]:
     """What rank 0 still has to compute after it took in what lies there."""
     with writer(path) as file:
         absorb(file)
-        return [(split, block) for split in ("train", "test") for block in file.missing(split)]
+        return [(split, block) for split in SIZES.sections for block in file.missing(split)]
 
 
-ALL = [("train", 0), ("train", 1), ("train", 2), ("test", 0), ("test", 1)]
+ALL = [("train", 0), ("train", 1), ("train", 2), ("test", 0), ("test", 1), ("random", 0), ("random", 1)]
 
 
 @pytest.mark.parametrize("shares", [[ALL], [[], ALL], [ALL[::2], ALL[1::2]], [ALL[::3], ALL[1::3], ALL[2::3]]])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tspipe.cache.layout import MANIFEST_BYTES, Manifest, decode_manifest, encode_manifest
+from tspipe.cache.layout import MANIFEST_BYTES, Dimensions, Manifest, decode_manifest, encode_manifest
 from tspipe.errors import CacheError, NotACache
 
 SHA = "0123456789abcdef" * 4
@@ -120,3 +120,13 @@ def test_a_plan_may_lack_what_is_known_only_at_the_end() -> None:
     plan = changed("dataset.fingerprint", None)
     plan["teacher"]["correct"] = None
     assert decode_manifest(encode_manifest(plan), finished=False) == plan
+
+
+def test_a_pool_has_a_row_for_each_image_whatever_views_the_splits_have() -> None:
+    keys = {"train": 4, "test": 4}
+    sizes = Dimensions({"train": 8, "test": 4}, 5, 2, "<f2", 4, 4, keys, views=3, random_rows=6)
+    assert sizes.sections == ("train", "test", "random")
+    assert sizes.column_rows("train", "features", sizes.block("train", 1)) == slice(12, 24)
+    assert sizes.column_rows("random", "features", sizes.block("random", 1)) == slice(4, 6)
+    assert sizes.datasets()["random_features"][1] == (6, 5)
+    assert Dimensions({"train": 8, "test": 4}, 5, 2, "<f2", 4, 4, keys).sections == ("train", "test")

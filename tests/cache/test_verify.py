@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pets import plan, write
 from tspipe.cache import SPLITS, open_cache
-from tspipe.cache.check import Region, identify, inspect
+from tspipe.cache.check import Region, checksum_names, identify, inspect
 from tspipe.cache.layout import Manifest, encode_manifest
 from tspipe.cache.read import Column
 from tspipe.cache.verify import explain, find_damage
@@ -26,9 +26,9 @@ AGAIN = "Get the file again, or put back what was there: tspipe verify --repair"
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 10 + 3 images in blocks of 4."""
+    """A cache of 10 + 3 images and 6 random ones in blocks of 4."""
     path = tmp_path_factory.mktemp("verify") / "pets.h5"
-    manifest = plan({"train": 10, "test": 3})
+    manifest = plan({"train": 10, "test": 3}, pool=6)
     manifest["teacher"]["weights_sha256"] = hashlib.sha256(WEIGHTS).hexdigest()
     write(path, manifest, WEIGHTS)
     return path
@@ -62,7 +62,8 @@ def test_a_sound_file_is_what_was_written(sound: Path) -> None:
     read: list[int] = []
     assert find_damage(sound, read.append) == []
     columns = ("features", "logits", "labels", "keys", "digests")
-    assert sum(read) == sum(region(sound, f"{split}_{column}").nbytes for split in SPLITS for column in columns)
+    names = [f"{split}_{column}" for split in SPLITS for column in columns] + ["random_features", "random_logits"]
+    assert sum(read) == sum(region(sound, name).nbytes for name in names)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,11 @@ def test_a_sound_file_is_what_was_written(sound: Path) -> None:
     [
         *[(f"train_{c}", 5, "rows 4 to 7") for c in ("features", "logits", "labels", "keys", "digests")],
         *[(f"test_{c}", 1, "rows 0 to 2") for c in ("features", "logits", "labels", "keys", "digests")],
+        *[(f"random_{c}", 5, "rows 4 to 5") for c in ("features", "logits")],
         ("train_features", 9, "rows 8 to 9"),
         ("train_checksums", 1, "row 1"),
         ("test_checksums", 0, "row 0"),
+        ("random_checksums", 1, "row 1"),
         ("classes", 0, "rows 0 to 1"),
         ("id", 3, "rows 0 to 63"),
         ("teacher_weights", 4, f"rows 0 to {len(WEIGHTS) - 1}"),
@@ -152,30 +155,33 @@ def assert_reported_or_unchanged(path: Path, sound: Path) -> None:
             assert there.dtype == here.dtype
             assert there.load().tobytes() == here.load().tobytes()
         np.testing.assert_array_equal(before.split(split).labels, after.split(split).labels)
+    for column in ("features", "logits", "checksums"):
+        assert getattr(before.random, column).load().tobytes() == getattr(after.random, column).load().tobytes()
 
 
 def fit(path: Path, change: Callable[[Manifest], object] = lambda manifest: None) -> None:
     """Make the checksums, the manifest and the id fit the rows, as a writer with a fault would."""
     structure = inspect(path, identified=False)
     columns = {name: Column(path, region) for name, region in structure.regions.items()}
-    for split in SPLITS:
+    for split in structure.dimensions.sections:
         for block in range(structure.dimensions.blocks(split)):
             put(path, f"{split}_checksums", block, block_checksums(columns, structure.dimensions, split, block))
     structure.manifest["dataset"]["fingerprint"] = fingerprint(columns["classes"].load().tobytes(), columns)
     change(structure.manifest)
     encoded = encode_manifest(structure.manifest)
     put(path, "manifest", 0, encoded)
-    put(path, "id", 0, identify(encoded, [columns[f"{split}_checksums"].load().tobytes() for split in SPLITS]))
+    put(path, "id", 0, identify(encoded, [columns[name].load().tobytes() for name in checksum_names(columns)]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("column", "dtype"), [("features", "<f2"), ("logits", "<f4")])
-def test_targets_that_are_no_numbers(copy: Path, column: str, dtype: str, value: float) -> None:
-    put(copy, f"train_{column}", 6, np.array([value], dtype).tobytes())
+@pytest.mark.parametrize(("split", "row"), [("train", 6), ("random", 5)])
+def test_targets_that_are_no_numbers(copy: Path, split: str, row: int, column: str, dtype: str, value: float) -> None:
+    put(copy, f"{split}_{column}", row, np.array([value], dtype).tobytes())
     fit(copy)
     open_cache(copy)
     found = [damage for damage in find_damage(copy) if "number" in damage.why]
-    assert [damage.where for damage in found] == [f"train_{column}, row 6"]
+    assert [damage.where for damage in found] == [f"{split}_{column}, row {row}"]
     assert "(not a number, or infinite). Get the file again from" in explain(copy, found)
 
 

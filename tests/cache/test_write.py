@@ -24,6 +24,7 @@ from tspipe.errors import CacheBusy, CacheError, CacheIncomplete, CacheMismatch
     dtype=st.sampled_from(["<f2", "<f4"]),
     block_rows=st.integers(1, 8),
     weights=st.binary(max_size=20),
+    pool=st.integers(0, 9),
 )
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory,
@@ -33,9 +34,10 @@ def test_what_is_written_is_read(
     dtype: str,
     block_rows: int,
     weights: bytes,
+    pool: int,
 ) -> None:
     path = tmp_path_factory.mktemp("w") / "pets.h5"
-    manifest = plan({"train": train, "test": test}, width=width, dtype=dtype, block_rows=block_rows)
+    manifest = plan({"train": train, "test": test}, width=width, dtype=dtype, block_rows=block_rows, pool=pool)
     write(path, manifest, weights)
     cache = open_cache(path)
     sizes = dimensions(manifest, weights)
@@ -52,6 +54,11 @@ def test_what_is_written_is_read(
         np.testing.assert_array_equal(found.digests, expected["digests"])
         correct = int((expected["logits"].argmax(1) == expected["labels"]).sum())
         assert cache.manifest["teacher"]["correct"][split] == correct
+    assert (cache.random is None) == (pool == 0)
+    if cache.random is not None:
+        wanted = rows_of("random", range(pool), width)
+        np.testing.assert_array_equal(cache.random.features, wanted["features"].astype(dtype))
+        np.testing.assert_array_equal(cache.random.logits, wanted["logits"])
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -66,7 +73,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 def test_stopped_anywhere_it_goes_on_and_ends_with_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int]
 ) -> None:
-    folder, manifest = tmp_path_factory.mktemp("w"), plan({"train": 18, "test": 5})
+    folder, manifest = tmp_path_factory.mktemp("w"), plan({"train": 10, "test": 5}, pool=9)
     every_block = write(folder / "whole.h5", manifest)
     path, done = folder / "pets.h5", []
     for stop in stops:

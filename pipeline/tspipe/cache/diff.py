@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tspipe.cache.layout import SPLITS, differing_fields
-from tspipe.cache.read import Cache, Column
+from tspipe.cache.read import Cache, Column, Pool
 
 _ROWS = 4096  # compared at once
 
@@ -43,7 +43,10 @@ class SplitDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """How two caches differ: fields of what they say of themselves, `(name, first, second)`, and their rows."""
+    """How two caches differ: fields of what they say of themselves, `(name, first, second)`, and their rows.
+
+    Of the `random` pool rows are compared where both draw the same images.
+    """
 
     fields: list[tuple[str, Any, Any]]
     splits: dict[str, SplitDiff]
@@ -66,7 +69,23 @@ def compare(first: Cache, second: Cache) -> Diff:
         }
         for cache in (first, second)
     )
-    return Diff(list(differing_fields(one, two)), {split: _compare_split(first, second, split) for split in SPLITS})
+    splits = {split: _compare_split(first, second, split) for split in SPLITS}
+    if first.random and second.random and _draws(first) == _draws(second):
+        splits["random"] = _compare_pools(first.random, second.random)
+    return Diff(list(differing_fields(one, two)), splits)
+
+
+def _draws(cache: Cache) -> tuple[Any, ...]:
+    """What the pixels of a cache's random pool follow from."""
+    manifest = cache.manifest
+    return manifest["random"], manifest["block_rows"], manifest["teacher"]["options"].get("input_shape")
+
+
+def _compare_pools(first: Pool, second: Pool) -> SplitDiff:
+    rows, found = np.arange(len(first)), SplitDiff(common=len(first))
+    found.features, _ = _apart(first.features, second.features, rows, rows)
+    found.logits, found.argmax = _apart(first.logits, second.logits, rows, rows)
+    return found
 
 
 def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tspipe.cache.check import inspect
-from tspipe.cache.layout import SPLITS, as_plan
+from tspipe.cache.layout import as_plan
 from tspipe.cache.read import Column
 from tspipe.cache.write import CacheWriter, block_checksums
 from tspipe.errors import NotACache
@@ -53,13 +53,13 @@ def _take(writer: CacheWriter, path: Path) -> None:
     if (as_plan(found.manifest), found.dimensions) != (writer.plan, writer.dimensions):
         return
     columns = {name: Column(path, region) for name, region in found.regions.items()}
-    for split in SPLITS:
+    for split in found.dimensions.sections:
         stored = columns[f"{split}_checksums"].load()
         for block in np.flatnonzero(stored.any(axis=(1, 2))).tolist():
             if stored[block].tobytes() == block_checksums(columns, found.dimensions, split, block):
                 images = found.dimensions.block(split, block)
                 rows = {
-                    name: columns[f"{split}_{name}"][found.dimensions.column_rows(name, images)]
+                    name: columns[f"{split}_{name}"][found.dimensions.column_rows(split, name, images)]
                     for name in found.dimensions.columns(split)
                 }
                 writer.write_block(split, block, rows)

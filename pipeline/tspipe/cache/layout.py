@@ -47,6 +47,11 @@ class Dimensions:
     image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
     random_rows: int | None = None  # P, the random pool
 
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """What there are rows of, in file order: the splits and, where there is one, the `random` pool."""
+        return SPLITS if self.random_rows is None else (*SPLITS, "random")
+
     def images(self, split: str) -> int:
         """How many images a split (or the `random` pool) has."""
         return (self.random_rows or 0) if split == "random" else self.rows[split]
@@ -67,9 +72,10 @@ class Dimensions:
         absent = {"views": self.views is None, "images": self.image_shape is None}
         return [column for column in COLUMNS if not absent.get(column)]
 
-    def column_rows(self, column: str, images: range) -> slice:
-        """The rows of a column that belong to these images: those with a row per view have V each."""
-        times = (self.views or 1) if column in ("features", "logits", "views") else 1
+    def column_rows(self, split: str, column: str, images: range) -> slice:
+        """The rows of a split's column that belong to these images: those with a row per view have V each."""
+        per_view = column in ("features", "logits", "views") and split != "random"
+        times = (self.views or 1) if per_view else 1
         return slice(images.start * times, images.stop * times)
 
     def datasets(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

@@ -137,6 +137,18 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The random pool's columns: P random images, whose pixels are drawn again as the manifest says."""
+
+    features: Column  # (P, d) float16 or float32
+    logits: Column  # (P, c) float32
+    checksums: Column  # (blocks, 2, 32) uint8
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
 class Cache:
     """An opened cache: its manifest and its columns."""
 
@@ -147,6 +159,7 @@ class Cache:
     classes: list[str]
     train: Split
     test: Split
+    random: Pool | None = None
     _weights: Column | None = None
     identified: bool = True  # opening checks the id
 
@@ -215,6 +228,7 @@ def assemble(path: Path, structure: Structure, *, watched: bool = True) -> Cache
         classes=[name.decode("utf-8", "replace") for name in columns["classes"].load().tolist()],
         train=splits["train"],
         test=splits["test"],
+        random=_pool(columns),
         _weights=columns.get("teacher_weights"),
     )
 
@@ -223,6 +237,11 @@ def split_columns(columns: dict[str, Column], split: str) -> Split:
     """A split's columns out of all of a file's, by name."""
     mine = {name.removeprefix(f"{split}_"): column for name, column in columns.items() if name.startswith(f"{split}_")}
     return Split(labels=mine.pop("labels").load(), **mine)
+
+
+def _pool(columns: dict[str, Column]) -> Pool | None:
+    names = [f"random_{column}" for column in ("features", "logits", "checksums")]
+    return Pool(*(columns[name] for name in names)) if names[0] in columns else None
 
 
 def _buffer(array: NDArray[Any]) -> memoryview:

@@ -77,7 +77,7 @@ class Repair:
                 continue
             data = np.ascontiguousarray(columns[name], self._columns[f"{split}_{name}"].dtype).tobytes()
             if hashlib.sha256(data).digest() == stored[i].tobytes():
-                self._write(f"{split}_{name}", self._sizes.column_rows(name, images).start, data)
+                self._write(f"{split}_{name}", self._sizes.column_rows(split, name, images).start, data)
             else:
                 wrong.append(name)
         return wrong

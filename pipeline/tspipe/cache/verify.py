@@ -138,7 +138,7 @@ class _Verification:
         images, names = self.sizes.block(split, block), self.sizes.columns(split)
         count, strange, checksums = 0, [], b""
         for name in names:
-            column, rows = self.columns[f"{split}_{name}"], self.sizes.column_rows(name, images)
+            column, rows = self.columns[f"{split}_{name}"], self.sizes.column_rows(split, name, images)
             digest = hashlib.sha256()
             for start, piece in _pieces(column, rows.start, rows.stop):
                 digest.update(piece.data)
@@ -155,7 +155,7 @@ class _Verification:
         for i, column in enumerate(self.sizes.columns(split)):
             for blocks in _runs((right[:, i] != computed[:, i]).any(axis=1)):
                 first, last = self.sizes.block(split, blocks[0]), self.sizes.block(split, blocks[-1])
-                rows = self.sizes.column_rows(column, range(first.start, last.stop))
+                rows = self.sizes.column_rows(split, column, range(first.start, last.stop))
                 yield Damage(f"{split}_{column}", range(rows.start, rows.stop), NOT_WRITTEN if sure else UNSURE)
 
     def _wrong_checksums(self, name: str, stored: Checksums, right: Checksums) -> Iterator[Damage]:

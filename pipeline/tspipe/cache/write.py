@@ -38,7 +38,7 @@ class CacheWriter:
     """Writes one cache, or goes on with one that was begun; a context manager.
 
         with CacheWriter(path, plan, dimensions, classes, weights) as writer:
-            for split in SPLITS:
+            for split in dimensions.sections:
                 for block in writer.missing(split):
                     writer.write_block(split, block, {"features": …, "logits": …, …})
             writer.finish()
@@ -100,9 +100,9 @@ class CacheWriter:
         ]
 
     def written(self, split: str) -> NDArray[np.int64]:
-        """The images of a split whose block has a checksum, (n,) int64."""
+        """The images of a split (or the `random` pool) whose block has a checksum, (n,) int64."""
         stored = self._columns[f"{split}_checksums"].load().any(axis=(1, 2))
-        return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.rows[split]])
+        return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.images(split)])
 
     def split(self, split: str) -> Split:
         """What the part file holds of a split; rows not yet written are zero."""
@@ -117,7 +117,7 @@ class CacheWriter:
         checksums = b""
         with writing(self.part, CacheError):
             for column in self.dimensions.columns(split):
-                data, rows = columns[column], self.dimensions.column_rows(column, images)
+                data, rows = columns[column], self.dimensions.column_rows(split, column, images)
                 dataset = self._columns[f"{split}_{column}"]
                 if data.shape != (rows.stop - rows.start, *dataset.row_shape):
                     raise ValueError(f"{split}_{column}: {data.shape} for {rows} of {dataset.shape}")
@@ -136,7 +136,7 @@ class CacheWriter:
 
         Raises CacheError when a block is still missing.
         """
-        if left := sum(len(self.missing(split)) for split in SPLITS):
+        if left := sum(len(self.missing(split)) for split in self.dimensions.sections):
             raise CacheError(f"{self.part} still lacks {left} blocks. Run the same command again.")
         classes = self._columns["classes"].load().tobytes()
         manifest = {
@@ -214,7 +214,8 @@ def write_skeleton(path: Path, dimensions: Dimensions) -> None:
 def block_checksums(columns: Mapping[str, Column], dimensions: Dimensions, split: str, block: int) -> bytes:
     """SHA-256 of each column of a block as it lies in the file, in the order of `dimensions.columns`."""
     images = dimensions.block(split, block)
-    parts = (columns[f"{split}_{name}"][dimensions.column_rows(name, images)] for name in dimensions.columns(split))
+    names = dimensions.columns(split)
+    parts = (columns[f"{split}_{name}"][dimensions.column_rows(split, name, images)] for name in names)
     return b"".join(hashlib.sha256(part).digest() for part in parts)
 
 
@@ -236,7 +237,12 @@ def correct(columns: Mapping[str, Column], dimensions: Dimensions, split: str) -
 def differing(there: Any, here: Any) -> Iterator[str]:
     """The fields in which two manifests differ, each as a sentence's part."""
     for where, one, two in differing_fields(there, here):
-        yield f"{where} is {one!r} there and {two!r} here"
+        yield f"{where} is {_stated(one)} there and {_stated(two)} here"
+
+
+def _stated(value: Any) -> str:
+    """A field as a sentence's part; a whole section (one may be null) as its fields."""
+    return ", ".join(f"{key} {v}" for key, v in value.items()) if isinstance(value, dict) else repr(value)
 
 
 def _reserve(path: Path, size: int, *, sparse: bool) -> None:
