@@ -3,12 +3,13 @@
 import contextlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import Zygote
+from conftest import Result, Zygote
 from shared import make_folder, small
 from tspipe import extract as stage
 from tspipe.distributed import Group
@@ -23,28 +24,30 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_torchrun_writes_the_file_of_one_process(tmp_path: Path) -> None:
+def test_torchrun_writes_the_file_of_one_process(tspipe: Callable[..., Result], zygote: Zygote, tmp_path: Path) -> None:
     """It also trains the teacher that has no weights, once; and rank 0 speaks for all."""
     make_folder(tmp_path / "shapes")
     settings = ["teacher.epochs=1", "teacher.batch_size=8", "compute.block_rows=4"]
-    command = ["-m", "tspipe", "cache", "--dataset", "folder:shapes", "--teacher", "lenet5"]
-    command += [f"--set={setting}" for setting in settings]
-    two = run(tmp_path, *TORCHRUN, *command, "--train-teacher", "--out=two.h5")
+    command = ["cache", "--dataset", "folder:shapes", "--teacher", "lenet5", *(f"--set={s}" for s in settings)]
+    two = run(tmp_path, *TORCHRUN, "-m", "tspipe", *command, "--train-teacher", "--out=two.h5")
     assert two.returncode == 0, two.stderr
-    one = run(tmp_path, *command, "--out=one.h5")
-    assert one.returncode == 0, one.stderr
+    one = tspipe(*command, "--out=one.h5")
+    assert one.code == 0, one.err
     assert (tmp_path / "two.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
     first, accuracy, *rest = two.stdout.splitlines()
     assert first == "lenet5 has no weights for folder:shapes yet, so it is trained first."
     assert accuracy.startswith("Test accuracy ")
-    assert rest == one.stdout.replace("one.h5", "two.h5").splitlines()
+    assert rest == one.out.replace("one.h5", "two.h5").splitlines()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "one.h5", "shapes", "two.h5"]
 
-    other = run(tmp_path, *TORCHRUN, *command, "--out=two.h5", "--set=compute.batch_size=3")
-    assert other.returncode == 1
-    assert other.stderr.count("╭─ Error") == 1
-    assert "two.h5 is another cache: compute.batch_size is 64 there and 3 here." in other.stderr
-    assert other.stdout.count("Teacher lenet5") == 1
+    command[2] = f"folder:{tmp_path}/shapes"
+    weights = next((tmp_path / "checkpoints").iterdir())
+    out = tmp_path / "two.h5"
+    other = zygote.run(*command, "--weights", weights, "--out", out, "--set=compute.batch_size=3", ranks=2)
+    assert other.code == 1
+    assert sum("Error" in line for line in other.lines) == 1
+    assert "two.h5isanothercache:compute.batch_sizeis64thereand3here." in other.error
+    assert sum(line.startswith("Teacher lenet5") for line in other.lines) == 1
 
 
 def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None:
