@@ -42,7 +42,7 @@ def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
     for line in found["lines"]:
         assert min(line["floor"], line["ours"]) > 0
         assert line["smallest"] <= line["ratio"] <= line["largest"]
-        assert line["n"] == 5
+        assert line["n"] == 11
     facts = found["facts"]
     assert facts["teacher: max|Δ|/max|f| from the plain network"] < 1e-4
     steps = facts["teacher: seconds of a pass over random images"] / facts["lenet5: seconds of a taught step"]

@@ -10,12 +10,13 @@ _PROGRAM = """
 import resource, torch
 from tspipe.memory import keep_freed
 
-def faults():
-    for _ in range(8):  # some rounds until the heap has grown
+def faults():  # the fewest of some rounds: the heap has to grow first, and small things may take a part of it
+    counts = []
+    for _ in range(16):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        one, two = (torch.ones(2**24) for _ in range(2))  # 64 MiB each
-        del one, two
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        torch.ones(2**24)  # 64 MiB
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts)
 
 print(faults())
 keep_freed()
@@ -28,6 +29,6 @@ def test_large_tensors_come_from_memory_that_is_there() -> None:
     """In a process of its own, since the setting stays."""
     done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
-    # Two tensors of 64 MiB are 32,768 pages, or 64 where the system makes them huge.
-    assert given_back >= 60, "or the next line would show nothing"
+    # A tensor of 64 MiB is 16,384 pages, or 32 where the system makes them huge.
+    assert given_back >= 30, "or the next line would show nothing"
     assert kept < given_back / 4

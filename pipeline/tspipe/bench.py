@@ -4,11 +4,12 @@ A floor and what is compared with it take turns, so that a machine that slows do
 and their median is given with the smallest and the largest.
 """
 
+import contextlib
 import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from tspipe.distributed import pick_device
 from tspipe.feature_net import FeatureNet
 from tspipe.learner import RANDOM, TAUGHT, Batch, Learner
 from tspipe.losses import Output, Target
+from tspipe.memory import GLIBC_KEEPS, keep_freed
 from tspipe.progress import Advance, progress
 from tspipe.recipe import Compute, Features
+from tspipe.rows import exact
 from tspipe.run_folder import RunFolder, environment
 from tspipe.teaching import Targets, build_teacher
 from tspipe.train_students import Position, Run, StudentConfig
 from tspipe.weights import Weights
 
-_TURNS = 5
+_TURNS = 11
 _PREPARED = 4  # batches that a floor has in memory
 _ROWS = 64  # batches of rows in a turn that only reads
 
@@ -68,6 +71,8 @@ class Bench:
 
     def __init__(self, config: StudentConfig, seconds: float, folder: Path):
         self.device = pick_device(config.recipe.device)
+        exact()
+        keep_freed()
         self.environment = environment(str(self.device), torch.get_num_threads())
         arms = (TAUGHT, RANDOM) if config.cache.has_teacher and config.recipe.random_images else (TAUGHT,)
         live = config.recipe.model_copy(update={"random_source": "live"})  # a pool's images cost next to nothing
@@ -165,10 +170,11 @@ class Bench:
         assert self.live is not None
         live, plain = self.live, self._plain_teacher()
         images, said = live.batch(0, 0, 0)
+        first = images.contiguous()
 
         def eager() -> Output:
-            with torch.no_grad():
-                return plain(images)  # type: ignore[no-any-return]
+            with _plainly():
+                return plain(first)  # type: ignore[no-any-return]
 
         apart = (eager().features - said.features).abs().max() / said.features.abs().max()
         self.facts["teacher: max|Δ|/max|f| from the plain network"] = float(apart)
@@ -209,20 +215,25 @@ class Bench:
             return torch.from_numpy(np.stack([pixels.read(train, preprocess, row)[1] for row in rows]))
 
         @torch.inference_mode()
-        def forward(network: FeatureNet, images: Tensor) -> None:
-            for batch in images.split(size):
-                network(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2)))
+        def bare(parts: Iterable[Tensor]) -> None:
+            for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
+                job.teacher(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2)))
+
+        def eager(parts: Iterable[Tensor]) -> None:
+            with _plainly():
+                for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
+                    plain(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2).contiguous()))
 
         decoded = [read(block) for block in blocks[:1]]
-        count = self._count(3 * self._seconds(lambda: forward(plain, decoded[0])), len(blocks))
+        count = self._count(3 * self._seconds(lambda: eager(decoded)), len(blocks))
         blocks, decoded = blocks[:count], decoded + [read(block) for block in blocks[1:count]]
         images = sum(map(len, blocks))
         with job.writer() as writer:
             ways: dict[str, Way] = {
                 "ours": lambda: extract.write_rows(writer, job, {"train": range(count), "test": []}, _unseen),
-                "bare teacher": lambda: [forward(job.teacher, block) for block in decoded],
-                "eager teacher": lambda: [forward(plain, block) for block in decoded],
-                "decode, eager teacher": lambda: [forward(plain, read(block)) for block in blocks],
+                "bare teacher": lambda: bare(decoded),
+                "eager teacher": lambda: eager(decoded),
+                "decode, eager teacher": lambda: eager(map(read, blocks)),
             }
             turns = {way: [seconds / images for seconds in turns] for way, turns in self._turns(ways).items()}
         for way in list(ways)[1:]:
@@ -261,8 +272,8 @@ class Bench:
     ) -> None:
         """What one would write without a cache: the teacher labels every batch."""
         for images, target in itertools.islice(itertools.cycle(batches), count):
-            with torch.no_grad():
-                features, logits = teacher(images)
+            with _plainly():
+                features, logits = teacher(images.contiguous())
             _steps(learner, [(images, Target(features, logits, target.labels))], 1)
 
     def _plain_teacher(self) -> FeatureNet:
@@ -331,6 +342,17 @@ def bench(config: StudentConfig, seconds: float = 120) -> Result:
     """Measure what `config` would train; nothing is kept of it. Raises what `train_students` raises of a cache."""
     with tempfile.TemporaryDirectory() as folder:
         return Bench(config, seconds, Path(folder)).measure()
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """No gradients, and memory handled as it is where nobody asks for more: what one would write at first."""
+    keep_freed(GLIBC_KEEPS)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        keep_freed()
 
 
 def _unseen(count: int, what: str) -> None:
