@@ -18,12 +18,12 @@ LINES = [
     "targets held / index_select",
     "targets read / h5py",
     "lenet5 epoch / bare",
-    "lenet5 epoch / live teacher",
-    "5 random images / eager teacher",
-    "cohort of 2 / bare, one teacher",
-    "stage one / bare teacher",
-    "stage one / eager teacher",
-    "stage one / decode, eager teacher",
+    "lenet5 epoch / live",
+    "random images / eager",
+    "cohort of 2 / bare",
+    "stage one / bare",
+    "stage one / eager",
+    "stage one / decode, eager",
 ]
 
 
@@ -42,7 +42,7 @@ def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
     for line in found["lines"]:
         assert min(line["floor"], line["ours"]) > 0
         assert line["smallest"] <= line["ratio"] <= line["largest"]
-        assert line["n"] == 11
+        assert line["n"] == bench._TURNS
     facts = found["facts"]
     assert facts["teacher: max|Δ|/max|f| from the plain network"] < 1e-4
     steps = facts["teacher: seconds of a pass over random images"] / facts["lenet5: seconds of a taught step"]
@@ -88,3 +88,11 @@ def test_seconds_are_a_number(tspipe: Callable[..., Result]) -> None:
 @pytest.mark.parametrize(("steps", "most", "count"), [(100.0, 10, 1), (1e-9, 10, 10)])
 def test_a_turn_fills_its_time(digits: Cache, tmp_path: Path, steps: float, most: int, count: int) -> None:
     assert bench.Bench(config(digits), 1, tmp_path)._count(steps, most) == count
+
+
+def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:
+    assert [line.what for line in bench.bench(config(pool), seconds=1).lines] == [
+        *LINES[:5],
+        "random images, pool / live",
+        *LINES[5:],
+    ]

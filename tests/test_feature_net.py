@@ -223,3 +223,19 @@ def test_what_cannot_be_folded_is_left(module: nn.Module) -> None:
     with torch.no_grad():
         found = frozen(module, "module", SHAPE, torch.device("cpu"))(images).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_float32_rounded() -> None:
+    torch.manual_seed(0)
+    network = FeatureNet(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), nn.Linear(8 * 36, 4))
+    images = torch.rand(5, 3, 8, 8)
+    exact = network(images)
+    network.precision = torch.bfloat16
+    rounded = network(images)
+    for found, expected in zip(rounded, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.detach().abs().max()))
+    rounded.logits.sum().backward()
+    assert network.head.weight.grad is not None
+    assert network.head.weight.grad.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,12 @@ class Backbone(nn.Module):
         return nn.functional.dropout(features, 0.5, training=True) if self.draws else features
 
 
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One core more than PyTorch uses."""
+    monkeypatch.setattr("tspipe.live_teacher.cores", lambda: torch.get_num_threads() + 1)
+
+
 def live(backbone: Backbone) -> LiveTeacher:
     torch.manual_seed(0)
     return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), GREY, 5, SHAPE, torch.device("cpu"))
@@ -41,6 +48,17 @@ def test_it_runs_a_batch_ahead() -> None:
     assert backbone.called[before + 1].wait(60), "the second batch, which nobody has asked for yet"
     assert len(list(batches)) == 2
     assert backbone.calls == before + 3
+
+
+def test_it_runs_in_turn_where_no_core_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tspipe.live_teacher.cores", torch.get_num_threads)
+    backbone = Backbone()
+    teacher = live(backbone)
+    before = backbone.calls
+    batches = teacher.batches(0, 0, range(3))
+    next(batches)
+    assert not backbone.called[before + 1].wait(0.2)
+    assert len(list(batches)) == 2
 
 
 def test_ahead_it_says_what_it_says_in_turn() -> None:

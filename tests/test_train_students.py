@@ -98,6 +98,19 @@ def test_an_arm_does_not_depend_on_the_arms_beside_it(run: RunFolder, digits: Ca
     assert weights == weights_of(run)[name]
 
 
+@pytest.mark.parametrize(("field", "arms"), [("precision", (ALONE, TAUGHT)), ("live_precision", (RANDOM,))])
+def test_bfloat16_is_another_run_that_learns_about_the_same(
+    field: str, arms: tuple[str, ...], run: RunFolder, digits: Cache, tmp_path: Path
+) -> None:
+    rounded = train_students(config(digits, tmp_path / "run", f"{field}=bfloat16", arms=arms))
+    assert rounded.config[field] == "bfloat16"
+    assert not {"precision", "live_precision"} & {*run.config}, "or runs begun before these settings would not go on"
+    exact = {row["arm"]: row for row in run.rows() if (row["seed"], row["epoch"]) == (0, 2)}
+    for row in rounded.rows()[-len(arms) :]:
+        assert row["xent"] != exact[row["arm"]]["xent"]
+        assert row["xent"] == pytest.approx(exact[row["arm"]]["xent"], rel=0.05)
+
+
 def test_a_finished_run_is_left_as_it_is(run: RunFolder, digits: Cache) -> None:
     before = {path: untouched(path) for path in run.path.iterdir()}
     assert train_students(config(digits, run.path, "seeds=2")).path == run.path

@@ -4,12 +4,12 @@ A floor and what is compared with it take turns, so that a machine that slows do
 and their median is given with the smallest and the largest.
 """
 
-import contextlib
 import itertools
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from tspipe.distributed import pick_device
 from tspipe.feature_net import FeatureNet
 from tspipe.learner import RANDOM, TAUGHT, Batch, Learner
 from tspipe.losses import Output, Target
-from tspipe.memory import GLIBC_KEEPS, keep_freed
+from tspipe.memory import keep_freed
 from tspipe.progress import Advance, progress
+from tspipe.random_pool import RandomPool
 from tspipe.recipe import Compute, Features
 from tspipe.rows import exact
 from tspipe.run_folder import RunFolder, environment
@@ -35,7 +36,7 @@ from tspipe.train_students import Position, Run, StudentConfig
 from tspipe.weights import Weights
 
 _TURNS = 11
-_PREPARED = 4  # batches that a floor has in memory
+_PREPARED = 2**28  # bytes of images that a floor has in memory: more than a processor's cache holds
 _ROWS = 64  # batches of rows in a turn that only reads
 
 Way = Callable[[], object]
@@ -80,10 +81,11 @@ class Bench:
         self.run = Run(self.config, RunFolder(folder, {}, self.environment), self.device)
         self.live = self.run.live
         students = len(config.recipe.student)
-        self.seconds = seconds / (2 * students + 5)  # for each comparison
+        self.seconds = seconds / (2 * students + 3)  # for each comparison
         self.lines: list[Line] = []
         self.facts: dict[str, float] = {}
-        self._total = 2 * students + 2 + 5 * bool(self.live)
+        self._pooled = self.live is not None and config.cache.random is not None
+        self._total = 2 * students + 2 + 5 * bool(self.live) + self._pooled
         self._advance: Advance = lambda _count, _what: None
 
     def measure(self) -> Result:
@@ -130,38 +132,43 @@ class Bench:
     def _student(self, name: str) -> None:
         """An epoch of a taught student, beside bare steps and bare tests on tensors in memory; and the loop without."""
         run, what = self.run, networks.stated_name(name)
+        size, test_size = self.config.recipe.batch_size, self.config.recipe.test_batch_size
         run.live = None
         ours, bare = (self._learner(name, TAUGHT) for _ in range(2))
-        prepared = [(batch.images, batch.target) for _, batch in run.batches(0, 0, slice(_PREPARED))]
+        prepared = [(batch.images, batch.target) for _, batch in run.batches(0, 0, slice(self._batches_of(size)))]
         once = self._seconds(lambda: _steps(bare, prepared, 1))
         count = self._count(once * (2 if not self.live else 3), len(self._order()))
         ways: dict[str, Way] = {
             "floor": lambda: _steps(bare, prepared, count),
             "ours": lambda: self._learn([ours], count),
         }
+        counts = {"floor": count, "ours": count}
         if self.live:
             plain = self._plain_teacher()
-            ways["live"] = lambda: self._live_loop(bare, plain, prepared, count)
-        step = self._turns(ways)
+            one = self._seconds(lambda: self._live_loop(bare, plain, prepared, 1))
+            few = counts["live"] = self._count(3 * one, count)
+            ways["live"] = lambda: self._live_loop(bare, plain, prepared, few)
+        step = {way: [turn / counts[way] for turn in turns] for way, turns in self._turns(ways).items()}
         self._advance(1, f"{what}, steps")
 
-        in_turn = training.in_turn(len(run.test_pixels), self.config.recipe.test_batch_size)
-        tests, images = len(in_turn), list(map(run.preprocess.normalise, run.test_pixels.batches(in_turn[:_PREPARED])))
-        few = min(tests, self._count(self._seconds(lambda: _tests(bare, images, 1)) * 2, tests))
-        test = self._turns({"floor": lambda: _tests(bare, images, few), "ours": lambda: run.test([ours], few)})
+        in_turn = training.in_turn(len(run.test_pixels), test_size)
+        tests, pixels = len(in_turn), run.test_pixels.batches(in_turn[: self._batches_of(test_size)])
+        images = [run.preprocess.normalise(batch) for batch in pixels]
+        some = self._count(self._seconds(lambda: _tests(bare, images, 1)) * 2, tests)
+        test = self._turns({"floor": lambda: _tests(bare, images, some), "ours": lambda: run.test([ours], some)})
         saving = self._seconds(lambda: run.save([ours], Position()))
         steps = len(self._order())
 
         def epoch(way: str, turn: int) -> float:
-            seconds = step[way][turn] / count * steps + test["ours" if way == "ours" else "floor"][turn] / few * tests
+            seconds = step[way][turn] * steps + test["ours" if way == "ours" else "floor"][turn] / some * tests
             return seconds * (1 + saving / self.config.recipe.checkpoint_seconds) if way == "ours" else seconds
 
         epochs = {way: [epoch(way, turn) for turn in range(_TURNS)] for way in ways}
         self._line(f"{what} epoch / bare", epochs["floor"], epochs["ours"])
         if self.live:
-            self._line(f"{what} epoch / live teacher", epochs["live"], epochs["ours"])
+            self._line(f"{what} epoch / live", epochs["live"], epochs["ours"])
             self.facts[f"{what}: cached epoch, times faster than live"] = 1 / self.lines[-1].ratio
-            self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"]) / count
+            self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"])
         self._advance(1, f"{what}, tests")
         run.live = self.live
 
@@ -172,27 +179,36 @@ class Bench:
         images, said = live.batch(0, 0, 0)
         first = images.contiguous()
 
+        @torch.no_grad()
         def eager() -> Output:
-            with _plainly():
-                return plain(first)  # type: ignore[no-any-return]
+            return plain(first)  # type: ignore[no-any-return]
 
         apart = (eager().features - said.features).abs().max() / said.features.abs().max()
         self.facts["teacher: max|Δ|/max|f| from the plain network"] = float(apart)
         count = self._count(2 * self._seconds(eager), 1000)
         self._compare(
-            f"{live.count} random images / eager teacher",
+            "random images / eager",
             lambda: [eager() for _ in range(count)],
             lambda: [live.batch(0, 0, number) for number in range(count)],
             count,
         )
         self.facts["teacher: seconds of a pass over random images"] = self.lines[-1].ours
+        if self._pooled:
+            cache, shape = self.config.cache, self.run.train_pixels.shape
+            pool = RandomPool(cache, self.run.preprocess, live.count, shape, self.device)
+            self._compare(
+                "random images, pool / live",
+                lambda: [live.batch(0, 0, number) for number in range(count)],
+                lambda: list(pool.batches(0, range(count))),
+                count,
+            )
 
     def _cohort(self) -> None:
         """An epoch's batches of all students, taught and with random images, beside bare steps and one pass a batch."""
         assert self.live is not None
         live, students = self.live, self.config.recipe.student
         ours, bare = ([self._learner(s, arm) for s in students for arm in (TAUGHT, RANDOM)] for _ in range(2))
-        batches = [batch for _, batch in self.run.batches(0, 0, slice(_PREPARED))]
+        batches = [batch for _, batch in self.run.batches(0, 0, slice(self._batches_of(self.config.recipe.batch_size)))]
         prepared = {TAUGHT: [(batch.images, batch.target) for batch in batches], RANDOM: list(map(_joined, batches))}
 
         def floor(count: int) -> None:
@@ -202,7 +218,7 @@ class Bench:
                     _steps(learner, prepared[learner.arm], 1)
 
         count = self._count(2 * self._seconds(lambda: floor(1)), len(self._order()))
-        what = f"cohort of {len(ours)} / bare, one teacher"
+        what = f"cohort of {len(ours)} / bare"
         self._compare(what, lambda: floor(count), lambda: self._learn(ours, count), count)
 
     def _stage_one(self) -> None:
@@ -219,10 +235,10 @@ class Bench:
             for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
                 job.teacher(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2)))
 
+        @torch.no_grad()
         def eager(parts: Iterable[Tensor]) -> None:
-            with _plainly():
-                for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
-                    plain(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2).contiguous()))
+            for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
+                plain(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2).contiguous()))
 
         decoded = [read(block) for block in blocks[:1]]
         count = self._count(3 * self._seconds(lambda: eager(decoded)), len(blocks))
@@ -231,9 +247,9 @@ class Bench:
         with job.writer() as writer:
             ways: dict[str, Way] = {
                 "ours": lambda: extract.write_rows(writer, job, {"train": range(count), "test": []}, _unseen),
-                "bare teacher": lambda: bare(decoded),
-                "eager teacher": lambda: eager(decoded),
-                "decode, eager teacher": lambda: eager(map(read, blocks)),
+                "bare": lambda: bare(decoded),
+                "eager": lambda: eager(decoded),
+                "decode, eager": lambda: eager(map(read, blocks)),
             }
             turns = {way: [seconds / images for seconds in turns] for way, turns in self._turns(ways).items()}
         for way in list(ways)[1:]:
@@ -272,7 +288,7 @@ class Bench:
     ) -> None:
         """What one would write without a cache: the teacher labels every batch."""
         for images, target in itertools.islice(itertools.cycle(batches), count):
-            with _plainly():
+            with torch.no_grad():
                 features, logits = teacher(images.contiguous())
             _steps(learner, [(images, Target(features, logits, target.labels))], 1)
 
@@ -301,6 +317,10 @@ class Bench:
             for name, way in ways.items():
                 seconds[name].append(self._seconds(way))
         return seconds
+
+    def _batches_of(self, size: int) -> int:
+        """How many batches of this many images a floor has in memory."""
+        return max(1, _PREPARED // (4 * math.prod(self.run.train_pixels.shape) * size))
 
     def _count(self, once: float, most: int) -> int:
         """How often a turn does what takes `once` seconds, to fill the time there is."""
@@ -342,17 +362,6 @@ def bench(config: StudentConfig, seconds: float = 120) -> Result:
     """Measure what `config` would train; nothing is kept of it. Raises what `train_students` raises of a cache."""
     with tempfile.TemporaryDirectory() as folder:
         return Bench(config, seconds, Path(folder)).measure()
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """No gradients, and memory handled as it is where nobody asks for more: what one would write at first."""
-    keep_freed(GLIBC_KEEPS)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        keep_freed()
 
 
 def _unseen(count: int, what: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tspipe import random_images
+from tspipe.distributed import cores
 from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output
 from tspipe.preprocess import Preprocess
@@ -19,8 +20,9 @@ from tspipe.training import Stopwatch
 class LiveTeacher:
     """Draws `count` random images a batch and lets the teacher label them while the students learn from the last ones.
 
-    On a GPU it does so in a stream of its own. A teacher that draws random numbers too is seeded for each batch, and
-    is not run ahead: the students' dropout draws from the same generator.
+    On a GPU it does so in a stream of its own. It goes ahead on a CPU where PyTorch's threads leave a core to it: for
+    the same cores both would be slower than one after the other. A teacher that draws random numbers too is seeded for
+    each batch, and never goes ahead: the students' dropout draws from the same generator.
 
     Where several processes split a batch, `part` is what this one takes of it.
 
@@ -41,11 +43,12 @@ class LiveTeacher:
         self.teacher, self._preprocess, self._part = teacher, preprocess, part
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         probe = preprocess.normalise(random_images.uniform(0, 0, 0, 1, shape).to(device))
-        self._in_turn = draws_at_random(teacher, probe)
+        self._draws = draws_at_random(teacher, probe)
+        self._ahead = not self._draws and (self._stream is not None or torch.get_num_threads() < cores())
 
     def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
         """For each of an epoch's batches normalised images (r, C, H, W), and the teacher's features and logits."""
-        if self._in_turn:
+        if not self._ahead:
             for number in numbers:
                 yield self.batch(seed, epoch, number)
             return
@@ -67,7 +70,7 @@ class LiveTeacher:
     def _batch(self, seed: int, epoch: int, number: int) -> tuple[Tensor, Output, torch.cuda.Event | None]:
         images = self._part(random_images.uniform(seed, epoch, number, self.count, self.shape))
         images = images.contiguous(memory_format=torch.channels_last)  # as the pixels come
-        if self._in_turn:
+        if self._draws:
             seed_torch(seed, "teacher", epoch, number)
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             self.watch.start()

@@ -18,6 +18,8 @@ from tspipe.plugins import is_file, stated_name, unknown
 from tspipe.plugins import names as plugin_names
 from tspipe.preprocess import Preprocess
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and without fields nobody knows."""
@@ -109,6 +111,8 @@ class Recipe(Optimisation):
     random_forward: Literal["concatenated", "separate"] = Field(
         "concatenated", description="whether a student's batch norm sees real and random images as one batch"
     )
+    precision: Precision = Field("float32", description="what students compute in; their weights are float32")
+    live_precision: Precision = Field("float32", description="what the live teacher computes in")
     seeds: int = Field(1, ge=1, description="how many seeds, counted from 0; each is a cohort")
     mse_weight: float = Field(1.0, ge=0)
     xent_weight: float = Field(1.0, ge=0)

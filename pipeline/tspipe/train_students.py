@@ -115,6 +115,7 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         "students": students,
         **recipe.model_dump(include=shared),
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
+        **recipe.model_dump(include={"precision", "live_precision"}, exclude_defaults=True),
         **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
         **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }
@@ -164,6 +165,7 @@ class Run:
         teacher = load_teacher(cache, recipe, shape, self.device)
         (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
         check_teacher(teacher, cache, self.preprocess.normalise(pixels))
+        teacher.precision = getattr(torch, recipe.live_precision)
         return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device, self.sharing.part)
 
     def _pool(self) -> RandomPool:
