@@ -71,7 +71,7 @@ def _held(cache: Cache, split: str) -> Images:
     found = cache.split(split)
     assert found.images is not None
     keys = [key.decode("utf-8", "replace") for key in found.keys.load().tolist()]
-    return Images(found.labels, keys, cache.classes, found.images.__getitem__)
+    return Images(found.labels, keys, cache.classes, found.images.__getitem__, found.images)
 
 
 def input_shape(images: Images, preprocess: Preprocess) -> tuple[int, int, int]:
@@ -130,7 +130,7 @@ class Pixels:
     def _load(self, what: str) -> Tensor:
         channels, height, width = self.shape
         if self._images.array is not None and self._images.array.shape[1:] == (height, width, channels):
-            return torch.from_numpy(self._images.array)
+            return torch.from_numpy(np.asarray(self._images.array))
         out, done = torch.empty((len(self), height, width, channels), dtype=torch.uint8), 0
         with progress(f"reading {what}", len(self), "images") as advance:
             for batch in self._decoded(range(i, min(i + _LOADED, len(self))) for i in range(0, len(self), _LOADED)):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,15 @@ from tspipe import plugins
 from tspipe.errors import DatasetError
 
 Pixels = NDArray[np.uint8]
+
+
+class Whole(Protocol):
+    """What numpy makes one array of."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __array__(self) -> Pixels: ...
 
 
 @dataclass(frozen=True)
@@ -28,14 +38,14 @@ class Images:
         classes: the class names.
         read: `read(i)` gives image i as (H, W, C) uint8, after EXIF rotation and conversion to RGB (grey
             datasets keep C = 1). Safe to call from several threads.
-        array: all images as (N, H, W, C) uint8, or None where sizes differ or they do not fit in memory.
+        array: all images as (N, H, W, C) uint8, in memory or in one piece of a file; None where sizes differ.
     """
 
     labels: NDArray[np.int64]
     keys: Sequence[str]
     classes: Sequence[str]
     read: Callable[[int], Pixels]
-    array: Pixels | None = None
+    array: Whole | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
