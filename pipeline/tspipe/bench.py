@@ -36,7 +36,7 @@ from tspipe.train_students import Position, Run, StudentConfig
 from tspipe.weights import Weights
 
 _TURNS = 11
-_PREPARED = 2**28  # bytes of images that a floor has in memory: more than a processor's cache holds
+_PREPARED = 2**30  # bytes of images that a floor has in memory: an epoch of CIFAR-10, which no processor's cache holds
 _ROWS = 64  # batches of rows in a turn that only reads
 
 Way = Callable[[], object]
