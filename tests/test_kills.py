@@ -17,7 +17,7 @@ from tspipe import training, weights
 from tspipe.cache import Cache
 from tspipe.extract import ExtractConfig, extract
 
-KILLS = int(os.environ.get("TSPIPE_KILLS", "12"))
+KILLS = int(os.environ.get("TSPIPE_KILLS", "8"))
 
 
 def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
