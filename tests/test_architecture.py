@@ -19,7 +19,7 @@ LAYERS = [
     {"weights", "random_images", "recipe", "run_folder", "pixels", "show", "local_data"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
-    {"live_teacher", "random_pool", "sharing"},
+    {"board", "live_teacher", "random_pool", "sharing", "student_config"},
     STAGES | {"report"},
     {"bench"},
     {"commands"},

@@ -12,7 +12,7 @@ from tspipe import bench
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.learner import RANDOM, TAUGHT
-from tspipe.train_students import StudentConfig
+from tspipe.student_config import StudentConfig
 
 LINES = [
     "targets held / index_select",

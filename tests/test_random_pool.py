@@ -25,7 +25,8 @@ from tspipe.losses import Target
 from tspipe.preprocess import Preprocess
 from tspipe.random_pool import RandomPool
 from tspipe.run_folder import RunFolder
-from tspipe.train_students import StudentConfig, train_students
+from tspipe.student_config import StudentConfig
+from tspipe.train_students import train_students
 
 Tspipe = Callable[..., Result]
 SMALL = ["epochs=2", "seeds=2", "batch_size=100", "random_images=7", "random_source=pool"]  # 10 batches an epoch

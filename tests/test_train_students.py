@@ -20,8 +20,9 @@ from tspipe.learner import ALONE, OWN, RANDOM, TAUGHT
 from tspipe.preprocess import Preprocess
 from tspipe.randomness import seed_torch
 from tspipe.run_folder import RunFolder
+from tspipe.student_config import StudentConfig
 from tspipe.teaching import load_teacher
-from tspipe.train_students import StudentConfig, train_students
+from tspipe.train_students import train_students
 
 ARMS = (ALONE, TAUGHT, RANDOM)
 SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]

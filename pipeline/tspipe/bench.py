@@ -31,8 +31,9 @@ from tspipe.random_pool import RandomPool
 from tspipe.recipe import Compute, Features
 from tspipe.rows import exact
 from tspipe.run_folder import RunFolder, environment
+from tspipe.student_config import StudentConfig
 from tspipe.teaching import Targets, build_teacher
-from tspipe.train_students import Position, Run, StudentConfig
+from tspipe.train_students import Position, Run
 from tspipe.weights import Weights
 
 _TURNS = 11

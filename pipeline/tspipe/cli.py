@@ -114,7 +114,7 @@ def cache(
             found = weight_files.read(path)
             _check_network(found, chosen.teacher.network)
             chosen = recipes.load(name, settings or (), flags, _stated(found))
-            usual = recipes.load(name).teacher.network
+            usual = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(stated, chosen.teacher.network, usual)
         if not group.rank:
             sha256 = found.sha256[:12]
@@ -154,6 +154,9 @@ def student(
     student: Annotated[
         list[str] | None, typer.Option(help="A network; repeatable. Else the recipe's.", show_default=False)
     ] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="ts, kd, vid or a file ./mine.py; repeatable.", show_default=False)
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
     ] = False,
@@ -172,14 +175,16 @@ def student(
     """Stage two: train students against a cache."""
     from tspipe import distributed, learner, report, train_students
     from tspipe.cache import open_cache
+    from tspipe.student_config import StudentConfig
 
-    flags = {"student": student or None, "random_images": random_images, "seeds": seeds, "epochs": epochs}
+    flags = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
+    flags["random_images"] = random_images
     with distributed.group() as group:
         with group.first():
             opened = open_cache(local(cache))
             chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, flags)
             arms = learner.arms(compare, chosen)
-        config = train_students.StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
+        config = StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
         run = train_students.train_students(config, group)
     if not group.rank:
         report.show(run)
@@ -203,7 +208,7 @@ def bench(
     from tspipe import bench as stage
     from tspipe.cache import open_cache
     from tspipe.show import show_bench
-    from tspipe.train_students import StudentConfig
+    from tspipe.student_config import StudentConfig
 
     opened = open_cache(local(cache))
     chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, {"student": student or None})

@@ -17,6 +17,7 @@ from tspipe.randomness import seed_torch
 from tspipe.recipe import Own, Recipe
 
 ALONE, OWN, TAUGHT, RANDOM = ARMS = ("alone", "alone, own schedule", "taught", "taught + random")
+UNTAUGHT = (ALONE, OWN)
 
 
 def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
@@ -28,6 +29,12 @@ def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
     there = {ALONE: True, OWN: recipe.alone != Own(), TAUGHT: True, RANDOM: recipe.random_images > 0}
     chosen = ARMS if compare else (RANDOM if there[RANDOM] else TAUGHT,)
     return tuple(arm for arm in chosen if there[arm])
+
+
+def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
+    """What files call a learner."""
+    other = "" if arm in UNTAUGHT or loss == "ts" else f"-{loss}"
+    return f"{networks.stated_name(student)}-{re.sub('[^a-z]+', '-', arm)}{other}-seed{seed}".replace(":", "-")
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,11 @@ class Learner:
         num_classes: int,
         input_shape: tuple[int, int, int],
         device: torch.device,
+        loss: str = "ts",
     ):
         self.student, self.arm, self.seed, self.device = student, arm, seed, device
-        self.loss_name = "xent" if arm in (ALONE, OWN) else recipe.loss
-        self.loss = losses.build(self.loss_name, recipe.model_dump()).to(device)
+        self.loss_name = losses.stated_name(loss := "xent" if arm in UNTAUGHT else loss)
+        self.loss = losses.build(loss, recipe.model_dump(), recipe.loss_options(loss)).to(device)
         self.how = recipe.optimisation(student, alone=arm == OWN)
         options = recipe.student_options(student)
         # The same seed for every arm: they begin as the same network.
@@ -122,9 +130,8 @@ class Learner:
 
     @property
     def name(self) -> str:
-        """As in file names: `lenet5-taught-random-seed0`."""
-        arm = re.sub("[^a-z]+", "-", self.arm)
-        return f"{networks.stated_name(self.student)}-{arm}-seed{self.seed}".replace(":", "-")
+        """As in file names: `lenet5-taught-random-seed0`, of another loss than ts `lenet5-taught-random-kd-seed0`."""
+        return learner_name(self.student, self.arm, self.loss_name, self.seed)
 
     def start_epoch(self, epoch: int, *, counted: bool = False) -> None:
         """Set the epoch's learning rate; forget what the last one counted, unless this one was `counted` in part."""

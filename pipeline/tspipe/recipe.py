@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -89,6 +89,15 @@ class Student(Own):
     options: dict[str, Any] = {}
 
 
+class Paper(Section):
+    """What the paper reports, as fractions: by student and arm, and of other systems."""
+
+    title: str
+    source: str
+    accuracy: dict[str, dict[str, float]]
+    others: dict[str, float] = {}
+
+
 class Recipe(Optimisation):
     """Everything the three commands need; the top-level fields are those of stage two."""
 
@@ -102,7 +111,8 @@ class Recipe(Optimisation):
     alone: Own = Field(Own(), description="of the student alone, which --compare then trains in this way, too")
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2, description="batch norm needs two")
-    loss: str = Field("ts", description="of the taught arms: a name, or the path of a Python file")
+    loss: list[str] = Field(["ts"], min_length=1, description="of the taught arms: names, or paths of Python files")
+    losses: dict[str, dict[str, Any]] = Field({}, description="options of a loss, by its name")
     test_batch_size: int = Field(1000, ge=1)
     random_images: int = Field(178, ge=0, description="random images added to every batch")
     random_source: Literal["live", "pool"] = Field(
@@ -114,15 +124,22 @@ class Recipe(Optimisation):
     precision: Precision = Field("float32", description="what students compute in; their weights are float32")
     live_precision: Precision = Field("float32", description="what the live teacher computes in")
     seeds: int = Field(1, ge=1, description="how many seeds, counted from 0; each is a cohort")
-    mse_weight: float = Field(1.0, ge=0)
+    mse_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        1.0, description="of the features' loss; auto: 1 / the variance of a cached feature, the mean over features"
+    )
     xent_weight: float = Field(1.0, ge=0)
+    val_fraction: float = Field(
+        0.0, ge=0, lt=1, description="of the training images, held back to choose an epoch; drawn anew for every seed"
+    )
+    tensorboard: bool = Field(False, description="write curves for TensorBoard, too, into the run folder")
     checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     memory: ByteSize | None = Field(None, description="what may be held in memory; none: half of the machine's")
+    paper: Paper | None = Field(None, description="what to set beside the results")
 
-    @field_validator("student", mode="before")
+    @field_validator("student", "loss", mode="before")
     @classmethod
-    def _one_student(cls, value: Any) -> Any:
+    def _one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -132,6 +149,10 @@ class Recipe(Optimisation):
             if name not in known and not name.startswith("torchvision:"):
                 raise ValueError(unknown("student", name, known))
         return self
+
+    def loss_options(self, loss: str) -> dict[str, Any]:
+        """The options this loss is built with."""
+        return self.losses.get(stated_name("losses", loss), {})
 
     def student_options(self, student: str) -> dict[str, Any]:
         """The options this student's network is built with."""
@@ -177,8 +198,11 @@ def load(
 ) -> Recipe:
     """The recipe of this name, or at this path (`mine.toml`), with overrides applied on top.
 
+    A recipe may say upon which `base` it is laid: fields that it does not state are those of the base. One that states
+    neither that nor a dataset, as `strong`, is laid upon the recipe of the dataset that is asked for.
+
     Args:
-        name: one of `names()`, or the path of a TOML file.
+        name: one of `names()`, or the path of a TOML file; of several, between commas, each is laid upon those before.
         facts: fields by section that the weights or the cache state themselves; they go before the recipe, and
             after overrides and flags.
         overrides: `field.name=value` texts, as given with `--set`; a value is read as JSON where it is JSON.
@@ -186,24 +210,47 @@ def load(
 
     Raises RecipeError in one sentence: unknown field (the nearest named), wrong type, out of range.
     """
-    try:
-        fields = tomllib.loads(_text(name))
-    except tomllib.TOMLDecodeError as problem:
-        raise RecipeError(f"The recipe {name} is not TOML: {problem}.") from None
-    for section, stated in (facts or {}).items():
-        fields[section] = {**fields.get(section, {}), **stated}
-    for path, value in (flags or {}).items():
-        if value is not None:
-            _put(fields, path, value)
+    asked = [(path, value) for path, value in (flags or {}).items() if value is not None]
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"--set {override}: write it as field=value, for example --set lr=0.01")
-        _put(fields, path.strip(), _value(value.strip()))
+        asked.append((path.strip(), _value(value.strip())))
+    fields = _fields(name, dict(asked).get("dataset"))
+    for section, stated in (facts or {}).items():
+        fields[section] = {**fields.get(section, {}), **stated}
+    for path, value in asked:
+        _put(fields, path, value)
     try:
         return Recipe(**fields)
     except ValidationError as problem:
         raise RecipeError(_sentence(problem, name)) from None
+
+
+def _fields(name: str, dataset: str | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What recipes say, each laid upon those before it and the first upon its base; `above`: whose base this is."""
+    fields: dict[str, Any] = {}
+    for part in name.split(","):
+        try:
+            own = tomllib.loads(_text(part))
+        except tomllib.TOMLDecodeError as problem:
+            raise RecipeError(f"The recipe {part} is not TOML: {problem}.") from None
+        base = own.pop("base", None)
+        if not fields and base is None and dataset and "dataset" not in own:
+            base = of_dataset(dataset)
+        if base in (*above, part):
+            raise RecipeError(f"The recipe {part} is its own base.")
+        fields = _laid_upon(_fields(base, None, (*above, part)) if base else fields, own)
+    return fields
+
+
+def _laid_upon(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with others in their place, section by section; an empty section empties it."""
+    laid = dict(fields)
+    for name, value in others.items():
+        sections = isinstance(value, dict) and isinstance(laid.get(name), dict)
+        laid[name] = _laid_upon(laid[name], value) if sections and value else value
+    return laid
 
 
 def _text(name: str) -> str:

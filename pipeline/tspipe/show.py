@@ -1,7 +1,7 @@
 """What people see of a cache and of a run."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,16 @@ def shares(counts: dict[str, int]) -> str:
     total = sum(counts.values())
     found = [f"{plain(name, _NAME)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
     return f"The teacher calls the random images: {', '.join(found[:5])}"
+
+
+def loss_ratios(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """For rows of an epoch, how large the first loss of two is beside the cross-entropy, a sentence each."""
+    for row in rows:
+        for term in ("mse", "kl", "vid"):
+            if isinstance(row.get(term), float) and row.get("xent"):
+                ratio, what = row[term] / row["xent"], f"{plain(row['student'])}, {row['arm']}, epoch {row['epoch']}"
+                hint = ": try --set mse_weight=auto" if term == "mse" and not 0.1 <= ratio <= 10 else ""
+                yield f"{what}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{hint}"
 
 
 def console() -> Console:

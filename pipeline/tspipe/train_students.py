@@ -4,58 +4,43 @@ The learners of one seed are a cohort: they share every batch and one teacher pa
 student's arms start from the same weights, so that arms can be compared pair by pair.
 """
 
-import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tspipe import networks, plugins, training, weights
-from tspipe.cache import Cache
+from tspipe import networks, training, weights
+from tspipe.board import Board, board
 from tspipe.datasets import Dataset
 from tspipe.distributed import ALONE, Group, pick_device
 from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
-from tspipe.learner import OWN, RANDOM, Batch, Learner
+from tspipe.learner import OWN, RANDOM, UNTAUGHT, Batch, Learner
 from tspipe.live_teacher import LiveTeacher
 from tspipe.local_data import check_preprocess, open_local
 from tspipe.losses import Output, Target
 from tspipe.memory import keep_freed, memory_bound
-from tspipe.pixels import Pixels, of_cache
+from tspipe.pixels import Pixels, moved, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
 from tspipe.random_pool import RandomPool
-from tspipe.randomness import seed_torch
-from tspipe.recipe import Recipe
+from tspipe.randomness import seed_torch, stream
 from tspipe.rows import exact
 from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.sharing import Sharing
-from tspipe.show import shares
-from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters
+from tspipe.show import loss_ratios, shares
+from tspipe.student_config import StudentConfig, identity
+from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters, weighted
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What `tspipe student` was asked for."""
-
-    recipe: Recipe
-    cache: Cache
-    arms: tuple[str, ...] = (RANDOM,)
-    data: Path | None = None
-    out: Path | None = None
-    download: bool = False
-    trust_data: bool = False
 
 
 def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
@@ -69,10 +54,9 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
     recipe, cache = config.recipe, config.cache
     device = pick_device(recipe.device)
     keep_freed()
-    identity = _identity(config)
     stem = cache.path.name.removesuffix(".h5")
     with group.first():
-        folder = find_run(identity, environment(str(device), torch.get_num_threads()), stem, config.out)
+        folder = find_run(identity(config), environment(str(device), torch.get_num_threads()), stem, config.out)
     if group.broadcast(folder.finished):
         return folder
     if folder.environment["device"] != str(device):
@@ -94,33 +78,6 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
     return folder
 
 
-def _identity(config: StudentConfig) -> dict[str, Any]:
-    """What the numbers follow from, and nothing else: the frozen config a run folder is named after."""
-    recipe = config.recipe
-    shared = {
-        "arms", "batch_size", "epochs", "loss", "mse_weight", "random_forward", "random_images", "seeds",
-        "test_batch_size", "xent_weight",
-    }  # fmt: skip
-    students: dict[str, dict[str, Any]] = {}
-    called = [networks.stated_name(name) for name in recipe.student]
-    if twice := next((name for name in called if called.count(name) > 1), None):
-        raise RecipeError(f"Two students are called {twice}. Give each once, and files different names.")
-    for name in recipe.student:
-        students[name] = {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
-    files = [name for name in (*recipe.student, recipe.loss) if plugins.is_file(name) and Path(name).is_file()]
-    return {
-        "cache": config.cache.id,
-        "files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
-        "arms": list(config.arms),
-        "students": students,
-        **recipe.model_dump(include=shared),
-        **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
-        **recipe.model_dump(include={"precision", "live_precision"}, exclude_defaults=True),
-        **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
-        **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
-    }
-
-
 class Run:
     """What all cohorts of a run share: the data, the targets, the teacher, the folder."""
 
@@ -132,21 +89,33 @@ class Run:
         if cache.manifest["views"]:
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
         dataset, steps = self.images = of_cache(cache, self._local)
-        if len(dataset.train) < recipe.batch_size:
+        self.held_back = round(recipe.val_fraction * len(dataset.train))
+        self.trained_on = len(dataset.train) - self.held_back
+        if self.trained_on < recipe.batch_size:
             raise DatasetError(
-                f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "
-                f"{recipe.batch_size}. Give a smaller one: --set batch_size={max(2, len(dataset.train) // 4)}"
+                f"{dataset.name} has {self.trained_on:,} training images, too few for a batch of "
+                f"{recipe.batch_size}. Give a smaller one: --set batch_size={max(2, self.trained_on // 4)}"
+            )
+        if recipe.val_fraction and not self.held_back:
+            raise RecipeError(
+                f"val_fraction={recipe.val_fraction:g} of {len(dataset.train):,} training images is none. Give a "
+                "larger one: --set val_fraction=0.1"
             )
         memory = recipe.memory or memory_bound(device)
         self.train_pixels = Pixels(dataset.train, steps, "train", memory // 3, device)
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
-        self.test_labels = torch.from_numpy(cache.test.labels).to(device)
+        self.train_labels, self.test_labels = (
+            torch.from_numpy(split.labels).to(device) for split in (cache.train, cache.test)
+        )
+        self.board: Board | None = None
         self.clock = training.Clock(recipe.checkpoint_seconds)
+        self.recipe = weighted(recipe, cache)
         first = self.cohort(0)
         self.sharing = Sharing(group, len(first))
         random = recipe.random_images and any(learner.arm == RANDOM for learner in self.sharing.mine(first))
         self.live = self._live_teacher() if random and recipe.random_source == "live" else None
         self.pool = self._pool() if random and recipe.random_source == "pool" else None
+        self.names = [(learner.student, learner.arm, learner.loss_name) for learner in first]
         self.parameters = {learner.student: learner.parameters for learner in first}
         self.terms = {term for learner in first for term in learner.terms}
         needs = frozenset().union(*(learner.needs for learner in first))
@@ -174,22 +143,27 @@ class Run:
 
     def cohort(self, seed: int) -> list[Learner]:
         """The learners of a seed: every student in every arm."""
-        recipe, cache = self.config.recipe, self.config.cache
+        recipe, cache = self.recipe, self.config.cache
         width, classes, shape = cache.dimensions.width, len(cache.classes), self.train_pixels.shape
         return [
-            Learner(student, arm, seed, recipe, width, classes, shape, self.device)
+            Learner(student, arm, seed, recipe, width, classes, shape, self.device, loss)
             for student in recipe.student
             for arm in self.config.arms
+            for loss in (recipe.loss if arm not in UNTAUGHT else ["xent"])
         ]
 
     def train(self) -> None:
         """Train what is still to be trained, seed by seed, and finish the folder."""
+        with board(self.folder.path / "tensorboard", self.config.recipe.tensorboard and self.first) as self.board:
+            self._train()
+
+    def _train(self) -> None:
         recipe = self.config.recipe
         position, tensors = self._resume()
         if self.first and (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
             self.folder.write_json("random_labels.json", counts := self._label_histogram())
             console.print(shares(counts), markup=False)
-        rows = len(self.train_pixels)
+        rows = self.trained_on
         total, done = recipe.seeds * recipe.epochs * rows, (position.seed * recipe.epochs + position.epoch) * rows
         with progress("students", total, "images", done + position.batch * recipe.batch_size, self.first) as advance:
             for seed in range(position.seed, recipe.seeds):
@@ -233,11 +207,16 @@ class Run:
         self._check_losses(learners, epoch)
         rows = self.sharing.rows(self._rows(learners, epoch))
         if self.first:
-            self.folder.append(sorted(rows, key=self._place), self._columns())
+            rows = sorted(rows, key=self._place)
+            self.folder.append(rows, self._columns())
+            if self.board:
+                self.board.write(rows)
+            for sentence in loss_ratios(rows) if (position.seed, epoch) == (0, 0) else []:
+                console.print(sentence, markup=False)
 
-    def _place(self, row: Row) -> tuple[int, int]:
+    def _place(self, row: Row) -> int:
         """Where a row of an epoch belongs: in the order of the cohort."""
-        return self.config.recipe.student.index(row["student"]), self.config.arms.index(row["arm"])
+        return self.names.index((row["student"], row["arm"], row["loss"]))
 
     def learn(self, learners: list[Learner], position: "Position", advance: Advance, stop: int | None = None) -> None:
         """Train on an epoch's batches from the position on, up to number `stop` or its end; checkpoints in between."""
@@ -270,7 +249,8 @@ class Run:
 
     def batches(self, seed: int, epoch: int, part: slice) -> Iterator[tuple[int, Batch]]:
         """An epoch's batches, or those of a part of it, with their numbers."""
-        order = training.order(seed, epoch, len(self.train_pixels), self.config.recipe.batch_size)
+        kept = self.validation(seed)[0]
+        order = [kept[rows] for rows in training.order(seed, epoch, len(kept), self.config.recipe.batch_size)]
         said = self._random(seed, epoch, range(len(order))[part], len(order))
         numbers, order = range(len(order))[part], order[part]
         mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
@@ -278,6 +258,13 @@ class Run:
         for number, rows, pixels, target, random in parts:
             whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
             yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random), whole)
+
+    def validation(self, seed: int) -> tuple[Tensor, Tensor]:
+        """The training images that a seed trains on, and those it holds back to choose an epoch: (n,) int64 each."""
+        if not self.held_back:
+            return torch.arange(self.trained_on), torch.empty(0, dtype=torch.int64)
+        drawn = torch.from_numpy(stream(seed, "validation").permutation(self.trained_on + self.held_back))
+        return drawn[self.held_back :], drawn[: self.held_back]
 
     def _random(
         self, seed: int, epoch: int, numbers: range, of: int
@@ -316,30 +303,41 @@ class Run:
 
     def test(self, learners: list[Learner], stop: int | None = None) -> list[int]:
         """How many images of the test split, or of its first `stop` batches, each learner classifies rightly."""
+        rows = torch.arange(len(self.test_pixels))
+        return self._correct(learners, self.test_pixels, self.test_labels, rows, stop)
+
+    def _validate(self, learners: list[Learner], seed: int) -> list[int]:
+        """How many of the images held back each learner classifies rightly."""
+        return self._correct(learners, self.train_pixels, self.train_labels, self.validation(seed)[1])
+
+    def _correct(
+        self, learners: list[Learner], pixels: Pixels, labels: Tensor, rows: Tensor, stop: int | None = None
+    ) -> list[int]:
         networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
         for learner in learners:
             learner.network.eval()
-        size, group = self.config.recipe.test_batch_size, self.sharing.group
+        group = self.sharing.group
         mine = slice(group.rank, stop, group.size) if self.sharing.splits else slice(stop)
-        batches = self.test_pixels.batches(training.in_turn(len(self.test_pixels), size)[mine])
-        labels = self.test_labels.split(size)[mine]
-        return self.sharing.total(training.count_correct(networks_, batches, labels, self.preprocess, watches))
+        order = list(rows.split(self.config.recipe.test_batch_size))[mine]
+        right = (labels.index_select(0, there) for there in moved(order, self.device))
+        found = training.count_correct(networks_, pixels.batches(order), right, self.preprocess, watches)
+        return self.sharing.total(found)
 
     def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
         """The epoch's rows of metrics.csv, after testing every learner."""
-        correct = self.test(learners)
-        return [
-            {
-                **learner.row(epoch),
-                "test_accuracy": right / len(self.test_labels),
-                "seconds_testing": round(learner.testing.seconds(), 4),
-                "seconds_teacher": round(self.live.watch.seconds(), 4) if self.live else 0.0,
-            }
-            for learner, right in zip(learners, correct, strict=True)
-        ]
+        found: list[Row] = [learner.row(epoch) for learner in learners]
+        for row, right in zip(found, self.test(learners), strict=True):
+            row["test_accuracy"] = right / len(self.test_labels)
+        if self.held_back:
+            for row, right in zip(found, self._validate(learners, found[0]["seed"]), strict=True):
+                row["val_accuracy"] = right / self.held_back
+        for row, learner in zip(found, learners, strict=True):
+            row["seconds_testing"] = round(learner.testing.seconds(), 4)
+            row["seconds_teacher"] = round(self.live.watch.seconds(), 4) if self.live else 0.0
+        return found
 
     def _columns(self) -> list[str]:
-        return [*_COLUMNS, *sorted(self.terms), *_SECONDS]
+        return [*_COLUMNS, *(["val_accuracy"] if self.held_back else []), *sorted(self.terms), *_SECONDS]
 
     def save(self, mine: list[Learner], position: "Position") -> None:
         """Write a checkpoint."""
@@ -381,6 +379,8 @@ class Run:
                 "parameters": teacher_parameters(self.config.cache, self.config.recipe, self.train_pixels.shape),
             },
             "parameters": self.parameters,
+            "paper": self.recipe.paper and self.recipe.paper.model_dump(),
+            **({"mse_weight": self.recipe.mse_weight} if self.config.recipe.mse_weight == "auto" else {}),
         }
 
 

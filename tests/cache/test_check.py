@@ -78,7 +78,8 @@ def test_what_the_id_covers_cannot_change(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("shape", [[1, 60000, 60000], ["a", "b", "c"], None])
 def test_a_forged_input_shape_takes_no_memory(copy: Path, tmp_path: Path, shape: object) -> None:
     from tspipe import recipe as recipes
-    from tspipe.train_students import StudentConfig, train_students
+    from tspipe.student_config import StudentConfig
+    from tspipe.train_students import train_students
 
     forge(copy, lambda manifest: manifest["teacher"]["options"].update(input_shape=shape))
     facts = {"preprocess": open_cache(copy).manifest["preprocess"]}

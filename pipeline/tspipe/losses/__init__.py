@@ -5,6 +5,7 @@ A loss's file defines a class `Loss`, an `nn.Module` with `needs`, a subset of {
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,8 +34,23 @@ def names() -> list[str]:
     return plugins.names("losses")
 
 
-def build(name: str, options: dict[str, Any]) -> nn.Module:
-    """The loss of this name; of `options` it gets those its constructor names."""
+def stated_name(name: str) -> str:
+    """The name that tables state: a user's `./mine.py` is `mine`, every other name is itself."""
+    return plugins.stated_name("losses", name)
+
+
+def build(name: str, offered: Mapping[str, Any], options: Mapping[str, Any] = {}) -> nn.Module:
+    """The loss of this name.
+
+    Args:
+        offered: of these it gets those that its constructor names.
+        options: its own, by keyword.
+
+    Raises RecipeError for an option that it has not.
+    """
     loss = plugins.load("losses", name, "Loss", RecipeError).Loss
     wanted = inspect.signature(loss).parameters
-    return loss(**{key: value for key, value in options.items() if key in wanted})  # type: ignore[no-any-return]
+    if wrong := [option for option in options if option not in wanted]:
+        raise RecipeError(f"The loss {name} has no option {wrong[0]!r}. There are: {', '.join(wanted) or 'none'}.")
+    given = {key: value for key, value in offered.items() if key in wanted}
+    return loss(**{**given, **options})  # type: ignore[no-any-return]

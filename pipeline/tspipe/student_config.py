@@ -1,0 +1,59 @@
+"""What `tspipe student` was asked for, and what of it a run's numbers follow from."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tspipe import losses, networks, plugins
+from tspipe.cache import Cache
+from tspipe.errors import RecipeError
+from tspipe.learner import OWN, RANDOM
+from tspipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What `tspipe student` was asked for."""
+
+    recipe: Recipe
+    cache: Cache
+    arms: tuple[str, ...] = (RANDOM,)
+    data: Path | None = None
+    out: Path | None = None
+    download: bool = False
+    trust_data: bool = False
+
+
+def identity(config: StudentConfig) -> dict[str, Any]:
+    """What the numbers follow from, and nothing else: the frozen config a run folder is named after."""
+    recipe = config.recipe
+    shared = {
+        "batch_size", "epochs", "mse_weight", "random_forward", "random_images", "seeds", "test_batch_size",
+        "xent_weight",
+    }  # fmt: skip
+    students: dict[str, dict[str, Any]] = {}
+    for kind, called in (
+        ("students", map(networks.stated_name, recipe.student)),
+        ("losses", map(losses.stated_name, recipe.loss)),
+    ):
+        if twice := next((name for name, count in Counter(called).items() if count > 1), None):
+            raise RecipeError(f"Two {kind} are called {twice}. Give each once, and files different names.")
+    for name in recipe.student:
+        students[name] = {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
+    files = [name for name in (*recipe.student, *recipe.loss) if plugins.is_file(name) and Path(name).is_file()]
+    options = {name: own for name in recipe.loss if (own := recipe.loss_options(name))}
+    return {
+        "cache": config.cache.id,
+        "files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
+        "arms": list(config.arms),
+        "students": students,
+        "loss": recipe.loss if len(recipe.loss) > 1 else recipe.loss[0],
+        **({"losses": options} if options else {}),
+        **recipe.model_dump(include=shared),
+        **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
+        **recipe.model_dump(include={"precision", "live_precision", "val_fraction"}, exclude_defaults=True),
+        **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
+        **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
+    }
