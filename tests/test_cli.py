@@ -157,7 +157,7 @@ ERRORS = [
     (
         ["teacher", "--dataset", "./mine.py"],
         "There is no recipe for mine. Name one with --recipe: cifar10, cifar100, cub200, digits, fashion_mnist, "
-        "folder, or a TOML file.",
+        "folder, strong, table1, table2_cifar10, table2_cifar100, table3, or a TOML file.",
     ),
 ]
 

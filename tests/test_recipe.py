@@ -225,3 +225,39 @@ def test_any_override_is_taken_or_refused(text):
 
 def test_one_student_may_stand_alone():
     assert recipe.load("digits", ["student=alexnet"]).student == ["alexnet"]
+
+
+def test_a_recipe_upon_another(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "cifar10"\nepochs = 7\nstudents = {}\n[teacher]\nshift = 1\n')
+    found, under = recipe.load(f"{tmp_path}/mine.toml"), recipe.load("cifar10")
+    assert (found.epochs, found.teacher.shift, found.students) == (7, 1, {})
+    assert found.teacher.lr_drop_every == under.teacher.lr_drop_every != recipe.Teacher().lr_drop_every
+    assert found.preprocess == under.preprocess
+
+
+def test_strong_lies_upon_the_recipe_of_the_dataset_or_of_a_table():
+    strong = recipe.load("strong", flags={"dataset": "cifar100"})
+    assert (strong.dataset, strong.teacher.network, strong.optimizer) == ("cifar100", "resnet56", "sgd")
+    assert strong.optimisation("resnet18").lr == 0.1
+    assert strong.optimisation("alexnet", alone=True) == strong.optimisation("alexnet")
+    table = recipe.load("table3,strong")
+    assert (table.paper.title, table.optimizer, table.alone) == ("Table 3", "sgd", recipe.Own())
+    assert recipe.load("table3").alone != recipe.Own()
+
+
+def test_a_recipe_that_is_its_own_base(tmp_path):
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    one.write_text(f'base = "{two}"')
+    two.write_text(f'base = "{one}"')
+    assert refused(str(one)) == f"The recipe {two} is its own base."
+
+
+def test_the_papers_tables():
+    """Landro, Gallo and La Grassa, arXiv 2005.00393: the differences that the text of the paper makes of its tables."""
+    for name, students, random in (("table1", 1, 100), ("table2_cifar10", 4, 178), ("table2_cifar100", 4, 178)):
+        found = recipe.load(name)
+        assert (found.epochs, found.batch_size, found.random_images, len(found.student)) == (200, 128, random, students)
+        assert set(found.paper.accuracy) == set(found.student)
+        assert all(list(arms) == ["alone", "taught", "taught + random"] for arms in found.paper.accuracy.values())
+    assert recipe.load("table2_cifar10").teacher.network == "resnet50"
+    assert recipe.load("table3").paper.accuracy == {"mobilenet_v2": {"alone, own schedule": 0.425, "taught": 0.492}}

@@ -5,11 +5,12 @@
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -124,7 +125,7 @@ class Recipe(Optimisation):
     precision: Precision = Field("float32", description="what students compute in; their weights are float32")
     live_precision: Precision = Field("float32", description="what the live teacher computes in")
     seeds: int = Field(1, ge=1, description="how many seeds, counted from 0; each is a cohort")
-    mse_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    mse_weight: float | Literal["auto"] = Field(
         1.0, description="of the features' loss; auto: 1 / the variance of a cached feature, the mean over features"
     )
     xent_weight: float = Field(1.0, ge=0)
@@ -141,6 +142,15 @@ class Recipe(Optimisation):
     @classmethod
     def _one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("mse_weight", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value == "auto" or (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        ):
+            return value
+        raise ValueError("neither auto nor a number of 0 or more")
 
     @model_validator(mode="after")
     def _known_students(self) -> Self:
