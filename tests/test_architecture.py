@@ -21,8 +21,10 @@ LAYERS = [
     {"learner", "rows", "teaching"},
     {"board", "live_teacher", "random_pool", "sharing", "student_config"},
     STAGES | {"report"},
+    {"teachers"},
     {"bench"},
     {"commands"},
+    {"reproduce"},
     {"cli"},
     {"__main__"},
 ]

@@ -5,7 +5,6 @@ Stages are imported inside the commands, so that `tspipe --help` answers at once
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +12,10 @@ import typer
 
 from tspipe import commands
 from tspipe.commands import RecipeName, Settings, local, recipe_of, say
-from tspipe.errors import NetworkError, OtherProcessFailed, TspipeError
+from tspipe.errors import OtherProcessFailed, TspipeError
 
 if TYPE_CHECKING:
     from tspipe.extract import ExtractConfig
-    from tspipe.train_teacher import TeacherConfig
-    from tspipe.weights import Weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +52,7 @@ def teacher(
     download: Download = False,
 ) -> None:
     """Train a teacher, or fine-tune one."""
-    from tspipe import networks
+    from tspipe import networks, teachers
     from tspipe import recipe as recipes
     from tspipe import weights as weight_files
     from tspipe.train_teacher import TeacherConfig
@@ -65,8 +62,8 @@ def teacher(
     name = recipe or recipes.of_dataset(dataset)
     chosen = recipes.load(name, settings or (), flags)
     if start and start.metadata.get("network") == networks.stated_name(chosen.teacher.network):
-        chosen = recipes.load(name, settings or (), flags, _stated(start))
-    _train_teacher(TeacherConfig(chosen, data, start, out, force, download))
+        chosen = recipes.load(name, settings or (), flags, teachers.facts(start))
+    teachers.train_and_say(TeacherConfig(chosen, data, start, out, force, download))
 
 
 @app.command()
@@ -95,10 +92,9 @@ def cache(
     download: Download = False,
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
-    from tspipe import datasets, distributed, extract
+    from tspipe import datasets, distributed, extract, teachers
     from tspipe import recipe as recipes
-    from tspipe import train_teacher as stage
-    from tspipe import weights as weight_files
+    from tspipe.train_teacher import TeacherConfig
 
     name = recipe or recipes.of_dataset(dataset)
     flags = {"dataset": dataset, "teacher.network": teacher}
@@ -106,19 +102,16 @@ def cache(
         with group.first():
             chosen = recipes.load(name, settings or (), flags)
             stated = datasets.parse(dataset, data)[1]
-            path = weights or stage.find_checkpoint(stated, chosen.teacher.network)
-            if path is None:
-                config = stage.TeacherConfig(chosen, data, download=download)
-                again = {"--dataset": dataset, "--teacher": teacher, "--data": data, "--recipe": recipe}
-                path = _no_weights(config, stated, train_teacher and not group.rank, again, settings)
-            found = weight_files.read(path)
-            _check_network(found, chosen.teacher.network)
-            chosen = recipes.load(name, settings or (), flags, _stated(found))
+            config = TeacherConfig(chosen, data, download=download)
+            again = {"--dataset": dataset, "--teacher": teacher, "--data": data, "--recipe": recipe}
+            train = train_teacher and not group.rank
+            found = teachers.obtain(config, stated, weights, train, _command(again, settings))
+            chosen = recipes.load(name, settings or (), flags, teachers.facts(found))
             usual = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(stated, chosen.teacher.network, usual)
         if not group.rank:
             sha256 = found.sha256[:12]
-            say(f"Teacher {chosen.teacher.network} with the weights {path} (SHA-256 {sha256}…) over {stated}")
+            say(f"Teacher {chosen.teacher.network} with the weights {found.source} (SHA-256 {sha256}…) over {stated}")
         wanted = extract.ExtractConfig(chosen, found, out, data, force, download, images, random_pool or 0)
         made = extract.extract(wanted, group)
     if made is not None:
@@ -126,26 +119,12 @@ def cache(
         say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(wanted, dataset, name)]))
 
 
-def _no_weights(
-    config: "TeacherConfig", dataset: str, train: bool, flags: dict[str, Any], settings: list[str] | None
-) -> Path:
-    """Train a teacher that has no weights where that may be done, and give their path; else say how to get them."""
-    from tspipe import networks
-    from tspipe import train_teacher as stage
-
-    network = config.recipe.teacher.network
-    path = stage.checkpoint_path(dataset, network)
-    if networks.published(network, dataset) or not train:
-        words = ["tspipe", "teacher"]
-        words += [word for flag, value in flags.items() if value for word in (flag, str(value))]
-        words += [word for setting in settings or () for word in ("--set", setting)]
-        raise NetworkError(
-            f"There are no weights for {network} on {dataset}: {path} does not exist. "
-            + stage.how_to_get(config, shlex.join(words))
-        )
-    say(f"{network} has no weights for {dataset} yet, so it is trained first.")
-    _train_teacher(replace(config, out=path))
-    return path
+def _command(flags: dict[str, Any], settings: list[str] | None) -> str:
+    """The command that trains the teacher."""
+    words = ["tspipe", "teacher"]
+    words += [word for flag, value in flags.items() if value for word in (flag, str(value))]
+    words += [word for setting in settings or () for word in ("--set", setting)]
+    return shlex.join(words)
 
 
 @app.command()
@@ -188,6 +167,43 @@ def student(
         run = train_students.train_students(config, group)
     if not group.rank:
         report.show(run)
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table1, table2 or table3.", show_default=False)],
+    students: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of the table's students.", show_default=False)
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of alone, own, taught, random.", show_default=False)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Else the paper's 200.", show_default=False)] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; else one.", show_default=False)] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="[NAME=]DATASET", help="What stands for the paper's.", show_default=False),
+    ] = None,
+    data: Data = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's.", show_default=False)] = None,
+    cache: Annotated[Path | None, typer.Option(help="A finished cache; else it is made.", show_default=False)] = None,
+    recipe: Annotated[str | None, typer.Option(help="Laid upon the table's: strong.", show_default=False)] = None,
+    settings: Settings = None,
+    download: Download = False,
+) -> None:
+    """Run an experiment of the paper, and set its numbers beside the paper's."""
+    from tspipe import distributed, report
+    from tspipe import reproduce as job
+
+    chosen = (tuple(filter(None, (text or "").split(","))) for text in (students, arms))
+    config = job.TableConfig(
+        table, *chosen, epochs, seeds, dataset, data, weights, cache, recipe, tuple(settings or ()), download
+    )
+    with distributed.group() as group:
+        runs = job.reproduce(config, group)
+    if not group.rank:
+        for run in runs:
+            report.show(run)
 
 
 @app.command()
@@ -262,15 +278,6 @@ def _sentence(problem: Exception) -> str | None:
     return None
 
 
-def _check_network(found: "Weights", network: str) -> None:
-    """Weights that tspipe wrote say of which network they are."""
-    from tspipe import networks
-
-    stated = found.metadata.get("network")
-    if "identity" in found.metadata and stated != networks.stated_name(network):
-        raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
-
-
 def _needed_again(wanted: "ExtractConfig", dataset: str, recipe: str) -> list[str]:
     """The flags stage two needs because the cache names neither folders nor files of code, and to use its pool."""
     from tspipe import datasets, plugins
@@ -284,28 +291,6 @@ def _needed_again(wanted: "ExtractConfig", dataset: str, recipe: str) -> list[st
     if wanted.random_pool:
         flags += ["--set random_source=pool"]
     return flags
-
-
-def _stated(found: "Weights | None") -> dict[str, dict[str, Any]]:
-    """What a checkpoint of tspipe's says of itself, by section of the recipe; nothing of any other file."""
-    import json
-
-    if found is None or "preprocess" not in found.metadata:
-        return {}
-    try:
-        stated = {"preprocess": dict(json.loads(found.metadata["preprocess"]))}
-        if "options" in found.metadata:
-            stated["teacher"] = {"options": dict(json.loads(found.metadata["options"]))}
-    except (TypeError, ValueError):
-        raise NetworkError(f"{found.source}: its metadata is damaged. Train it again with `tspipe teacher`.") from None
-    return stated
-
-
-def _train_teacher(config: "TeacherConfig") -> None:
-    from tspipe.train_teacher import train_teacher
-
-    trained = train_teacher(config)
-    say(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
 
 
 if __name__ == "__main__":

@@ -191,9 +191,9 @@ def recipe_of(
 
 def say(text: str) -> None:
     """Print a line now, harmless for a terminal whatever is in it."""
-    from tspipe.show import plain
+    from tspipe import show
 
-    print(plain(text), flush=True)
+    show.say(text)
 
 
 def _say_carried(opened: "Cache") -> None:

@@ -97,6 +97,7 @@ class Paper(Section):
     source: str
     accuracy: dict[str, dict[str, float]]
     others: dict[str, float] = {}
+    differs: list[str] = Field([], description="what of a run is not as the paper has it")
 
 
 class Recipe(Optimisation):

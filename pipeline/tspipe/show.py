@@ -28,6 +28,11 @@ def plain(text: str, most: int = 2000) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-(most // 2) :]}"
 
 
+def say(text: str) -> None:
+    """Print a line now, harmless for a terminal whatever is in it."""
+    print(plain(text), flush=True)
+
+
 def shares(counts: dict[str, int]) -> str:
     """What the teacher calls the random images, as a sentence; classes under half a percent are left out."""
     total = sum(counts.values())

@@ -24,6 +24,7 @@ class StudentConfig:
     out: Path | None = None
     download: bool = False
     trust_data: bool = False
+    around: tuple[int, int] = (0, 0)  # images that a larger job trains on before and after, for its time left
 
 
 def identity(config: StudentConfig) -> dict[str, Any]:

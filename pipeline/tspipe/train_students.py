@@ -165,7 +165,8 @@ class Run:
             console.print(shares(counts), markup=False)
         rows = self.trained_on
         total, done = recipe.seeds * recipe.epochs * rows, (position.seed * recipe.epochs + position.epoch) * rows
-        with progress("students", total, "images", done + position.batch * recipe.batch_size, self.first) as advance:
+        done, (before, after) = done + position.batch * recipe.batch_size, self.config.around
+        with progress("students", before + total + after, "images", before + done, self.first) as advance:
             for seed in range(position.seed, recipe.seeds):
                 learners = self.cohort(seed)
                 mine = self.sharing.mine(learners)
