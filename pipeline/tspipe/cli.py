@@ -195,10 +195,9 @@ def reproduce(
     from tspipe import distributed, report
     from tspipe import reproduce as job
 
-    chosen = (tuple(filter(None, (text or "").split(","))) for text in (students, arms))
-    config = job.TableConfig(
-        table, *chosen, epochs, seeds, dataset, data, weights, cache, recipe, tuple(settings or ()), download
-    )
+    some, of_arms = (tuple(text.split(",")) if text else () for text in (students, arms))
+    where = dataset, data, weights, cache, recipe
+    config = job.TableConfig(table, some, of_arms, epochs, seeds, *where, tuple(settings or ()), download)
     with distributed.group() as group:
         runs = job.reproduce(config, group)
     if not group.rank:

@@ -208,6 +208,6 @@ def _headline(job: StudentConfig, part: Part) -> str:
     chosen = job.recipe
     title = chosen.paper.title if chosen.paper else part.name
     seeds = f"{chosen.seeds} seed{'s' * (chosen.seeds > 1)}"
-    students = ", ".join(chosen.student)
-    lines = [f"{title}: {students}; arms {', '.join(job.arms)}; {chosen.epochs} epochs, {seeds}"]
-    return "\n".join(lines)
+    head = f"{title}: {', '.join(chosen.student)}; {', '.join(job.arms)}; {chosen.epochs} epochs, {seeds}."
+    differs = chosen.paper.differs if chosen.paper else []
+    return head + (f" Not as in the paper: {'; '.join(differs)}." if differs else "")
