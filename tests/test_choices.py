@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tspipe import random_images
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.errors import DatasetError, RecipeError
@@ -152,3 +153,23 @@ def test_curves_for_tensorboard(digits: Cache, tmp_path: Path) -> None:
     (run.path / "summary.json").unlink()
     train_students(wanted)  # goes on, from the end
     assert (run.path / "summary.json").exists()
+
+
+def test_the_other_generator_is_another_run_and_says_when_it_repeats(
+    digits: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_students(config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,)))
+    assert run.config["random_generator"] == "minstd"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "8,388,607 images of 1×16×16. A seed draws 140, no more than that." in said
+    usual = train_students(config(digits, tmp_path / "usual", arms=(RANDOM,)))
+    assert "random_generator" not in usual.config
+    assert run.rows()[0]["mse"] != usual.rows()[0]["mse"]
+
+
+def test_batches_of_the_other_generator_follow_one_another_over_epochs(digits: Cache, tmp_path: Path) -> None:
+    wanted = config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,))
+    run = Run(wanted, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
+    drawn = [batch.random[0] for epoch in (0, 1) for _, batch in run.batches(0, epoch, slice(None)) if batch.random]
+    expected = [random_images.congruential(0, i, 7, (1, 16, 16)) for i in range(20)]
+    torch.testing.assert_close(torch.cat(drawn), run.preprocess.normalise(torch.cat(expected)))

@@ -1,9 +1,11 @@
 """Random images and every other draw follow from (seed, purpose, epoch, batch) alone."""
 
+import zlib
+
 import numpy as np
 import torch
 
-from tspipe.random_images import uniform
+from tspipe.random_images import PoolImages, congruential, minstd, minstd_start, spent, uniform
 from tspipe.randomness import seed_torch, stream
 
 
@@ -45,3 +47,49 @@ def test_torch_is_seeded_from_the_stream() -> None:
     torch.rand(9)
     seed_torch(3, "weights")
     assert first.equal(torch.rand(4))
+
+
+def test_minstd_is_park_and_millers() -> None:
+    """Communications of the ACM 31, 1988, p. 1195: from 1, the 10,000th number after it is 1,043,618,065."""
+    assert minstd(1, 10_000, 1).tolist() == [1_043_618_065]
+    assert minstd(1, 0, 3).tolist() == [1, 16807, 282475249]
+    plain, x = [], 123
+    for _ in range(1000):
+        plain.append(x)
+        x = 16807 * x % (2**31 - 1)
+    assert minstd(123, 0, 1000).tolist() == plain
+    assert minstd(123, 990, 10).tolist() == plain[990:]
+    assert minstd(123, 2**31 - 2, 5).tolist() == plain[:5], "the period"
+
+
+def test_batches_of_minstd_are_one_stream() -> None:
+    size = 5 * 3 * 4 * 4
+    words = minstd(minstd_start(7, "random images"), 0, 3 * size)
+    expected = (words >> 7).astype(np.float32) / np.float32(2**24)
+    drawn = torch.cat([congruential(7, batch, 5, (3, 4, 4)) for batch in range(3)])
+    assert drawn.dtype == torch.float32
+    assert drawn.shape == (15, 3, 4, 4)
+    np.testing.assert_array_equal(drawn.flatten(), expected)
+    assert not congruential(8, 0, 5, (3, 4, 4)).equal(drawn[:5])
+
+
+def test_a_pool_of_minstd_is_one_stream() -> None:
+    images = PoolImages(3, 20, 8, (1, 2, 2), "minstd")
+    drawn = np.random.MT19937(np.random.SeedSequence([3, zlib.crc32(b"random pool"), 0, 0])).random_raw()
+    words = minstd(1 + int(drawn) % (2**31 - 2), 0, 20 * 4)
+    every = ((words >> 7).astype(np.float32) / np.float32(2**24)).reshape(20, 1, 2, 2)
+    np.testing.assert_array_equal(images.take(0, 20), every)
+    np.testing.assert_array_equal(images.take(17, 6), np.concatenate([every[17:], every[:3]]))
+
+
+def test_what_is_said_of_the_period() -> None:
+    shape = (3, 32, 32)
+    assert spent("mt19937", 10**9, "A seed", shape) is None
+    assert (2**31 - 2) // (178 * 3072) == 3927, "batches of 178 CIFAR images"
+    assert spent("minstd", 178 * 391 * 200, "A seed", shape) == (
+        "The period of minstd is spent after 699,050 images of 3×32×32. A seed draws 13,919,600, more than that: then "
+        "the same numbers come again."
+    )
+    assert spent("minstd", 5000, "The pool", shape) == (
+        "The period of minstd is spent after 699,050 images of 3×32×32. The pool draws 5,000, no more than that."
+    )

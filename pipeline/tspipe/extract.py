@@ -24,7 +24,7 @@ from tspipe.feature_net import FeatureNet
 from tspipe.memory import keep_freed
 from tspipe.overlap import Spent, behind
 from tspipe.pixels import input_shape
-from tspipe.progress import Advance, progress
+from tspipe.progress import Advance, console, progress
 from tspipe.recipe import Recipe
 from tspipe.weights import Weights
 
@@ -110,6 +110,10 @@ def _lead(job: Job, group: Group) -> Cache:
         cache = _finished(job.config, job.plan, job.dataset)
         group.broadcast(None)
         return cache
+    if pool := job.plan["random"]:
+        shape = tuple(job.plan["teacher"]["options"]["input_shape"])
+        if said := random_images.spent(pool["generator"], pool["rows"], "The pool", shape):
+            console.print(said)
     with job.writer(0) as writer:
         _absorb(writer, job.dataset)
         missing = {split: writer.missing(split) for split in job.dimensions.sections}
@@ -244,7 +248,7 @@ def _plan(
         },
         "features": {"dtype": _DTYPES[recipe.features.dtype], "width": width},
         "preprocess": recipe.preprocess.as_dict(),
-        "random": random_images.described(config.random_pool) if config.random_pool else None,
+        "random": random_images.described(config.random_pool, recipe.random_generator) if config.random_pool else None,
         "teacher": {
             "correct": None,
             "file_sha256": config.weights.sha256,

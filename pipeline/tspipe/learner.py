@@ -99,7 +99,8 @@ class Learner:
     ):
         self.student, self.arm, self.seed, self.device = student, arm, seed, device
         self.loss_name = losses.stated_name(loss := "xent" if arm in UNTAUGHT else loss)
-        self.loss = losses.build(loss, recipe.model_dump(), recipe.loss_options(loss)).to(device)
+        seed_torch(seed, "loss weights")
+        self.loss = losses.build(loss, {**recipe.model_dump(), "width": width}, recipe.loss_options(loss)).to(device)
         self.how = recipe.optimisation(student, alone=arm == OWN)
         options = recipe.student_options(student)
         # The same seed for every arm: they begin as the same network.

@@ -24,7 +24,8 @@ class LiveTeacher:
     the same cores both would be slower than one after the other. A teacher that draws random numbers too is seeded for
     each batch, and never goes ahead: the students' dropout draws from the same generator.
 
-    Where several processes split a batch, `part` is what this one takes of it.
+    Where several processes split a batch, `part` is what this one takes of it. `generator` is what draws the images. Of
+    MINSTD's one stream each batch takes what those before it have left, so it has to know how many an epoch has: `of`.
 
     Attributes:
         watch: how long the teacher took; beside the students, not in addition.
@@ -38,7 +39,10 @@ class LiveTeacher:
         shape: tuple[int, int, int],
         device: torch.device,
         part: Callable[[Tensor], Tensor] = lambda images: images,
+        generator: random_images.Generator = "mt19937",
+        of: int = 0,
     ):
+        self._generator, self._of = generator, of
         self.count, self.shape, self.device, self.watch = count, shape, device, Stopwatch(device)
         self.teacher, self._preprocess, self._part = teacher, preprocess, part
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -68,7 +72,11 @@ class LiveTeacher:
         return images, said
 
     def _batch(self, seed: int, epoch: int, number: int) -> tuple[Tensor, Output, torch.cuda.Event | None]:
-        images = self._part(random_images.uniform(seed, epoch, number, self.count, self.shape))
+        if self._generator == "minstd":
+            images = random_images.congruential(seed, epoch * self._of + number, self.count, self.shape)
+        else:
+            images = random_images.uniform(seed, epoch, number, self.count, self.shape)
+        images = self._part(images)
         images = images.contiguous(memory_format=torch.channels_last)  # as the pixels come
         if self._draws:
             seed_torch(seed, "teacher", epoch, number)

@@ -18,6 +18,7 @@ from tspipe.errors import DatasetError, RecipeError
 from tspipe.plugins import is_file, stated_name, unknown
 from tspipe.plugins import names as plugin_names
 from tspipe.preprocess import Preprocess
+from tspipe.random_images import Generator
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -120,6 +121,7 @@ class Recipe(Optimisation):
     random_source: Literal["live", "pool"] = Field(
         "live", description="labelled live by the teacher, or in stage one (tspipe cache --random-pool)"
     )
+    random_generator: Generator = Field("mt19937", description="what draws random images; minstd repeats itself soon")
     random_forward: Literal["concatenated", "separate"] = Field(
         "concatenated", description="whether a student's batch norm sees real and random images as one batch"
     )

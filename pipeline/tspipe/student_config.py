@@ -12,6 +12,8 @@ from tspipe.errors import RecipeError
 from tspipe.learner import OWN, RANDOM
 from tspipe.recipe import Recipe
 
+_WHERE_CHANGED = {"live_precision", "precision", "random_generator", "val_fraction"}
+
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -54,7 +56,7 @@ def identity(config: StudentConfig) -> dict[str, Any]:
         **({"losses": options} if options else {}),
         **recipe.model_dump(include=shared),
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
-        **recipe.model_dump(include={"precision", "live_precision", "val_fraction"}, exclude_defaults=True),
+        **recipe.model_dump(include=_WHERE_CHANGED, exclude_defaults=True),
         **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
         **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }

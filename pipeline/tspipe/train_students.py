@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspipe import networks, training, weights
+from tspipe import networks, random_images, training, weights
 from tspipe.board import Board, board
 from tspipe.datasets import Dataset
 from tspipe.distributed import ALONE, Group, pick_device
@@ -135,7 +135,11 @@ class Run:
         (pixels,) = self.train_pixels.batches([torch.arange(min(8, len(self.train_pixels)))])
         check_teacher(teacher, cache, self.preprocess.normalise(pixels))
         teacher.precision = getattr(torch, recipe.live_precision)
-        return LiveTeacher(teacher, self.preprocess, recipe.random_images, shape, self.device, self.sharing.part)
+        count, generator = recipe.random_images, recipe.random_generator
+        part, batches = self.sharing.part, len(training.order(0, 0, self.trained_on, recipe.batch_size))
+        if self.first and (said := random_images.spent(generator, count * batches * recipe.epochs, "A seed", shape)):
+            console.print(said)
+        return LiveTeacher(teacher, self.preprocess, count, shape, self.device, part, generator, batches)
 
     def _pool(self) -> RandomPool:
         count, shape = self.config.recipe.random_images, self.train_pixels.shape

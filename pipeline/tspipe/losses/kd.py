@@ -1,0 +1,45 @@
+"""Knowledge distillation of Hinton, Vinyals and Dean (arXiv 1503.02531, section 2), from cached logits."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tspipe.errors import RecipeError
+from tspipe.losses import Output, Target
+
+
+def kd_loss(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0, alpha: float = 0.9
+) -> dict[str, Tensor]:
+    """α·T² · KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 − α) · CE(student, y), as its two terms.
+
+    Both are means over the batch. T² keeps the size of the first's gradients, which shrink with 1 / T².
+
+    Args:
+        logits: the student's (m, c).
+        teacher_logits: (m, c).
+        labels: y, (m,) int64.
+        temperature: T.
+        alpha: α, the teacher's share.
+    """
+    student, teacher = ((some / temperature).log_softmax(1) for some in (logits, teacher_logits))
+    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return {"kl": alpha * temperature**2 * kl, "xent": (1 - alpha) * F.cross_entropy(logits, labels)}
+
+
+class Loss(nn.Module):
+    """`kd_loss` with its two numbers. Raises RecipeError where they make no loss."""
+
+    needs = frozenset({"logits", "labels"})
+
+    def __init__(self, temperature: float = 4.0, alpha: float = 0.9):
+        super().__init__()
+        if temperature <= 0 or not 0 <= alpha <= 1:
+            raise RecipeError(
+                f"The loss kd cannot have temperature={temperature:g} and alpha={alpha:g}: a temperature is above 0, "
+                "alpha from 0 to 1."
+            )
+        self.temperature, self.alpha = temperature, alpha
+
+    def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
+        """Terms `kl` and `xent`."""
+        return kd_loss(student.logits, target.logits, target.labels, self.temperature, self.alpha)
