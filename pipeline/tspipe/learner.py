@@ -30,6 +30,11 @@ def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
     return tuple(arm for arm in chosen if there[arm])
 
 
+def taught(chosen: Sequence[str]) -> bool:
+    """Whether any of these arms learns from the teacher."""
+    return not {ALONE, OWN}.issuperset(chosen)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a cohort's learners share: normalised images (m, C, H, W), their targets, and random ones with theirs.

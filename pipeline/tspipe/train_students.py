@@ -21,9 +21,9 @@ from tspipe import networks, plugins, training, weights
 from tspipe.cache import Cache
 from tspipe.datasets import Dataset
 from tspipe.distributed import ALONE, Group, pick_device
-from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
+from tspipe.errors import DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
-from tspipe.learner import OWN, RANDOM, Batch, Learner
+from tspipe.learner import OWN, RANDOM, Batch, Learner, taught
 from tspipe.live_teacher import LiveTeacher
 from tspipe.local_data import check_preprocess, open_local
 from tspipe.losses import Output, Target
@@ -38,7 +38,8 @@ from tspipe.rows import exact
 from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.sharing import Sharing
 from tspipe.show import shares
-from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters
+from tspipe.teaching import Targets, check_teacher, load_teacher, row_labels, teacher_parameters
+from tspipe.views import EpochViews, views_identity
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -117,6 +118,7 @@ def _identity(config: StudentConfig) -> dict[str, Any]:
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
         **recipe.model_dump(include={"precision", "live_precision"}, exclude_defaults=True),
         **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
+        **views_identity(config.cache, recipe.views),
         **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }
 
@@ -129,8 +131,7 @@ class Run:
         recipe, cache = config.recipe, config.cache
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
         check_preprocess(cache, recipe.preprocess)
-        if cache.manifest["views"]:
-            raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
+        self.views = EpochViews.of_run(cache, recipe.views, taught(config.arms), device)
         dataset, steps = self.images = of_cache(cache, self._local)
         if len(dataset.train) < recipe.batch_size:
             raise DatasetError(
@@ -138,7 +139,7 @@ class Run:
                 f"{recipe.batch_size}. Give a smaller one: --set batch_size={max(2, len(dataset.train) // 4)}"
             )
         memory = recipe.memory or memory_bound(device)
-        self.train_pixels = Pixels(dataset.train, steps, "train", memory // 3, device)
+        self.train_pixels = Pixels(dataset.train, steps, "train", memory // 3, device, views=self.views is not None)
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
         self.test_labels = torch.from_numpy(cache.test.labels).to(device)
         self.clock = training.Clock(recipe.checkpoint_seconds)
@@ -151,7 +152,7 @@ class Run:
         self.terms = {term for learner in first for term in learner.terms}
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
-        self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
+        self.targets = Targets(columns, row_labels(cache), needs, memory // 3, device)
 
     def _local(self) -> Dataset:
         config = self.config
@@ -274,7 +275,9 @@ class Run:
         said = self._random(seed, epoch, range(len(order))[part], len(order))
         numbers, order = range(len(order))[part], order[part]
         mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
-        parts = zip(numbers, order, self.train_pixels.batches(mine), self.targets.batches(mine), said, strict=True)
+        targets, views = self.views.batches(seed, epoch, mine) if self.views else (mine, None)
+        pixel_batches, target_batches = self.train_pixels.batches(mine, views), self.targets.batches(targets)
+        parts = zip(numbers, order, pixel_batches, target_batches, said, strict=True)
         for number, rows, pixels, target, random in parts:
             whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
             yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random), whole)
