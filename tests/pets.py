@@ -9,7 +9,15 @@ from tspipe.cache import SPLITS, CacheWriter, Dimensions, Manifest
 CLASSES = ["cat", "dög"]
 
 
-def plan(rows: dict[str, int], *, width: int = 5, dtype: str = "<f2", block_rows: int = 4, pool: int = 0) -> Manifest:
+def plan(
+    rows: dict[str, int],
+    *,
+    width: int = 5,
+    dtype: str = "<f2",
+    block_rows: int = 4,
+    pool: int = 0,
+    views: int = 0,
+) -> Manifest:
     sha256 = "0" * 64
     return {
         "block_rows": block_rows,
@@ -25,7 +33,7 @@ def plan(rows: dict[str, int], *, width: int = 5, dtype: str = "<f2", block_rows
             "options": {"input_shape": [1, 2, 2]},
             "weights_sha256": sha256,
         },
-        "views": None,
+        "views": {"count": views, "flip": True, "seed": 0, "shift": 1} if views else None,
     }
 
 
@@ -39,16 +47,19 @@ def dimensions(manifest: Manifest, weights: bytes = b"") -> Dimensions:
         class_bytes=4,
         key_bytes=dict.fromkeys(SPLITS, 6),
         weights_bytes=len(weights),
+        views=manifest["views"] and manifest["views"]["count"],
         random_rows=manifest["random"] and manifest["random"]["rows"],
     )
 
 
-def rows_of(split: str, images: range, width: int) -> dict[str, np.ndarray]:
-    """The rows of these images, by arithmetic that is the same everywhere and for ever."""
+def rows_of(split: str, images: range, width: int, views: int = 1) -> dict[str, np.ndarray]:
+    """The rows of these images, with so many views, by arithmetic that is the same everywhere and for ever."""
     i = np.array(images)[:, None] + 100 * (*SPLITS, "random").index(split)
+    seen = (i + 7 * np.arange(views)).reshape(-1, 1)
     return {
-        "features": (37 * i + 11 * np.arange(width)) % 101 / np.float32(8) - 6,
-        "logits": (53 * i + 29 * np.arange(2)) % 89 / np.float32(16) - 2,
+        "features": (37 * seen + 11 * np.arange(width)) % 101 / np.float32(8) - 6,
+        "logits": (53 * seen + 29 * np.arange(2)) % 89 / np.float32(16) - 2,
+        "views": np.stack([seen % 3 - 1, seen % 5 % 3 - 1, seen % 2], axis=1)[:, :, 0].astype(np.int16),
         "labels": i[:, 0] * 5 % 7 % 2,
         "keys": np.array([f"{split[:2]}{n}".encode() for n in images]),
         "digests": (i * np.arange(1, 9) * 19 % 251).astype(np.uint8),
@@ -64,7 +75,8 @@ def write(path: Path, manifest: Manifest, weights: bytes = b"", stop_after: int 
             for block in writer.missing(split):
                 if len(done) == stop_after:
                     return done
-                writer.write_block(split, block, rows_of(split, sizes.block(split, block), sizes.width))
+                images, views = sizes.block(split, block), sizes.views_of(split)
+                writer.write_block(split, block, rows_of(split, images, sizes.width, views))
                 done.append((split, block))
         writer.finish()
     return done

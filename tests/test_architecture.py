@@ -16,7 +16,7 @@ LAYERS = [
     {"files", "plugins", "distributed", "memory", "randomness", "progress", "overlap"},
     {"cache", "preprocess", "losses", "datasets", "networks"},
     {"cached_targets"},
-    {"weights", "random_images", "recipe", "run_folder", "pixels", "show", "local_data"},
+    {"weights", "random_images", "recipe", "run_folder", "pixels", "show", "local_data", "views"},
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
     {"board", "live_teacher", "random_pool", "sharing", "student_config"},

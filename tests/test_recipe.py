@@ -179,6 +179,16 @@ def test_bad_toml(tmp_path):
             "The recipe digits: students.lenet5 cannot be 3: "
             "input should be a valid dictionary or instance of Student.",
         ),
+        *(
+            (
+                f"views={views}",
+                "The recipe digits: views: there is nothing to draw, since the first view is the plain image. Give a "
+                "count of 2 or more (0: no views), and a shift, or flip=true.",
+            )
+            for views in ('{"count": 1}', '{"count": 4, "shift": 0, "flip": false}')
+        ),
+        ("views.count=-1", "The recipe digits: views.count cannot be -1: input should be greater than or equal to 0."),
+        ("views.shfit=3", "The recipe digits has no field 'views.shfit'. Did you mean 'shift'?"),
         ("student=3", "The recipe digits: student cannot be 3: input should be a valid list."),
         ("student=[3]", "The recipe digits: student.0 cannot be 3: input should be a valid string."),
         ("lr", "--set lr: write it as field=value, for example --set lr=0.01"),

@@ -378,7 +378,7 @@ def test_settings_of_a_student_that_does_not_exist_are_refused() -> None:
     with pytest.raises(RecipeError) as refused:
         recipes.load("digits", ["students.lenett.lr=9"])
     assert str(refused.value) == (
-        "The recipe digits: Unknown student 'lenett'. There are: lenet5, alexnet, resnet56, mobilenet_v2, ntsnet, "
-        "resnet110, resnet18, resnet20, resnet32, resnet44, resnet50."
+        "The recipe digits: Unknown student 'lenett'. There are: lenet5, alexnet, lenet5_wide, mobilenet_v2, ntsnet, "
+        "resnet110, resnet18, resnet20, resnet32, resnet44, resnet50, resnet56."
     )
     assert recipes.load("digits", ["student=./mine.py", "students.mine.lr=9"]).optimisation("./mine.py").lr == 9

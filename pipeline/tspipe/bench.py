@@ -32,7 +32,7 @@ from tspipe.recipe import Compute, Features
 from tspipe.rows import exact
 from tspipe.run_folder import RunFolder, environment
 from tspipe.student_config import StudentConfig
-from tspipe.teaching import Targets, build_teacher
+from tspipe.teaching import Targets, build_teacher, row_labels
 from tspipe.train_students import Position, Run
 from tspipe.weights import Weights
 
@@ -105,7 +105,7 @@ class Bench:
         """Rows of features in random order: held, beside index_select; read, beside h5py's own indexing."""
         column = self.config.cache.train.features
         order = training.order(0, 0, len(column), self.config.recipe.batch_size)[:_ROWS]
-        labels = torch.from_numpy(self.config.cache.train.labels)
+        labels = row_labels(self.config.cache)
 
         def ours(memory: int) -> Way:
             targets = Targets({"features": column}, labels, frozenset({"features"}), memory, self.device)
@@ -258,7 +258,7 @@ class Bench:
             self._advance(1, "stage one")
 
     def _job(self) -> extract.Job:
-        """Stage one for the training images of the cache, as it was made, into the folder."""
+        """Stage one for the training images of the cache, as it was made but without views, into the folder."""
         cache, (dataset, steps) = self.config.cache, self.run.images
         compute = cache.manifest["compute"], cache.manifest["block_rows"]
         assert self.live is not None
@@ -270,8 +270,8 @@ class Bench:
             }
         )
         config = extract.ExtractConfig(recipe, Weights({}, {}, "", ""), self.run.folder.path / "bench.h5")
-        dimensions = replace(cache.dimensions, weights_bytes=0, random_rows=None)
-        plan = {**as_plan(cache.manifest), "random": None}
+        dimensions = replace(cache.dimensions, weights_bytes=0, random_rows=None, views=None)
+        plan = {**as_plan(cache.manifest), "random": None, "views": None}
         return extract.Job(config, dataset, self.live.teacher, b"", plan, dimensions)
 
     def _learner(self, student: str, arm: str) -> Learner:

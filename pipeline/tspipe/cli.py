@@ -84,6 +84,10 @@ def cache(
         int | None,
         typer.Option(metavar="P", min=1, help="Label P random images, too, for students without the teacher."),
     ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(metavar="V", help="Store V views of each training image, moved and mirrored, for students."),
+    ] = None,
     train_teacher: Annotated[
         bool,
         typer.Option("--train-teacher", help="Train the teacher first, if it has no weights and none are published."),
@@ -97,7 +101,7 @@ def cache(
     from tspipe.train_teacher import TeacherConfig
 
     name = recipe or recipes.of_dataset(dataset)
-    flags = {"dataset": dataset, "teacher.network": teacher}
+    flags = {"dataset": dataset, "teacher.network": teacher, "views.count": views}
     with distributed.group() as group:
         with group.first():
             chosen = recipes.load(name, settings or (), flags)

@@ -174,8 +174,8 @@ def local(cache: str) -> Path:
 def recipe_of(
     file: str, manifest: dict[str, Any], recipe: str | None, settings: list[str] | None, flags: dict[str, Any]
 ) -> tuple["Recipe", Path]:
-    """The recipe for a cache's dataset and preprocess, and where that dataset usually lies."""
-    from tspipe import datasets
+    """The recipe for a cache's dataset, preprocess and views, and where that dataset usually lies."""
+    from tspipe import datasets, views
     from tspipe import recipe as recipes
 
     dataset: str = manifest["dataset"]["name"]
@@ -184,7 +184,7 @@ def recipe_of(
             f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
             f"--set dataset=./{dataset}.py --recipe NAME"
         )
-    facts = {"preprocess": manifest["preprocess"]}
+    facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
     chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), {"dataset": dataset, **flags}, facts)
     return chosen, Path("data") / datasets.stem(dataset)
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tspipe import feature_net, networks, random_images, rows, weights
+from tspipe import feature_net, networks, random_images, rows, views, weights
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
 from tspipe.cache.join import absorb
 from tspipe.cache.layout import as_plan
 from tspipe.cache.write import differing
 from tspipe.datasets import Dataset, open_dataset, stem
 from tspipe.distributed import ALONE, Group, pick_device
-from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, TspipeError
+from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
 from tspipe.feature_net import FeatureNet
 from tspipe.memory import keep_freed
 from tspipe.overlap import Spent, behind
@@ -86,6 +86,11 @@ class Job:
 
 def _prepare(config: ExtractConfig) -> Job:
     recipe, name = config.recipe, config.recipe.teacher.network
+    if config.images and recipe.views.count and recipe.preprocess.crop:
+        raise RecipeError(
+            "--images keeps pixels that are cropped, and the crop takes away what views need. Leave out --images, the "
+            "views (--set views.count=0), or the crop (--set preprocess.crop=none)."
+        )
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     device = pick_device(recipe.compute.device)
     rows.exact()
@@ -156,18 +161,19 @@ def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
 
 def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], group: Group) -> None:
     """Compute and write this rank's share of the missing blocks; rank 0 shows how far all of them have come."""
-    mine = {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
-    total = sum(job.dimensions.images(split) for split in missing)
-    left, share = (sum(len(job.dimensions.block(s, n)) for s in of for n in of[s]) for of in (missing, mine))
+    sizes, mine = job.dimensions, {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
+    total = sum(sizes.images(split) * sizes.views_of(split) for split in missing)
+    left, share = (sum(len(sizes.block(s, n)) * sizes.views_of(s) for s in of for n in of[s]) for of in (missing, mine))
     done = 0
 
-    def shown(advance: Advance, images: int, what: str) -> None:
+    def shown(advance: Advance, count: int, what: str) -> None:
         nonlocal done
-        before, done = done, done + images
+        before, done = done, done + count
         advance(left * done // share - left * before // share, what)  # the others come as far in the same time
 
     try:
-        with progress("teacher", total, "images", total - left) if not group.rank else nullcontext(_silent) as advance:
+        unit = "views" if sizes.views else "images"
+        with progress("teacher", total, unit, total - left) if not group.rank else nullcontext(_silent) as advance:
             write_rows(writer, job, mine, partial(shown, advance))
     except OutOfMemory as problem:
         begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
@@ -183,9 +189,8 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
     recipe, spent = job.config.recipe, Spent()
 
     def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:
-        columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
-        writer.write_block(split, number, {"features": features, "logits": logits, **columns})
-        advance(len(block.indices), f"{split}, {spent.most}-bound")
+        writer.write_block(split, number, {"features": features, "logits": logits, **block.columns})
+        advance(len(features), f"{split}, {spent.most}-bound")
 
     with behind() as do:
         for split, numbers in blocks.items():
@@ -194,7 +199,7 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
             for number, block in zip(numbers, spent.waiting("decoding", found), strict=True):
                 with spent.on("teacher"):
                     features, logits = rows.taught(
-                        job.teacher, recipe.preprocess, recipe.compute.batch_size, block.pixels, split, number
+                        job.teacher, recipe.preprocess, recipe.compute.batch_size, block.given, split, number
                     )
                 _check_features(features, block.keys, recipe)
                 with spent.on("writing"):
@@ -218,7 +223,7 @@ def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], rec
     bad = np.flatnonzero(~(np.abs(features) <= largest).all(axis=1))
     if not len(bad):
         return
-    key = keys[bad[0]].decode()
+    key = keys[bad[0] * len(keys) // len(features)].decode()  # an image may have several views
     if np.isfinite(features[bad[0]]).all():
         raise CacheError(
             f"The teacher's features of {key!r} reach beyond {largest:,.0f}, the largest float16. "
@@ -256,7 +261,7 @@ def _plan(
             "options": options,
             "weights_sha256": weights_sha256,
         },
-        "views": None,
+        "views": views.described(recipe.views),
     }
 
 
@@ -272,6 +277,7 @@ def _dimensions(
         class_bytes=_longest(dataset.train.classes),
         key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
         weights_bytes=weights_bytes,
+        views=plan["views"] and plan["views"]["count"],
         image_shape=image_shape,
         random_rows=plan["random"] and plan["random"]["rows"],
     )

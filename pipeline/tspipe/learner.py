@@ -37,6 +37,11 @@ def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
     return f"{networks.stated_name(student)}-{re.sub('[^a-z]+', '-', arm)}{other}-seed{seed}".replace(":", "-")
 
 
+def taught(chosen: Sequence[str]) -> bool:
+    """Whether any of these arms learns from the teacher."""
+    return not set(UNTAUGHT).issuperset(chosen)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a cohort's learners share: normalised images (m, C, H, W), their targets, and random ones with theirs.

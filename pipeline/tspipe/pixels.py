@@ -1,5 +1,6 @@
 """Preprocessed pixels, batch by batch: from memory where they fit, decoded ahead in threads where not."""
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,19 +108,43 @@ class Pixels:
         what: what to call it while it is decoded.
         memory: bytes that may be held; a larger split is decoded again every epoch.
         device: where batches are wanted; what is held is held there.
+        views: whether batches may be of views, which are cropped only then.
+
+    Attributes:
+        shape: (C, H, W) of what a batch has.
     """
 
-    def __init__(self, images: Images, preprocess: Preprocess, what: str, memory: int, device: torch.device):
-        self._images, self._preprocess, self.device = images, preprocess, device
-        self.shape = input_shape(images, preprocess)
-        fits = math.prod(self.shape) * len(images) <= memory
+    def __init__(
+        self,
+        images: Images,
+        preprocess: Preprocess,
+        what: str,
+        memory: int,
+        device: torch.device,
+        *,
+        views: bool = False,
+    ):
+        self._images, self.device = images, device
+        self._preprocess = preprocess.before_views if views else preprocess
+        self._replay = preprocess.replay if views else None
+        self.shape, self._whole = input_shape(images, preprocess), input_shape(images, self._preprocess)
+        fits = math.prod(self._whole) * len(images) <= memory
         self._held = self._load(what).to(device) if fits else None
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
-        """(n, C, H, W) uint8, channels-last, on the device for each batch of indices (n,) int64."""
+    def batches(self, order: Sequence[Tensor], views: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """(n, C, H, W) uint8, channels-last, on the device for each batch of indices (n,) int64.
+
+        With `views`, (n, 3) for each batch on the device, they are those views; without, the images as they are.
+        """
+        if self._replay is None:
+            return self._as_held(order)
+        return map(self._replay, self._as_held(order), views or itertools.repeat(None))
+
+    def _as_held(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Batches as they are held, or decoded."""
         if self._held is not None:
             for rows in moved(order, self.device):
                 yield self._held.index_select(0, rows).permute(0, 3, 1, 2)
@@ -128,7 +153,7 @@ class Pixels:
             yield torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
 
     def _load(self, what: str) -> Tensor:
-        channels, height, width = self.shape
+        channels, height, width = self._whole
         if self._images.array is not None and self._images.array.shape[1:] == (height, width, channels):
             return torch.from_numpy(np.asarray(self._images.array))
         out, done = torch.empty((len(self), height, width, channels), dtype=torch.uint8), 0

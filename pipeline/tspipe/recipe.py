@@ -65,6 +65,23 @@ class Features(Section):
     dtype: Literal["float16", "float32"] = "float16"
 
 
+class Views(Section):
+    """Views of the training images, moved and mirrored: stored by stage one, replayed by stage two."""
+
+    count: int = Field(0, ge=0, le=2**16, description="views of an image, the plain one among them; 0: no views")
+    shift: int = Field(4, ge=0, le=2**14, description="they move by up to so many pixels each way")
+    flip: bool = Field(True, description="they are mirrored at random")
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> Self:
+        if self.count == 1 or (self.count and not self.shift and not self.flip):
+            raise ValueError(
+                "there is nothing to draw, since the first view is the plain image. Give a count of 2 or more "
+                "(0: no views), and a shift, or flip=true"
+            )
+        return self
+
+
 class Compute(Section):
     """How stage one computes; the cache's bytes depend on it."""
 
@@ -109,6 +126,7 @@ class Recipe(Optimisation):
     teacher: Teacher = Teacher()
     features: Features = Features()
     compute: Compute = Compute()
+    views: Views = Views()
     student: list[str] = Field(["lenet5"], min_length=1, description="the students trained when none is named")
     students: dict[str, Student] = {}
     alone: Own = Field(Own(), description="of the student alone, which --compare then trains in this way, too")
@@ -311,5 +329,5 @@ def _sentence(problem: ValidationError, name: str) -> str:
 
 
 def _known_fields() -> list[str]:
-    sections = (Recipe, Teacher, Features, Compute, Student)
+    sections = (Recipe, Teacher, Features, Compute, Views, Student)
     return [*(field for section in sections for field in section.model_fields), *Preprocess.__dataclass_fields__]

@@ -1,11 +1,13 @@
 """What a cache's rows are made of: images decoded block by block, and what the teacher says of them."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tspipe.cache import Manifest
 from tspipe.cache.layout import digest
@@ -16,8 +18,31 @@ from tspipe.pixels import check_sizes, read, read_ahead
 from tspipe.preprocess import Preprocess
 from tspipe.random_images import PoolImages
 from tspipe.randomness import seed_torch
+from tspipe.views import of_block
 
 _SEED = 0  # a cache is made once
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The views of a block's images, made batch by batch: all at once would take V times the memory of the images."""
+
+    pixels: NDArray[np.uint8] | NDArray[np.float32]  # (n, H, W, C), before the crop
+    views: NDArray[np.int16]  # (n·V, 3)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def batch(self, preprocess: Preprocess, part: slice, device: torch.device) -> Tensor:
+        """Some of the views, (m, C, H, W) uint8, cropped; each image goes to the device once."""
+        views = torch.from_numpy(self.views[part]).to(device)
+        images = torch.arange(part.start, part.start + len(views)) // (len(self.views) // len(self.pixels))
+        first, last = int(images[0]), int(images[-1])
+        pixels = torch.from_numpy(self.pixels[first : last + 1]).to(device).permute(0, 3, 1, 2)
+        return preprocess.replay(pixels[(images - first).to(device)], views)
+
+
+Given = NDArray[np.uint8] | NDArray[np.float32] | Replayed  # what the teacher gets: (n, H, W, C) pixels, or views
 
 
 class Block(NamedTuple):
@@ -28,6 +53,18 @@ class Block(NamedTuple):
     digests: NDArray[np.uint8]  # (n, 8), of the images as the dataset has them
     labels: NDArray[np.int64]  # (n,)
     keys: NDArray[np.bytes_]  # (n,)
+    views: NDArray[np.int16] | None = None  # (n·V, 3): dy, dx, flip; the pixels are then not cropped yet
+
+    @property
+    def given(self) -> Given:
+        """What the teacher gets."""
+        return self.pixels if self.views is None else Replayed(self.pixels, self.views)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that need no teacher."""
+        columns = {"labels": self.labels, "keys": self.keys, "digests": self.digests}
+        return {**columns, "views": self.views, "images": self.pixels}
 
 
 def exact() -> None:
@@ -42,6 +79,9 @@ def of_section(
     """The images of these blocks of a split, or of the `random` pool as the manifest describes it."""
     if section == "random":
         return drawn(PoolImages.of(manifest), blocks)
+    if section == "train" and (views := manifest["views"]):
+        found = decoded(dataset.train, preprocess.before_views, blocks)
+        return (block._replace(views=of_block(views, block.indices, manifest["block_rows"])) for block in found)
     return decoded(dataset.split(section), preprocess, blocks)
 
 
@@ -81,11 +121,11 @@ def taught(
     teacher: FeatureNet,
     preprocess: Preprocess,
     batch_size: int,
-    pixels: NDArray[np.uint8] | NDArray[np.float32],
+    pixels: Given,
     split: str,
     block: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features (n, d) and logits (n, c) of a block's (n, H, W, C) pixels, batch by batch; none crosses a block.
+    """Features (n, d) and logits (n, c) of a block's n images or views, batch by batch; none crosses a block.
 
     A teacher that draws random numbers in eval mode, too, draws the same for the same block. Raises OutOfMemory with
     a batch size that does run on this block; it is not taken, since the last digits depend on it.
@@ -113,14 +153,19 @@ def _taught(
     teacher: FeatureNet,
     preprocess: Preprocess,
     batch_size: int,
-    pixels: NDArray[np.uint8] | NDArray[np.float32],
+    pixels: Given,
     split: str,
     block: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     device, outputs = teacher.head.weight.device, []
-    for number, batch in enumerate(torch.from_numpy(pixels).split(batch_size)):
+    for number, start in enumerate(range(0, len(pixels), batch_size)):
+        part = slice(start, start + batch_size)
+        if isinstance(pixels, Replayed):
+            batch = pixels.batch(preprocess, part, device)
+        else:
+            batch = torch.from_numpy(pixels[part]).to(device).permute(0, 3, 1, 2)
         seed_torch(_SEED, f"teacher, {split}", block, number)
-        outputs.append(teacher(preprocess.normalise(batch.to(device).permute(0, 3, 1, 2))))
+        outputs.append(teacher(preprocess.normalise(batch)))
     features, logits = (torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
     return features, logits
 

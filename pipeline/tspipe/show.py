@@ -90,6 +90,7 @@ def show_cache(cache: Facts) -> None:
         "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
         "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS)
         + (" (pixels in the file)" if cache.has_images else ""),
+        **_views(manifest["views"]),
         "licence": plain(dataset["license"], 400) or "not stated",
         "preprocess": _preprocess(manifest["preprocess"]),
         "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"
@@ -235,6 +236,13 @@ def _accuracy(manifest: Manifest, split: str) -> float:
 
 def _pool(random: dict[str, Any] | None) -> dict[str, str]:
     return {"random pool": "{rows:,} images, {generator}, seed {seed}".format(**random)} if random else {}
+
+
+def _views(views: dict[str, Any] | None) -> dict[str, str]:
+    if not views:
+        return {}
+    how = "moved by up to {shift} pixels".format(**views) + (", mirrored" if views["flip"] else "")
+    return {"views": f"{views['count']:,} of each training image, {how}, seed {views['seed']}"}
 
 
 def _preprocess(fields: dict[str, Any]) -> str:

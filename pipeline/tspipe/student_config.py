@@ -11,6 +11,7 @@ from tspipe.cache import Cache
 from tspipe.errors import RecipeError
 from tspipe.learner import OWN, RANDOM
 from tspipe.recipe import Recipe
+from tspipe.views import views_identity
 
 _WHERE_CHANGED = {"live_precision", "precision", "random_generator", "val_fraction"}
 
@@ -58,5 +59,6 @@ def identity(config: StudentConfig) -> dict[str, Any]:
         **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
         **recipe.model_dump(include=_WHERE_CHANGED, exclude_defaults=True),
         **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
+        **views_identity(config.cache, recipe.views),
         **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
     }

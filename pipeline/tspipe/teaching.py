@@ -27,8 +27,8 @@ class Targets:
     """The cached targets of a split: held where batches are wanted if they fit, else read row by row.
 
     Args:
-        columns: features (N, d) and logits (N, c).
-        labels: (N,) int64.
+        columns: features (N, d) and logits (N, c); with V views of an image N·V rows.
+        labels: of each row, int64.
         needs: which of them the losses want; the others come with no columns.
         memory: bytes that may be held.
     """
@@ -90,6 +90,11 @@ def weighted(recipe: Recipe, cache: Cache) -> Recipe:
             "Give a number: --set mse_weight=1"
         )
     return recipe.model_copy(update={"mse_weight": 1 / variance})
+
+
+def row_labels(cache: Cache) -> Tensor:
+    """The label of each row of the training targets, (N·V,) int64."""
+    return torch.from_numpy(cache.train.labels).repeat_interleave(cache.dimensions.views_of("train"))
 
 
 def load_teacher(
@@ -163,7 +168,8 @@ def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:
     chooses parts, rounding may once make it choose otherwise, but another network differs everywhere.
     """
     live = run_teacher(teacher, images).features.cpu()
-    cached = torch.from_numpy(cache.train.features[: len(images)]).float()
+    views = cache.dimensions.views_of("train")  # of each image the first is the plain one
+    cached = torch.from_numpy(cache.train.features[: len(images) * views : views]).float()
     apart = (live - cached).abs().amax(1) / cached.abs().max().clamp(min=1e-12)
     apart = apart.nan_to_num(torch.inf)
     if apart.median() > ROUNDING and not draws_at_random(teacher, images):

@@ -19,9 +19,9 @@ from tspipe import networks, random_images, training, weights
 from tspipe.board import Board, board
 from tspipe.datasets import Dataset
 from tspipe.distributed import ALONE, Group, pick_device
-from tspipe.errors import CacheMismatch, DatasetError, RecipeError, TrainingError
+from tspipe.errors import DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
-from tspipe.learner import OWN, RANDOM, UNTAUGHT, Batch, Learner
+from tspipe.learner import OWN, RANDOM, UNTAUGHT, Batch, Learner, taught
 from tspipe.live_teacher import LiveTeacher
 from tspipe.local_data import check_preprocess, open_local
 from tspipe.losses import Output, Target
@@ -36,7 +36,8 @@ from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.sharing import Sharing
 from tspipe.show import loss_ratios, shares
 from tspipe.student_config import StudentConfig, identity
-from tspipe.teaching import Targets, check_teacher, load_teacher, teacher_parameters, weighted
+from tspipe.teaching import Targets, check_teacher, load_teacher, row_labels, teacher_parameters, weighted
+from tspipe.views import EpochViews
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -86,8 +87,7 @@ class Run:
         recipe, cache = config.recipe, config.cache
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
         check_preprocess(cache, recipe.preprocess)
-        if cache.manifest["views"]:
-            raise CacheMismatch(f"{cache.path.name} holds views of its images, which this tspipe cannot replay yet.")
+        self.views = EpochViews.of_run(cache, recipe.views, taught(config.arms), device)
         dataset, steps = self.images = of_cache(cache, self._local)
         self.held_back = round(recipe.val_fraction * len(dataset.train))
         self.trained_on = len(dataset.train) - self.held_back
@@ -102,7 +102,7 @@ class Run:
                 "larger one: --set val_fraction=0.1"
             )
         memory = recipe.memory or memory_bound(device)
-        self.train_pixels = Pixels(dataset.train, steps, "train", memory // 3, device)
+        self.train_pixels = Pixels(dataset.train, steps, "train", memory // 3, device, views=self.views is not None)
         self.test_pixels = Pixels(dataset.test, steps, "test", memory // 3, device)
         self.train_labels, self.test_labels = (
             torch.from_numpy(split.labels).to(device) for split in (cache.train, cache.test)
@@ -120,7 +120,7 @@ class Run:
         self.terms = {term for learner in first for term in learner.terms}
         needs = frozenset().union(*(learner.needs for learner in first))
         columns = {"features": cache.train.features, "logits": cache.train.logits}
-        self.targets = Targets(columns, torch.from_numpy(cache.train.labels), needs, memory // 3, device)
+        self.targets = Targets(columns, row_labels(cache), needs, memory // 3, device)
 
     def _local(self) -> Dataset:
         config = self.config
@@ -259,7 +259,9 @@ class Run:
         said = self._random(seed, epoch, range(len(order))[part], len(order))
         numbers, order = range(len(order))[part], order[part]
         mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
-        parts = zip(numbers, order, self.train_pixels.batches(mine), self.targets.batches(mine), said, strict=True)
+        targets, views = self.views.batches(seed, epoch, mine) if self.views else (mine, None)
+        pixel_batches, target_batches = self.train_pixels.batches(mine, views), self.targets.batches(targets)
+        parts = zip(numbers, order, pixel_batches, target_batches, said, strict=True)
         for number, rows, pixels, target, random in parts:
             whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
             yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random), whole)

@@ -93,7 +93,7 @@ class Agreement(NamedTuple):
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
     """Run the teacher again on images chosen at random: the pixels in the file, else the local dataset's.
 
-    They are of both splits, and of the random pool where there is one.
+    They are of both splits, and of the random pool where there is one; of an image's views the first, the plain one.
     """
     dataset, preprocess = of_cache(cache, config.dataset)
     device = pick_device(config.recipe.device)
@@ -104,7 +104,7 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
     found, at_once = [], cache.manifest["compute"]["batch_size"]
     for split, first, end in zip(sizes.sections, [0, *ends[:-1]], ends, strict=True):
         mine = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
-        stored, views = (cache.random, 1) if split == "random" else (cache.split(split), sizes.views or 1)
+        stored, views = cache.random if split == "random" else cache.split(split), sizes.views_of(split)
         assert stored is not None
         pixels_of = _pixels_of(split, cache, dataset, preprocess)
         with progress(f"teacher, {split}", len(mine), "images") as advance:
@@ -197,8 +197,6 @@ def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int],
         split, _, column = part.dataset.partition("_")
         if split not in sizes.sections:
             continue
-        if column == "views" or (split in SPLITS and column in _BY_TEACHER and sizes.views):
-            raise CacheError(f"{cache.path}: this tspipe cannot compute {part.dataset} again. Get the file again.")
         for block in range(sizes.blocks(split)):
             if sizes.column_rows(split, column, sizes.block(split, block)).start in part.rows:
                 found[split, block].add(column)
@@ -220,10 +218,10 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
             found = rows.of_section(split, dataset, preprocess, cache.manifest, ranges)
             for number, block in zip(mine, found, strict=True):
-                columns = {"labels": block.labels, "keys": block.keys, "digests": block.digests, "images": block.pixels}
+                columns = block.columns
                 if teacher is not None and blocks[split, number] & _BY_TEACHER:
                     features, logits = rows.taught(
-                        teacher, preprocess, compute["batch_size"], block.pixels, split, number
+                        teacher, preprocess, compute["batch_size"], block.given, split, number
                     )
                     columns |= {"features": features, "logits": logits}
                 wrong = file.block(split, number, {name: columns[name] for name in blocks[split, number]})

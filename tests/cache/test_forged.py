@@ -118,6 +118,22 @@ def test_a_pool_that_the_manifest_does_not_describe(tmp_path: Path, attack: Chan
     assert refusal(tmp_path / "pool.h5") == said
 
 
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (changed("views", None), "it holds 'train_views', which the format does not know."),
+        (changed("views.count", 3), "'train_features' is <f2 (20, 5); its manifest says <f2 (30, 5)."),
+        (changed("views.count", 1), "manifest.views.count cannot be 1."),
+        (changed("views.shift", -1), "manifest.views.shift cannot be -1."),
+        (changed("views.flip", 1), "manifest.views.flip cannot be 1."),
+    ],
+)
+def test_views_that_the_manifest_does_not_describe(tmp_path: Path, attack: Change, said: str) -> None:
+    write(tmp_path / "views.h5", plan({"train": 10, "test": 3}, views=2))
+    attack(tmp_path / "views.h5")
+    assert refusal(tmp_path / "views.h5") == said
+
+
 def test_a_deep_manifest_does_not_exhaust_the_stack() -> None:
     """Of some depth it can be parsed, but not shown in a message."""
     text = encode_manifest(plan({"train": 1, "test": 1}))

@@ -8,7 +8,7 @@ import pets
 from tspipe.cache import CacheWriter
 from tspipe.cache.join import absorb
 
-PLAN = pets.plan({"train": 10, "test": 6}, pool=6)
+PLAN = pets.plan({"train": 10, "test": 6}, pool=6, views=2)
 SIZES = pets.dimensions(PLAN)
 
 
@@ -20,7 +20,8 @@ def write(path: Path, rank: int, blocks: list[tuple[str, int]], **changed: objec
     """A rank's part file with these blocks."""
     with writer(path, rank, **changed) as file:
         for split, block in blocks:
-            file.write_block(split, block, pets.rows_of(split, SIZES.block(split, block), SIZES.width))
+            images, views = SIZES.block(split, block), SIZES.views_of(split)
+            file.write_block(split, block, pets.rows_of(split, images, SIZES.width, views))
         file.sync()
     return file.part
 

@@ -72,6 +72,13 @@ def test_round_trip() -> None:
         ("preprocess.std", [0.0], "manifest.preprocess.std cannot be [0.0]."),
         ("preprocess.mean", [1e400], None),
         ("views", {"count": 4}, "manifest.views lacks the field 'flip'."),
+        ("views.count", 1, "manifest.views.count cannot be 1."),
+        ("views.shift", 2**15, "manifest.views.shift cannot be 32768."),
+        (
+            "views",
+            {"count": 2, "flip": False, "seed": 0, "shift": 0},
+            "manifest.views has neither a shift nor a flip.",
+        ),
     ],
 )
 def test_what_the_schema_does_not_allow(path: str, value: object, said: str | None) -> None:
@@ -122,11 +129,17 @@ def test_a_plan_may_lack_what_is_known_only_at_the_end() -> None:
     assert decode_manifest(encode_manifest(plan), finished=False) == plan
 
 
-def test_a_pool_has_a_row_for_each_image_whatever_views_the_splits_have() -> None:
+def test_only_training_images_have_views() -> None:
     keys = {"train": 4, "test": 4}
     sizes = Dimensions({"train": 8, "test": 4}, 5, 2, "<f2", 4, 4, keys, views=3, random_rows=6)
     assert sizes.sections == ("train", "test", "random")
     assert sizes.column_rows("train", "features", sizes.block("train", 1)) == slice(12, 24)
+    assert sizes.column_rows("train", "labels", sizes.block("train", 1)) == slice(4, 8)
+    assert sizes.column_rows("test", "features", sizes.block("test", 0)) == slice(0, 4)
     assert sizes.column_rows("random", "features", sizes.block("random", 1)) == slice(4, 6)
+    assert [split for split in sizes.sections if "views" in sizes.columns(split)] == ["train"]
+    shapes = {name: shape for name, (_, shape) in sizes.datasets().items()}
+    assert (shapes["train_views"], shapes["train_logits"], shapes["train_checksums"]) == ((24, 3), (24, 2), (2, 6, 32))
+    assert (shapes["test_features"], shapes["test_checksums"]) == ((4, 5), (1, 5, 32))
     assert sizes.datasets()["random_features"][1] == (6, 5)
     assert Dimensions({"train": 8, "test": 4}, 5, 2, "<f2", 4, 4, keys).sections == ("train", "test")

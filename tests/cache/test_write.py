@@ -25,6 +25,7 @@ from tspipe.errors import CacheBusy, CacheError, CacheIncomplete, CacheMismatch
     block_rows=st.integers(1, 8),
     weights=st.binary(max_size=20),
     pool=st.integers(0, 9),
+    views=st.sampled_from([0, 2, 3]),
 )
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory,
@@ -35,16 +36,18 @@ def test_what_is_written_is_read(
     block_rows: int,
     weights: bytes,
     pool: int,
+    views: int,
 ) -> None:
-    path = tmp_path_factory.mktemp("w") / "pets.h5"
-    manifest = plan({"train": train, "test": test}, width=width, dtype=dtype, block_rows=block_rows, pool=pool)
+    path, rows = tmp_path_factory.mktemp("w") / "pets.h5", {"train": train, "test": test}
+    manifest = plan(rows, width=width, dtype=dtype, block_rows=block_rows, pool=pool, views=views)
     write(path, manifest, weights)
     cache = open_cache(path)
     sizes = dimensions(manifest, weights)
     assert cache.classes == CLASSES
     assert cache.has_teacher == bool(weights)
     for split in SPLITS:
-        blocks = [rows_of(split, sizes.block(split, b), width) for b in range(sizes.blocks(split))]
+        times = (views or 1) if split == "train" else 1
+        blocks = [rows_of(split, sizes.block(split, b), width, times) for b in range(sizes.blocks(split))]
         expected = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         found = cache.split(split)
         np.testing.assert_array_equal(found.features, expected["features"].astype(dtype))
@@ -52,7 +55,10 @@ def test_what_is_written_is_read(
         np.testing.assert_array_equal(found.labels, expected["labels"])
         np.testing.assert_array_equal(found.keys, expected["keys"])
         np.testing.assert_array_equal(found.digests, expected["digests"])
-        correct = int((expected["logits"].argmax(1) == expected["labels"]).sum())
+        assert (found.views is None) == (not views or split == "test")
+        if found.views is not None:
+            np.testing.assert_array_equal(found.views, expected["views"])
+        correct = int((expected["logits"][::times].argmax(1) == expected["labels"]).sum())
         assert cache.manifest["teacher"]["correct"][split] == correct
     assert (cache.random is None) == (pool == 0)
     if cache.random is not None:
@@ -73,7 +79,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 def test_stopped_anywhere_it_goes_on_and_ends_with_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int]
 ) -> None:
-    folder, manifest = tmp_path_factory.mktemp("w"), plan({"train": 10, "test": 5}, pool=9)
+    folder, manifest = tmp_path_factory.mktemp("w"), plan({"train": 10, "test": 5}, pool=9, views=2)
     every_block = write(folder / "whole.h5", manifest)
     path, done = folder / "pets.h5", []
     for stop in stops:

@@ -32,7 +32,7 @@ _SHARED = 2  # a message's flag: it lies in another object
 _LAYOUTS = {h5py.h5d.COMPACT: "compact", h5py.h5d.CHUNKED: "chunked", h5py.h5d.VIRTUAL: "virtual"}
 _MOST_DATASETS = 64
 _LONGEST_NAME = 4096  # bytes of a key or a class name
-_READ_WHOLE = ("classes", "labels", "keys", "digests", "checksums")
+_READ_WHOLE = ("classes", "labels", "keys", "digests", "views", "checksums")
 _MOST_AT_ONCE = 2**30  # bytes of each of these: a sparse file of a few kilobytes can be of any size
 _DAMAGED = "its HDF5 structure is damaged. Get the file again from where it came from."
 _NOT_PLAIN = "its HDF5 structure is not of the plain kind that the format uses."
@@ -282,6 +282,8 @@ def _dimensions(manifest: Manifest, found: dict[str, Region]) -> Dimensions:
         return found[name]
 
     images = found.get("train_images")
+    if images and manifest["views"] and manifest["preprocess"]["crop"]:
+        raise NotACache("its images are cropped, which has taken away what its views need.")
     weights = found.get("teacher_weights")
     return Dimensions(
         rows={split: manifest["dataset"]["rows"][split] for split in SPLITS},

@@ -108,7 +108,7 @@ def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
         moved=int((np.argsort(rows[1]) != np.arange(len(common))).sum()),
     )
     # Of an image's views the first; row i·V + v is its view v.
-    at = [mine[same] * (cache.dimensions.views or 1) for cache, mine in zip((first, second), rows, strict=True)]
+    at = [mine[same] * cache.dimensions.views_of(name) for cache, mine in zip((first, second), rows, strict=True)]
     found.features, _ = _apart(splits[0].features, splits[1].features, *at)
     found.logits, found.argmax = _apart(splits[0].logits, splits[1].logits, *at)
     return found

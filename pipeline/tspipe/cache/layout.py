@@ -43,7 +43,7 @@ class Dimensions:
     class_bytes: int  # the longest class name, in bytes
     key_bytes: Mapping[str, int]  # the longest key of each split, in bytes
     weights_bytes: int = 0  # 0: the teacher's weights are not in the file
-    views: int | None = None  # V, replayable views per image
+    views: int | None = None  # V, replayable views per training image
     image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
     random_rows: int | None = None  # P, the random pool
 
@@ -65,17 +65,20 @@ class Dimensions:
         start = index * self.block_rows
         return range(start, min(start + self.block_rows, self.images(split)))
 
+    def views_of(self, split: str) -> int:
+        """V, how many rows of features and logits an image has: 1 without views, and outside of `train`."""
+        return (self.views or 1) if split == "train" else 1
+
     def columns(self, split: str) -> list[str]:
         """The columns of a split that checksums cover, in the order of the checksums."""
         if split == "random":
             return ["features", "logits"]
-        absent = {"views": self.views is None, "images": self.image_shape is None}
+        absent = {"views": self.views is None or split != "train", "images": self.image_shape is None}
         return [column for column in COLUMNS if not absent.get(column)]
 
     def column_rows(self, split: str, column: str, images: range) -> slice:
         """The rows of a split's column that belong to these images: those with a row per view have V each."""
-        per_view = column in ("features", "logits", "views") and split != "random"
-        times = (self.views or 1) if per_view else 1
+        times = self.views_of(split) if column in ("features", "logits", "views") else 1
         return slice(images.start * times, images.stop * times)
 
     def datasets(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -88,14 +91,14 @@ class Dimensions:
         yield "classes", f"S{self.class_bytes}", (self.classes,)
         for split in SPLITS:
             n = self.rows[split]
-            views = n * (self.views or 1)
-            yield f"{split}_features", self.feature_dtype, (views, self.width)
-            yield f"{split}_logits", "<f4", (views, self.classes)
+            seen = n * self.views_of(split)
+            yield f"{split}_features", self.feature_dtype, (seen, self.width)
+            yield f"{split}_logits", "<f4", (seen, self.classes)
             yield f"{split}_labels", "<i8", (n,)
             yield f"{split}_keys", f"S{self.key_bytes[split]}", (n,)
             yield f"{split}_digests", "u1", (n, DIGEST_BYTES)
-            if self.views is not None:
-                yield f"{split}_views", "<i2", (views, 3)
+            if "views" in self.columns(split):
+                yield f"{split}_views", "<i2", (seen, 3)
             if self.image_shape is not None:
                 yield f"{split}_images", "u1", (n, *self.image_shape)
             yield f"{split}_checksums", "u1", (self.blocks(split), len(self.columns(split)), CHECKSUM_BYTES)
@@ -246,7 +249,7 @@ _SCHEMA: dict[str, Any] = {
     },
     "views": _Optional(
         {
-            "count": _integer(1, 2**16),
+            "count": _integer(2, 2**16),
             "flip": lambda value: isinstance(value, bool),
             "seed": _integer(0, 2**63 - 1),
             "shift": _integer(0, 2**14),
@@ -281,3 +284,5 @@ def _agree(manifest: Manifest) -> None:
             raise NotACache(f"manifest.teacher.correct.{split} is {correct[split]} of {rows[split]} images.")
     if len(preprocess["mean"]) != len(preprocess["std"]):
         raise NotACache("manifest.preprocess has a mean and a std of different lengths.")
+    if (views := manifest["views"]) and not (views["shift"] or views["flip"]):
+        raise NotACache("manifest.views has neither a shift nor a flip.")

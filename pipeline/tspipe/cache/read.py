@@ -125,7 +125,7 @@ class Column(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Split:
-    """One split's columns; n images, V views of each, features and logits with a row per view."""
+    """One split's columns; n images, V views of each (1 in `test`), features and logits with a row per view."""
 
     features: Column  # (n·V, d) float16 or float32
     logits: Column  # (n·V, c) float32

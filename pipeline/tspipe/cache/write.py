@@ -229,8 +229,8 @@ def fingerprint(classes: bytes, columns: Mapping[str, Column]) -> str:
 
 
 def correct(columns: Mapping[str, Column], dimensions: Dimensions, split: str) -> int:
-    """How many of a split's images the teacher classifies rightly (of each image's first view)."""
-    logits = columns[f"{split}_logits"].load()[:: dimensions.views or 1]
+    """How many of a split's images the teacher classifies rightly (of each image's first view, the plain one)."""
+    logits = columns[f"{split}_logits"].load()[:: dimensions.views_of(split)]
     return int((logits.argmax(axis=1) == columns[f"{split}_labels"].load()).sum())
 
 
