@@ -146,8 +146,8 @@ ERRORS = [
     ),
     (
         ["teacher", "--dataset", "digits", "--teacher", "resnet21"],
-        "Unknown network 'resnet21'. There are: resnet32, resnet20, resnet18, alexnet, lenet5, lenet5_wide, mobilenet_v2, "
-        "ntsnet, resnet110, resnet44, resnet50, resnet56.",
+        "Unknown network 'resnet21'. There are: resnet32, resnet20, resnet18, alexnet, lenet5, lenet5_wide, "
+        "mobilenet_v2, ntsnet, resnet110, resnet44, resnet50, resnet56.",
     ),
     (
         ["teacher", "--dataset", "digits", "--set", "epoch=3"],
