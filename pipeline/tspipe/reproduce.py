@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tspipe import datasets, learner, recipe, teachers
+from tspipe import datasets, learner, networks, recipe, teachers
 from tspipe.cache import Cache, open_cache
 from tspipe.commands import recipe_of
 from tspipe.distributed import ALONE, Group
@@ -68,7 +68,11 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
     """
     with group.first():
         found = parts(config)
-        arms_of(config, recipe.load(_recipe(config, found[0]), config.settings))
+        for part in found:  # what is wrong is said now, not after hours of stage one
+            chosen = recipe.load(_recipe(config, part), config.settings, {"student": list(config.students) or None})
+            arms_of(config, chosen)
+            for student in chosen.student:
+                networks.check(student)
     caches = [config.cache or _cache(config, part, group) for part in found]
     runs: list[RunFolder] = []
     with group.first():
@@ -76,7 +80,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
     sizes = [_images(job) for job in jobs]
     for i, job in enumerate(jobs):
         if not group.rank:
-            say(_headline(job, found[i]))
+            _announce(job, found[i])
         around = (sum(sizes[:i]), sum(sizes[i + 1 :]))
         runs.append(train_students(replace(job, around=around), group))
     return runs
@@ -176,7 +180,8 @@ def _differences(config: TableConfig, part: Part, chosen: Recipe, paper: Recipe,
     if teacher != paper.teacher.network:
         found.append(f"the teacher is {teacher}, the paper's {paper.teacher.network}")
     if config.epochs and config.epochs != paper.epochs:
-        found.append(f"{config.epochs} epochs, not {paper.epochs}, and the learning rate's schedule in proportion")
+        epochs = _counted(config.epochs, "epoch")
+        found.append(f"{epochs}, not {paper.epochs}, and the learning rate's schedule in proportion")
     if config.recipe:
         found.append(f"the recipe {config.recipe}")
     if chosen.random_source == "pool":
@@ -204,10 +209,15 @@ def _images(job: StudentConfig) -> int:
     return len(job.cache.train.labels) * job.recipe.epochs * job.recipe.seeds
 
 
-def _headline(job: StudentConfig, part: Part) -> str:
+def _announce(job: StudentConfig, part: Part) -> None:
+    """Say what is trained now, and what of it is not as the paper has it."""
     chosen = job.recipe
-    title = chosen.paper.title if chosen.paper else part.name
-    seeds = f"{chosen.seeds} seed{'s' * (chosen.seeds > 1)}"
-    head = f"{title}: {', '.join(chosen.student)}; {', '.join(job.arms)}; {chosen.epochs} epochs, {seeds}."
-    differs = chosen.paper.differs if chosen.paper else []
-    return head + (f" Not as in the paper: {'; '.join(differs)}." if differs else "")
+    title, differs = (chosen.paper.title, chosen.paper.differs) if chosen.paper else (part.name, [])
+    counts = f"{_counted(chosen.epochs, 'epoch')}, {_counted(chosen.seeds, 'seed')}"
+    say(f"{title}: {', '.join(chosen.student)}; {'; '.join(job.arms)}; {counts}")
+    for sentence in differs:
+        say(f"  not as in the paper: {sentence}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"

@@ -34,6 +34,11 @@ def stated_name(name: str) -> str:
     return plugins.stated_name("networks", name)
 
 
+def check(name: str) -> None:
+    """Raise NetworkError unless there is a network of this name, or a file of the user's that defines one."""
+    _defined(name, "build")
+
+
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any] = {}) -> nn.Module:
     """A network with random initial weights, from torch's own generator.
 
