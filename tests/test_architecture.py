@@ -20,7 +20,7 @@ LAYERS = [
     {"feature_net", "training"},
     {"learner", "rows", "teaching"},
     {"board", "live_teacher", "random_pool", "sharing", "student_config"},
-    STAGES | {"report"},
+    STAGES | {"figures", "page", "report", "results", "tables"},
     {"teachers"},
     {"bench"},
     {"commands"},

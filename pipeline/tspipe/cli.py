@@ -238,7 +238,7 @@ def bench(
         show_bench(result)
 
 
-for command in (commands.info, commands.verify, commands.diff, commands.push, commands.pull):
+for command in (commands.info, commands.verify, commands.diff, commands.push, commands.pull, commands.report):
     app.command()(command)
 app.command("list")(commands.list_)
 

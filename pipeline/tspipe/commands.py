@@ -149,6 +149,18 @@ def list_(
         print(name)
 
 
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder; else the run's own, or one in reports/.", show_default=False)
+    ] = None,
+) -> None:
+    """Tables, figures and one HTML file of finished runs."""
+    from tspipe import report as reports
+
+    reports.make(runs, out)
+
+
 def local(cache: str) -> Path:
     """The path of a cache; one at a URL is fetched once and kept, and used again while the remote is unchanged."""
     from tspipe.cache import transfer

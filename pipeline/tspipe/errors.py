@@ -13,6 +13,7 @@ TspipeError
 ├── OutOfMemory           a batch that does not fit, and one that does
 ├── OtherProcessFailed    of the same job; it says why itself
 ├── RecipeError           a recipe, a flag or an override
+├── ReportError           a run that cannot be reported
 └── TrainingError         a loss that is no longer a number
 
 Every message says what is wrong, where, and what to do about it, in a sentence
@@ -74,6 +75,10 @@ class OtherProcessFailed(TspipeError):
 
 class RecipeError(TspipeError):
     """A recipe, a flag or an override does not make sense."""
+
+
+class ReportError(TspipeError):
+    """A run folder is not one that can be reported, or what draws its figures is missing."""
 
 
 class TrainingError(TspipeError):

@@ -1,0 +1,91 @@
+"""Results as tables of text and as sentences, the same for the terminal and for HTML; foreign names as they are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tspipe.results import Comparison, Findings, Sample
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings; the first `names` columns name things, the others are numbers or what they say."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    names: int = 2
+
+
+def accuracies(found: Findings) -> Table:
+    """Test accuracies in percent, mean ± sample deviation over the seeds, below the teacher's."""
+    teacher = found.summary.teacher
+    nothing = [""] * (len(found.choices) - 1)
+    parameters = "" if teacher.parameters is None else f"{teacher.parameters:,}"
+    rows = [[teacher.network, "teacher", f"{100 * teacher.test_accuracy:.2f}", *nothing, parameters, ""]]
+    for result in found.results:
+        samples = [percent(sample) for sample in result.accuracy.values()]
+        pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
+        rows.append([result.student, result.name, *samples, f"{result.parameters:,}", pace])
+    headings = ["network", "arm", *found.choices, "parameters", "s/epoch"]
+    return Table(f"{found.summary.dataset}: {found.duration}", headings, rows)
+
+
+def differences(found: Findings) -> Table:
+    """What each comparison comes to, in points, with its 95 % interval and what that allows to say."""
+    rows = [
+        [c.result.student, c.result.name, c.base.name, *(verdict(c.difference(choice)) for choice in found.choices)]
+        for c in found.comparisons
+    ]
+    return Table("Paired differences of test accuracy", ["network", "arm", "over", *found.choices], rows, names=3)
+
+
+def verdicts(found: Findings, choice: str = "last") -> list[str]:
+    """For each taught arm, in one sentence, whether it differs from the student alone."""
+    return [f"{c.result.student}, {c.name}: {verdict(c.difference(choice))}" for c in found.comparisons]
+
+
+def beside_paper(found: Findings) -> Table:
+    """Best test accuracies and differences beside the paper's, then the others it names; no rows without a paper."""
+    paper = found.summary.paper
+    differences = {id(c.result): c for c in found.comparisons if c.paper is not None}
+    rows = [
+        [r.student, r.name, percent(r.accuracy["best"]), f"{100 * r.paper:.2f}", *_signs(differences.get(id(r)))]
+        for r in found.results
+        if r.paper is not None
+    ]
+    rows += [[name, "", "", f"{100 * value:.2f}", "", "", ""] for name, value in (paper.others if paper else {}).items()]
+    headings = ["network", "arm", "best", "paper", "difference", "paper's", "in sign"]
+    return Table(f"Beside the paper's {paper.title}" if paper else "", headings, rows)
+
+
+def paper_notes(found: Findings) -> Iterator[str]:
+    """Where the paper's numbers are from, how to read them, and what is not as there."""
+    if paper := found.summary.paper:
+        yield (
+            f"{paper.source}. It gives the best test accuracy of any epoch, so ours beside it is the best, too. "
+            "A difference of ours that shows nothing is neither of its sign nor of the other."
+        )
+        if paper.differs:
+            yield f"Not as in the paper: {'; '.join(paper.differs)}."
+
+
+def verdict(difference: Sample) -> str:
+    """A difference in points, its 95 % interval, and what that allows to say."""
+    points = f"{100 * difference.mean:+.2f}"
+    if difference.margin is None:
+        return f"{points} (one seed: no interval, so no conclusion)"
+    low, high = 100 * (difference.mean - difference.margin), 100 * (difference.mean + difference.margin)
+    return f"{points} ({low:+.2f} to {high:+.2f}), {difference.conclusion}"
+
+
+def percent(sample: Sample) -> str:
+    """A mean in percent, and the sample deviation, if there is one."""
+    deviation = "" if sample.deviation is None else f" ± {100 * sample.deviation:.2f}"
+    return f"{100 * sample.mean:.2f}{deviation}"
+
+
+def _signs(comparison: Comparison | None) -> list[str]:
+    if comparison is None or comparison.paper is None:
+        return ["", "", ""]
+    ours = f"{100 * comparison.difference('best').mean:+.2f}"
+    return [ours, f"{100 * comparison.paper:+.2f}", comparison.agreement]
