@@ -158,5 +158,8 @@ def test_on_the_command_line(tspipe: Callable, photos: Path) -> None:
     assert (found.code, found.error) == (0, "")
     assert "Table 1: lenet5_wide; alone; taught; 1 epoch, 1 seed\n" in found.out
     assert "  not as in the paper: folder:photos stands for cifar10\n" in found.out
+    (page,) = Path("runs").glob("*/report.html")
+    assert found.out.endswith(f"Report: {page} (figures beside it)\n")
+    assert "81.36" in page.read_text()
     refused = tspipe("reproduce", "table1", "--arms", "own")
     assert (refused.code, refused.error) == (1, "table1 has no arm 'own'. There are: alone, taught, random.")

@@ -196,17 +196,17 @@ def reproduce(
     download: Download = False,
 ) -> None:
     """Run an experiment of the paper, and set its numbers beside the paper's."""
-    from tspipe import distributed, report
+    from tspipe import distributed, figures, report
     from tspipe import reproduce as job
 
+    figures.check()
     some, of_arms = (tuple(text.split(",")) if text else () for text in (students, arms))
     where = dataset, data, weights, cache, recipe
     config = job.TableConfig(table, some, of_arms, epochs, seeds, *where, tuple(settings or ()), download)
     with distributed.group() as group:
         runs = job.reproduce(config, group)
     if not group.rank:
-        for run in runs:
-            report.show(run)
+        report.make(runs)
 
 
 @app.command()

@@ -157,8 +157,9 @@ def report(
 ) -> None:
     """Tables, figures and one HTML file of finished runs."""
     from tspipe import report as reports
+    from tspipe.results import open_run
 
-    reports.make(runs, out)
+    reports.make([open_run(path) for path in {path.resolve(): path for path in runs}.values()], out)
 
 
 def local(cache: str) -> Path:

@@ -26,7 +26,7 @@ _GREY = "#808080"
 _COLOURS = {ALONE: "#0072B2", OWN: "#B5659A", TAUGHT: "#D55E00", RANDOM: "#009E73"}
 _HATCHES, _DASHES = ("", "///", "...", "xxx"), ("-", "--", ":", "-.")  # of one arm's losses
 _MARKERS = ("o", "s", "^", "v")
-_HOLLOW = {"marker": "D", "markerfacecolor": "none", "markersize": 6, "linestyle": ""}  # the paper's
+_HOLLOW: dict[str, Any] = {"marker": "D", "markerfacecolor": "none", "markersize": 6, "linestyle": ""}  # the paper's
 _WIDTH, _LONGEST = 4.9, 40  # inches, so that on a phone its 9 points are 9 pixels; characters of a name
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -62,14 +62,22 @@ def names(found: Findings) -> list[str]:
     return [name for name in _FIGURES if name != "increase" or found.comparisons]
 
 
+def check() -> None:
+    """Raise ReportError where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ReportError("The figures of a report need matplotlib: pip install 'tspipe[plots]'") from None
+
+
 def draw(found: Findings, name: str) -> Drawing:
     """Draw one of `names`; the same run gives the same bytes. Raises ReportError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ReportError("The figures need matplotlib: pip install 'tspipe[plots]'") from None
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}), warnings.catch_warnings():
+    check()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {**matplotlib.rcParamsDefault, **_STYLE}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
         figure = Figure(layout="constrained")
         caption, words = _FIGURES[name](figure, found)
@@ -92,13 +100,20 @@ def _accuracy(figure: "Figure", found: Findings) -> tuple[str, str]:
     axes.barh(top, 100 * teacher.test_accuracy, color=_GREY, height=0.76)
     for y, result in zip(places, itertools.chain(*results), strict=True):
         last, colour = result.accuracy["last"], _colour(result)
-        look = {"color": colour, "edgecolor": GROUND, "linewidth": 0, "hatch": _HATCHES[_loss(found, result)]}
+        look: dict[str, Any] = {
+            "color": colour,
+            "edgecolor": GROUND,
+            "linewidth": 0,
+            "hatch": _HATCHES[_loss(found, result)],
+        }
         axes.barh(y, 100 * last.mean, xerr=_percent(last.deviation), height=0.76, capsize=3, ecolor=INK, **look)
         axes.plot(100 * result.accuracy["best"].mean, y, "|", color=INK, markersize=12, markeredgewidth=1.6)
         _paper(axes, result.paper, y)
     axes.set(xlim=(0, 100), title=_title(found), xlabel="test accuracy, %")
-    entries = {"last epoch, ± sample deviation": {"marker": "s", "color": _GREY}}
-    entries["best epoch, chosen by the test set"] = {"marker": "|", "color": INK, "markersize": 12}
+    entries: dict[str, dict[str, Any]] = {
+        "last epoch, ± sample deviation": {"marker": "s", "color": _GREY},
+        "best epoch, chosen by the test set": {"marker": "|", "color": INK, "markersize": 12},
+    }
     _legend(figure, entries, paper=any(r.paper is not None for r in found.results))
     numbers = "; ".join(f"{name}, {row} {value}" for name, rows in groups for row, value in rows)
     return (
@@ -122,17 +137,20 @@ def _increase(figure: "Figure", found: Findings) -> tuple[str, str]:
     for y, comparison in zip(places, itertools.chain(*rows), strict=True):
         difference, colour = comparison.difference("last"), _colour(comparison.result)
         shape = _MARKERS[_loss(found, comparison.result)]
-        axes.plot([100 * value for value in difference.values], [y] * found.config.seeds, ".", color=_GREY, markersize=4)
+        seeds = [100 * value for value in difference.values]
+        axes.plot(seeds, [y] * len(seeds), ".", color=_GREY, markersize=4)
         axes.errorbar(100 * difference.mean, y, xerr=_percent(difference.margin), fmt=shape, color=colour, capsize=4)
         _paper(axes, comparison.paper, y)
     axes.set(title=_title(found), xlabel="over the student alone, points")
-    entries = {"last epoch, with the 95 % interval": {"marker": "o", "color": INK}}
-    entries["each seed"] = {"marker": ".", "color": _GREY, "markersize": 4}
+    entries: dict[str, dict[str, Any]] = {
+        "last epoch, with the 95 % interval": {"marker": "o", "color": INK},
+        "each seed": {"marker": ".", "color": _GREY, "markersize": 4},
+    }
     _legend(figure, entries, paper=any(c.paper is not None for c in found.comparisons))
     numbers = "; ".join(f"{c.result.student}, {c.name} {verdict(c.difference('last'))}" for c in itertools.chain(*rows))
     return (
-        f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({_n(found)}, paired); "
-        "the student with the fewest parameters is on top. An interval that holds zero shows no difference.",
+        f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({_n(found)}, "
+        "paired); the student with the fewest parameters is on top. An interval that holds zero shows no difference.",
         f"Points over the student alone, students by their parameters: {numbers}.",
     )
 
@@ -146,7 +164,7 @@ def _curves(figure: "Figure", found: Findings) -> tuple[str, str]:
         for result in (r for r in found.results if r.student == student):
             means = [100 * sample.mean for sample in result.curve]
             spread = [100 * (sample.deviation or 0) for sample in result.curve]
-            look = {"color": _colour(result), "linestyle": _DASHES[_loss(found, result)]}
+            look: dict[str, Any] = {"color": _colour(result), "linestyle": _DASHES[_loss(found, result)]}
             axes.plot(epochs, means, label=plain(result.name, _LONGEST), marker="o" if len(epochs) == 1 else "", **look)
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
@@ -179,12 +197,14 @@ def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> 
     axes, places, labels = figure.subplots(), [], []
     y = 0.0
     for heading, rows in groups:
-        axes.text(0, y, plain(heading, _LONGEST), weight="bold", va="center", transform=axes.get_yaxis_transform())
+        box = {"facecolor": GROUND, "edgecolor": "none", "pad": 1}  # over the grid
+        where = axes.get_yaxis_transform()
+        axes.text(0, y, plain(heading, _LONGEST), weight="bold", va="center", transform=where, bbox=box)
         for label, value in rows:
             y += 1
             places.append(y)
             labels.append(plain(label, _LONGEST))
-            axes.text(1.03, y, value, va="center", transform=axes.get_yaxis_transform())
+            axes.text(1.03, y, value, va="center", transform=where)
         y += 1.2
     figure.set_size_inches(_WIDTH, 0.24 * y + 1.1)
     axes.set_yticks(places, labels)

@@ -30,8 +30,8 @@ _GUARANTEES = (
     "differences are about normal. Each stands for itself: of twenty comparisons of equals one may seem to differ.",
     "No difference shown does not mean that there is none: more seeds make the interval narrower.",
     "Nothing here speaks of other data, another teacher, or another choice of the recipe.",
-    "The cache id shows from which file the students learnt; with it, the recipe and the same software on the same kind "
-    "of machine a run gives the same numbers. Times are of this machine, and of what else it did.",
+    "The cache id shows from which file the students learnt; with it, the recipe and the same software, a machine of "
+    "the same kind gives the same numbers. Times are of this machine, and of what else it did.",
 )
 
 
@@ -108,10 +108,10 @@ def _accuracies(found: Findings) -> str:
     legend = _list(text for choice, text in _CHOICES.items() if choice in found.choices)
     trust = "The images were not compared with those of the cache (--trust-data)." if found.config.trust_data else ""
     second = tables.differences(found)
-    return (
-        f'{_table(tables.accuracies(found))}\n<p class="note">{note} {trust}</p>\n<div class="note">{legend}</div>'
-        + (f"\n<p>{_text(second.title)}, in points, with their 95 % intervals:</p>\n{_table(second)}" if second.rows else "")
-    )
+    first = f'{_table(tables.accuracies(found))}\n<p class="note">{note} {trust}</p>\n<div class="note">{legend}</div>'
+    if not second.rows:
+        return first
+    return f"{first}\n<p>{_text(second.title)}, in points, with their 95 % intervals:</p>\n{_table(second)}"
 
 
 def _beside_paper(found: Findings) -> str:
@@ -136,15 +136,16 @@ def _teacher(found: Findings) -> str:
 
 def _shares(counts: dict[str, int], most: int = 20) -> str:
     """The histogram of the random images' labels: a row and a bar for each class, the most first."""
-    total, shown = sum(counts.values()), list(counts.items())[:most]
+    if not (total := sum(counts.values())):
+        return ""
     rows = "\n".join(
         f'<tr><th scope="row" class="name">{_text(name)}</th><td class="number">{count:,}</td>'
         f'<td class="number">{count / total:.1%}</td>'
         f'<td class="bar"><span style="width:{100 * count / total:.2f}%"></span></td></tr>'
-        for name, count in shown
+        for name, count in list(counts.items())[:most]
     )
     rest = f'<p class="note">{len(counts) - most} other classes have fewer.</p>' if len(counts) > most else ""
-    return f'{_scrolling(f"""<table class="shares"><tbody>{rows}</tbody></table>""", "random images")}{rest}' if total else ""
+    return _scrolling(f'<table class="shares"><tbody>{rows}</tbody></table>', "random images") + rest
 
 
 def _ratios(found: Findings) -> str:
@@ -176,13 +177,14 @@ def _table(of: tables.Table) -> str:
         f'<th scope="col" class="{kind}">{_text(heading + mark)}</th>'
         for kind, heading, mark in zip(kinds, of.headings, marks, strict=True)
     )
-    rows = [
-        [f'<td class="{k}">{_text(text + (mark if text else ""))}</td>' for k, text, mark in zip(kinds, row, marks, strict=True)]
-        for row in of.rows
-    ]
     body = "\n".join(
-        "<tr>" + "".join([cells[0].replace("<td", '<th scope="row"').replace("</td", "</th"), *cells[1:]]) + "</tr>"
-        for cells in rows
+        f'<tr><th scope="row" class="name">{_text(row[0])}</th>'
+        + "".join(
+            f'<td class="{kind}">{_text(text + (mark if text else ""))}</td>'
+            for kind, text, mark in zip(kinds[1:], row[1:], marks[1:], strict=True)
+        )
+        + "</tr>"
+        for row in of.rows
     )
     return _scrolling(f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>", of.title)
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from tspipe import figures, page, tables
 from tspipe.errors import ReportError
 from tspipe.files import write_whole, writing
-from tspipe.results import Findings, open_run, read
+from tspipe.results import Findings, read
 from tspipe.run_folder import RunFolder
 from tspipe.show import console, plain, shares
 
@@ -37,12 +37,11 @@ def show(run: RunFolder) -> None:
     console().print(Text(f"Run folder: {run.path} ({there})"))
 
 
-def make(paths: Sequence[Path], out: Path | None) -> None:
+def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
     """Report finished runs, in the terminal and in a folder.
 
-    Raises ReportError where a path is no finished run's, or what draws figures is missing.
+    Raises ReportError where a run's files are not what stage two writes, or what draws figures is missing.
     """
-    runs = [open_run(path) for path in {path.resolve(): path for path in paths}.values()]
     made = write(runs, out or default_folder(runs))
     for run in runs:
         _print(found := read(run), ("last", "best", "chosen"))

@@ -121,10 +121,10 @@ class Comparison:
 
     @property
     def agreement(self) -> str:
-        """Whether ours, at the best epoch as theirs, goes the way the paper's goes; what shows nothing goes neither."""
+        """Whether ours, at the best epoch as theirs, goes the way the paper's goes, if it is shown to go any way."""
         said = {HELPS: 1, HURTS: -1}.get(self.difference("best").conclusion, 0)
         if self.paper is None or not said:
-            return "neither"
+            return "not shown"
         return "agrees" if said * self.paper > 0 else "disagrees"
 
 

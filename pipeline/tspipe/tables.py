@@ -53,7 +53,8 @@ def beside_paper(found: Findings) -> Table:
         for r in found.results
         if r.paper is not None
     ]
-    rows += [[name, "", "", f"{100 * value:.2f}", "", "", ""] for name, value in (paper.others if paper else {}).items()]
+    others = paper.others if paper else {}
+    rows += [[name, "", "", f"{100 * value:.2f}", "", "", ""] for name, value in others.items()]
     headings = ["network", "arm", "best", "paper", "difference", "paper's", "in sign"]
     return Table(f"Beside the paper's {paper.title}" if paper else "", headings, rows)
 
@@ -63,7 +64,7 @@ def paper_notes(found: Findings) -> Iterator[str]:
     if paper := found.summary.paper:
         yield (
             f"{paper.source}. It gives the best test accuracy of any epoch, so ours beside it is the best, too. "
-            "A difference of ours that shows nothing is neither of its sign nor of the other."
+            "Not shown: our interval holds zero, or there is one seed."
         )
         if paper.differs:
             yield f"Not as in the paper: {'; '.join(paper.differs)}."
