@@ -1,6 +1,8 @@
 """Stage two: what a cohort shares, what a run leaves, and that a kill changes nothing."""
 
 import json
+import platform
+import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +59,9 @@ def test_what_a_run_leaves(run: RunFolder, digits: Cache) -> None:
     found = run.read_json("config.json")
     assert found["config"]["cache"] == digits.id
     assert found["environment"]["threads"] == 1
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = re.findall(r"^model name\s*: (.+)$", described, re.MULTILINE)
+    assert found["environment"]["processor"] in (models or [platform.processor() or platform.machine()])
     assert found["environment"]["torch"] == metadata.version("torch")
     assert sum(run.read_json("random_labels.json").values()) == 1000
     rows = run.rows()

@@ -8,6 +8,7 @@ checkpoint.safetensors  only while the run is unfinished
 summary.json          only when it is finished
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -112,12 +113,25 @@ def environment(device: str, threads: int) -> dict[str, Any]:
     return {
         "device": device,
         "threads": threads,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(device),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
     }
+
+
+def processor(device: str) -> str:
+    """The model of what computes, as the driver or the system calls it; the architecture where it says none."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # there is none on macOS
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        if name := next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""):
+            return name
+    return platform.processor() or platform.machine()
 
 
 def _write_rows(file: Any, rows: Iterable[Row], columns: list[str], *, header: bool) -> None:
