@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from tspipe import random_images
@@ -44,6 +45,40 @@ def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:
         single = weights_of(train_students(config(digits, tmp_path / loss, f"loss={loss}")))
         assert single == {name: found[name] for name in single}
     assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_compiled_students_learn_the_same(digits: Cache, tmp_path: Path) -> None:
+    """To rounding, under the same names; and they were compiled."""
+    tiny = tmp_path / "tiny.py"
+    tiny.write_text(
+        "from torch import nn\n\n\n"
+        "def build(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, num_classes))\n"
+    )
+    plain, compiled = (
+        train_students(
+            config(digits, tmp_path / name, "epochs=1", f"student={tiny}", f"compile={name}", arms=(TAUGHT,))
+        )
+        for name in ("false", "true")
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    name = "student-tiny-taught-seed0.safetensors"
+    one, two = (safetensors.torch.load_file(run.path / name) for run in (plain, compiled))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    assert compiled.config == {**plain.config, "compile": True}
+
+
+def test_without_a_compiler(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, tmp_path / "run", "compile=true"))
+    assert str(refused.value) == (
+        "compile=true needs a C++ compiler, and there is none here (g++, clang++). Install one, or leave the setting "
+        "out."
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_of_a_loss(digits: Cache, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def list_(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
     out: Annotated[
         Path | None, typer.Option(help="A folder; else the run's own, or one in reports/.", show_default=False)
     ] = None,

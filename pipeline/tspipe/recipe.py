@@ -145,6 +145,9 @@ class Recipe(Optimisation):
     )
     precision: Precision = Field("float32", description="what students compute in; their weights are float32")
     live_precision: Precision = Field("float32", description="what the live teacher computes in")
+    compile: bool = Field(
+        False, description="torch.compile for students, on a GPU as CUDA graphs; needs a C++ compiler"
+    )
     seeds: int = Field(1, ge=1, description="how many seeds, counted from 0; each is a cohort")
     mse_weight: float | Literal["auto"] = Field(
         1.0, description="of the features' loss; auto: 1 / the variance of a cached feature, the mean over features"

@@ -13,7 +13,7 @@ from tspipe.learner import OWN, RANDOM
 from tspipe.recipe import Recipe
 from tspipe.views import views_identity
 
-_WHERE_CHANGED = {"live_precision", "precision", "random_generator", "val_fraction"}
+_WHERE_CHANGED = {"compile", "live_precision", "precision", "random_generator", "val_fraction"}
 
 
 @dataclass(frozen=True)
