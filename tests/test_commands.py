@@ -243,7 +243,8 @@ def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) 
     assert tspipe("verify", "cache/with.h5", "photos", "--data", "--teacher", "9").code == 0
     found = tspipe(*[part for part in command if part != "--images"], "--out", "cache/with.h5")
     assert found.error == (
-        "cache/with.h5 is another cache: images is True there and False here. Replace it with --force, or choose --out."
+        "cache/with.h5 is another cache: images is True there and False here. Move it away, replace it (tspipe cache "
+        "--force) or write another (--out)."
     )
 
 

@@ -260,6 +260,14 @@ def test_a_recipe_that_is_its_own_base(tmp_path):
     one.write_text(f'base = "{two}"')
     two.write_text(f'base = "{one}"')
     assert refused(str(one)) == f"The recipe {two} is its own base."
+    one.write_text('base = ["cifar10", "strong"]')
+    assert refused(str(one)) == f"The recipe {one} has a base that is no name: ['cifar10', 'strong']."
+
+
+def test_options_of_a_loss_that_there_is_not():
+    assert refused("digits", ["losses.KD.temperature=2"]) == (
+        "The recipe digits: Unknown loss 'KD'. There are: kd, ts, vid, xent."
+    )
 
 
 def test_the_papers_tables():

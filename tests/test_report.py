@@ -156,6 +156,15 @@ def test_the_terminal_shows_a_finished_run_in_eighty_columns(
     assert (run.path / "curves.png").exists()
 
 
+def test_three_accuracies_fit_in_eighty_columns_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {ALONE: [[0.60], [0.61]], RANDOM: [[0.5], [0.63]]}
+    report.show(make_run(tmp_path / "run", made, columns={"val_accuracy": 0.5}, student="mobilenet_v2"))
+    text = capsys.readouterr().out
+    assert any(line.split()[:4] == ["mobilenet_v2", "taught", "+", "random"] for line in text.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "chosen is chosen by images held back from training" in " ".join(text.split())
+
+
 def test_a_run_without_matplotlib(
     run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

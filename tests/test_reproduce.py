@@ -67,13 +67,59 @@ def test_a_killed_table_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run.finished
 
 
+def test_a_run_that_stage_two_had_finished_is_set_beside_the_paper(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was finished for other numbers of the paper; `tspipe student` knows of none."""
+    monkeypatch.setattr(job, "_set_beside", lambda *_: None)
+    (run,) = reproduce(replace(TABLE1, epochs=1))
+    assert "paper" not in run.read_json("summary.json")
+    monkeypatch.undo()
+    monkeypatch.chdir(photos.parent)
+    for settings in (TINY, (*TINY, "checkpoint_seconds=5")):
+        reproduce(replace(TABLE1, epochs=1, settings=settings))
+        assert run.read_json("summary.json")["paper"]["differs"][3:] == [f"--set {text}" for text in settings]
+
+
+def test_a_cache_without_its_teachers_weights_is_not_made_again(photos: Path) -> None:
+    """Training a teacher for hours would end in another cache than the one that lies there."""
+    reproduce(TABLE1)
+    for file in Path("checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(RecipeError) as refused:
+        reproduce(TABLE1)
+    assert str(refused.value) == (
+        "cache/photos-lenet5.h5 is there, and the weights of its lenet5 are not. Take it as it is, --cache "
+        "cache/photos-lenet5.h5, or name the weights: --weights FILE"
+    )
+    (run,) = reproduce(replace(TABLE1, cache=Path("cache/photos-lenet5.h5")))
+    assert run.finished
+
+
+def test_a_dataset_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "import numpy as np\n"
+        "from tspipe.datasets import from_array\n\n\n"
+        "def load(root, split):\n"
+        "    draw = np.random.default_rng(len(split))\n"
+        "    pixels = draw.integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)\n"
+        "    return from_array(pixels, draw.integers(0, 2, 32), ['a', 'b'])\n"
+    )
+    (run,) = reproduce(replace(TABLE1, dataset="cifar10=./mine.py"))
+    assert run.read_json("summary.json")["paper"]["differs"][0] == "mine stands for cifar10"
+    assert Path("cache/mine-lenet5.h5").exists()
+
+
 def test_strong_and_a_pool_have_caches_of_their_own(photos: Path) -> None:
     wanted = replace(TABLE1, arms=("taught",), recipe="strong", settings=(*TINY, "views.count=3"))
     (run,) = reproduce(wanted)
     assert open_cache(Path("cache/photos-lenet5-views3.h5")).manifest["views"]["count"] == 3
     how = run.config["students"]["lenet5_wide"]
     assert (how["optimizer"], how["lr"], how["lr_milestones"]) == ("sgd", 0.01, [1, 1, 2])
-    assert "the recipe strong" in run.read_json("summary.json")["paper"]["differs"]
+    differs = run.read_json("summary.json")["paper"]["differs"]
+    assert "the recipe strong" in differs
+    assert "students see 3 views of each training image, moved and mirrored" in differs
     assert {row["arm"] for row in run.rows()} == {TAUGHT}
 
 
@@ -90,6 +136,7 @@ def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.Monk
     jobs = []
     monkeypatch.setattr(job, "_cache", lambda *_: digits.path)
     monkeypatch.setattr(job, "train_students", lambda wanted, _group: jobs.append(wanted))
+    monkeypatch.setattr(job, "_set_beside", lambda *_: None)
     reproduce(TableConfig("table2", students=("lenet5",), epochs=3, seeds=2))
     assert [wanted.around for wanted in jobs] == [(0, 6000), (6000, 0)]
     assert [wanted.recipe.paper.title for wanted in jobs] == ["Table 2, CIFAR-10", "Table 2, CIFAR-100"]
@@ -123,6 +170,14 @@ def test_which_parts() -> None:
             "table2 is not on cub200. It is on: cifar10, cifar100.",
         ),
         (TableConfig("table3", arms=("random",)), "table3 has no arm 'random'. There are: alone, own, taught."),
+        (
+            TableConfig("table1", settings=("loss=tss",)),
+            "Unknown loss 'tss'. There are: ts, kd, vid, xent.",
+        ),
+        (
+            TableConfig("table1", students=("lenet5", "lenet5")),
+            "Two students are called lenet5. Give each once, and files different names.",
+        ),
         (TableConfig("table1", arms=("alone", "own")), "table1 has no arm 'own'. There are: alone, taught, random."),
     ],
     ids=lambda value: "",
@@ -144,6 +199,7 @@ def test_a_shorter_schedule_is_in_proportion() -> None:
     assert paper.optimisation("alexnet").lr_drop_every == 5
     strong = shortened(recipes.load("table1,strong"), 20)
     assert strong.optimisation("lenet5_wide").lr_milestones == [6, 12, 16]
+    assert shortened(recipes.load("table1,strong"), 1).optimisation("lenet5_wide").lr_milestones == [1, 1, 1]
     birds = shortened(recipes.load("table3"), 50)
     assert (birds.optimisation("mobilenet_v2").lr_drop_every, birds.alone.lr_drop_every) == (25, None)
     assert shortened(birds, 50).model_dump() == birds.model_dump()

@@ -104,9 +104,10 @@ def test_over_the_student_alone_under_a_schedule_of_its_own(tmp_path: Path) -> N
 )
 def test_beside_the_paper(tmp_path: Path, taught: list[float], said: str) -> None:
     made = {ALONE: [[0.60], [0.59], [0.61]], TAUGHT: [[a] for a in taught], (TAUGHT, "kd"): [[0.5]] * 3}
+    made[(TAUGHT, "xent")] = [[0.5]] * 3
     found = read(make_run(tmp_path / "run", made, paper=PAPER))
     ours = f"{100 * (sum(taught) / 3 - 0.6):+.2f}"
-    alone, learnt, other = beside_paper(found).rows  # kd is not the paper's
+    alone, learnt, other = beside_paper(found).rows  # other losses are not the paper's
     assert alone == ["lenet5", "alone", "60.00 ± 1.00", "78.00", "", "", ""]
     assert learnt[:2] + learnt[3:] == ["lenet5", "taught", "81.36", ours, "+3.36", said]
     assert other == ["Wu and Gu [26]", "", "", "80.40", "", "", ""]
@@ -163,7 +164,10 @@ def test_what_is_no_finished_run(tmp_path: Path) -> None:
         ("summary.json", "no JSON", "Expecting value: line 1 column 1 (char 0)"),
         ("metrics.csv", "", "there are no rows"),
         ("metrics.csv", "seed,epoch\n0,1\n", "there is no 'arm'"),
+        ("config.json", '{"config": {"seeds": 1, "epochs": 1000000000}, "environment": {}}',
+         "lenet5, alone, xent has no row for each of 1000000000 epochs of 1 seeds"),
         ("random_labels.json", '{"bird": "many"}', "invalid literal for int() with base 10: 'many'"),
+        ("random_labels.json", '{"bird": 0}', "a class without images is counted"),
     ],
 )  # fmt: skip
 def test_files_that_stage_two_did_not_write(tmp_path: Path, file: str, text: str, reason: str) -> None:
@@ -175,6 +179,19 @@ def test_files_that_stage_two_did_not_write(tmp_path: Path, file: str, text: str
     assert str(problem.value) == (
         f"{blamed} is not as tspipe student writes it: {reason}. Train the run again, with another --out."
     )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("seconds_training", "long", "'long' is no number"),
+        ("mse", 10**400, "int too large to convert to float"),
+    ],
+)
+def test_columns_are_numbers(tmp_path: Path, column: str, value: object, reason: str) -> None:
+    columns = {"mse": 1.0, "xent": 1.0, column: value}
+    with pytest.raises(ReportError, match=reason):
+        read(make_run(tmp_path / "run", {TAUGHT: [[0.6]]}, columns=columns))
 
 
 def test_accuracies_are_fractions(tmp_path: Path) -> None:

@@ -302,6 +302,17 @@ def test_two_students_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> 
     assert str(refused.value) == "Two students are called lenet5. Give each once, and files different names."
 
 
+def test_two_learners_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
+    """The taught arm's with a loss `random`, and that of random images with the paper's."""
+    mine = tmp_path / "random.py"
+    mine.write_text(LOSS)
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, tmp_path / "x", f'loss=["ts","{mine}"]'))
+    assert str(refused.value) == (
+        "Two learners are called lenet5-taught-random-seed0. Give each once, and files different names."
+    )
+
+
 def test_random_images_need_the_teacher(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(CacheError) as refused:
         train_students(config(replace(digits, _weights=None), tmp_path / "x"))

@@ -63,8 +63,8 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=1"))
     assert str(refused.value) == (
-        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Give those to go on with it, or --force to "
-        "begin again."
+        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Give those to go on with it, or delete it "
+        "to begin again."
     )
     made = train_teacher(replace(config(tmp_path / "x.safetensors", "teacher.epochs=1"), force=True))
     assert made.path.exists()

@@ -6,7 +6,7 @@ Stages are imported inside the commands, so that `tspipe --help` answers at once
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -107,9 +107,9 @@ def cache(
             chosen = recipes.load(name, settings or (), flags)
             stated = datasets.parse(dataset, data)[1]
             config = TeacherConfig(chosen, data, download=download)
-            again = {"--dataset": dataset, "--teacher": teacher, "--data": data, "--recipe": recipe}
-            train = train_teacher and not group.rank
-            found = teachers.obtain(config, stated, weights, train, _command(again, settings))
+            again = {"--teacher": teacher, "--data": data, "--recipe": recipe}
+            command = teachers.command(dataset, again, settings or ())
+            found = teachers.obtain(config, stated, weights, train_teacher and not group.rank, command)
             chosen = recipes.load(name, settings or (), flags, teachers.facts(found))
             usual = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(stated, chosen.teacher.network, usual)
@@ -121,14 +121,6 @@ def cache(
     if made is not None:
         commands.info(str(made.path))
         say("Next: " + " ".join(["tspipe student --cache", str(out), *_needed_again(wanted, dataset, name)]))
-
-
-def _command(flags: dict[str, Any], settings: list[str] | None) -> str:
-    """The command that trains the teacher."""
-    words = ["tspipe", "teacher"]
-    words += [word for flag, value in flags.items() if value for word in (flag, str(value))]
-    words += [word for setting in settings or () for word in ("--set", setting)]
-    return shlex.join(words)
 
 
 @app.command()

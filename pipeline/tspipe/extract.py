@@ -297,7 +297,8 @@ def _finished(config: ExtractConfig, plan: Manifest, dataset: Dataset) -> Cache:
     )
     if differences := list(differing(there, here)):
         raise CacheMismatch(
-            f"{path} is another cache: {'; '.join(differences[:3])}. Replace it with --force, or choose --out."
+            f"{path} is another cache: {'; '.join(differences[:3])}. Move it away, replace it (tspipe cache --force) "
+            "or write another (--out)."
         )
     match.match_classes(str(path), cache.classes, dataset.train.classes)
     for split in SPLITS:

@@ -25,13 +25,15 @@ _CHOICES = {
 }
 _GUARANTEES = (
     "Arms of one student and seed begin with the same weights and see the same batches, so they are compared in pairs. "
-    "Seeds differ in these and in the random images; the teacher, the data and the test images are the same for all.",
+    "Seeds differ in these, in the random images and in the images held back, if any; the teacher, the data and the "
+    "test images are the same for all.",
     "An interval is Student's, of the paired differences: in 95 of 100 such experiments it holds the true mean, if the "
     "differences are about normal. Each stands for itself: of twenty comparisons of equals one may seem to differ.",
     "No difference shown does not mean that there is none: more seeds make the interval narrower.",
     "Nothing here speaks of other data, another teacher, or another choice of the recipe.",
-    "The cache id shows from which file the students learnt; with it, the recipe and the same software, a machine of "
-    "the same kind gives the same numbers. Times are of this machine, and of what else it did.",
+    "The cache id shows from which file the students learnt. With it, the recipe and the same software, a processor of "
+    "the same kind gives the same numbers; a GPU may round otherwise each time. Times are of this machine, and of what "
+    "else it did.",
 )
 
 

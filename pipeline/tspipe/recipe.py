@@ -184,6 +184,14 @@ class Recipe(Optimisation):
                 raise ValueError(unknown("student", name, known))
         return self
 
+    @model_validator(mode="after")
+    def _known_losses(self) -> Self:
+        known = {*plugin_names("losses"), *(stated_name("losses", name) for name in self.loss)}
+        for name in self.losses:
+            if name not in known:
+                raise ValueError(unknown("loss", name, known))
+        return self
+
     def loss_options(self, loss: str) -> dict[str, Any]:
         """The options this loss is built with."""
         return self.losses.get(stated_name("losses", loss), {})
@@ -272,6 +280,8 @@ def _fields(name: str, dataset: str | None, above: tuple[str, ...] = ()) -> dict
         base = own.pop("base", None)
         if not fields and base is None and dataset and "dataset" not in own:
             base = of_dataset(dataset)
+        if not isinstance(base, str | None):
+            raise RecipeError(f"The recipe {part} has a base that is no name: {base!r}.")
         if base in (*above, part):
             raise RecipeError(f"The recipe {part} is its own base.")
         fields = _laid_upon(_fields(base, None, (*above, part)) if base else fields, own)

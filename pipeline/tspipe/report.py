@@ -22,7 +22,7 @@ _OVER = {
     "best": "The same at the best epochs, chosen by the test set:",
     "chosen": "The same at the epochs that the images held back chose:",
 }
-_MARKS = {"best": "best is chosen by the test set", "chosen": "chosen by images held back from training"}
+_MARKS = {"best": "best is chosen by the test set", "chosen": "chosen is chosen by images held back from training"}
 
 
 def show(run: RunFolder) -> None:
@@ -42,9 +42,10 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
 
     Raises ReportError where a run's files are not what stage two writes, or what draws figures is missing.
     """
-    made = write(runs, out or default_folder(runs))
-    for run in runs:
-        _print(found := read(run), ("last", "best", "chosen"))
+    findings = [read(run) for run in runs]
+    made = _write(findings, out or default_folder(runs))
+    for found in findings:
+        _print(found, ("last", "best", "chosen"))
         for sentence in found.ratios:
             console().print(Text(sentence))
     console().print(Text(f"Report: {made} (figures beside it)"))
@@ -55,7 +56,10 @@ def write(runs: Sequence[RunFolder], folder: Path) -> Path:
 
     The same runs give the same bytes. Raises ReportError as `make` does.
     """
-    found = [read(run) for run in runs]
+    return _write([read(run) for run in runs], folder)
+
+
+def _write(found: Sequence[Findings], folder: Path) -> Path:
     drawn = [[figures.draw(one, name) for name in figures.names(one)] for one in found]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def _prefixes(found: Sequence[Findings]) -> list[str]:
 
 def _print(found: Findings, choices: Sequence[str]) -> None:
     out = console()
-    out.print(table(tables.accuracies(found)))
+    out.print(table(tables.accuracies(found, times="chosen" not in found.choices)))  # in 80 columns
     marks = ", ".join(text for choice, text in _MARKS.items() if choice in found.choices)
     out.print(Text(f"Test accuracy in %, mean ± sample deviation; {marks}."))
     for choice in choices if found.comparisons else ():

@@ -3,23 +3,24 @@
 Each part goes on where it was killed and finds what is finished, so that the whole does, too.
 """
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from tspipe import datasets, learner, networks, recipe, teachers
+from tspipe import datasets, learner, losses, networks, recipe, teachers
 from tspipe.cache import Cache, open_cache
 from tspipe.commands import recipe_of
 from tspipe.distributed import ALONE, Group
 from tspipe.errors import RecipeError
 from tspipe.extract import ExtractConfig, cache_path, extract
-from tspipe.plugins import unknown
-from tspipe.recipe import Own, Recipe
+from tspipe.plugins import is_file, unknown
+from tspipe.preprocess import Preprocess
+from tspipe.recipe import Own, Paper, Recipe
 from tspipe.run_folder import RunFolder
-from tspipe.show import say
-from tspipe.student_config import StudentConfig
+from tspipe.show import counted, say
+from tspipe.student_config import StudentConfig, check_names
 from tspipe.train_students import train_students
-from tspipe.train_teacher import TeacherConfig
+from tspipe.train_teacher import TeacherConfig, find_checkpoint
 
 TABLES = {"table1": ("table1",), "table2": ("table2_cifar10", "table2_cifar100"), "table3": ("table3",)}
 ARMS = {"alone": learner.ALONE, "own": learner.OWN, "taught": learner.TAUGHT, "random": learner.RANDOM}
@@ -68,11 +69,14 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
     """
     with group.first():
         found = parts(config)
-        for part in found:  # what is wrong is said now, not after hours of stage one
+        for part in found:  # what can be known to be wrong is said now, not after hours of stage one
             chosen = recipe.load(_recipe(config, part), config.settings, {"student": list(config.students) or None})
             arms_of(config, chosen)
+            check_names(chosen)
             for student in chosen.student:
                 networks.check(student)
+            for loss in chosen.loss:
+                losses.build(loss, {"width": 1}, chosen.loss_options(loss))
     caches = [config.cache or _cache(config, part, group) for part in found]
     runs: list[RunFolder] = []
     with group.first():
@@ -82,7 +86,10 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
         if not group.rank:
             _announce(job, found[i])
         around = (sum(sizes[:i]), sum(sizes[i + 1 :]))
-        runs.append(train_students(replace(job, around=around), group))
+        run = train_students(replace(job, around=around), group)
+        if not group.rank and job.recipe.paper:
+            _set_beside(run, job.recipe.paper)
+        runs.append(run)
     return runs
 
 
@@ -132,17 +139,30 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
     name, flags = _recipe(config, part), {"dataset": part.dataset}
     with group.first():
         chosen = recipe.load(name, config.settings, flags)
-        stated = datasets.parse(part.dataset, config.data)[1]
-        training = TeacherConfig(chosen, config.data, download=config.download)
-        command = ["tspipe", "teacher", "--dataset", part.dataset, "--recipe", name]
-        found = teachers.obtain(training, stated, config.weights, not group.rank, shlex.join(command))
-        chosen = recipe.load(name, config.settings, flags, teachers.facts(found))
-        usual = recipe.load(recipe.of_dataset(part.dataset), flags=flags).teacher.network
-        path, pool = cache_path(stated, chosen.teacher.network, usual), _pool(config, chosen)
+        stated, pool = datasets.parse(part.dataset, config.data)[1], _pool(config, chosen)
+        network = chosen.teacher.network
+        path = cache_path(stated, network, _usual_teacher(part))
         path = path.with_stem("-".join([path.stem, *_kinds(chosen, pool)]))
+        if path.exists() and not (config.weights or find_checkpoint(stated, network)):
+            raise RecipeError(
+                f"{path} is there, and the weights of its {network} are not. Take it as it is, --cache {path}, or name "
+                "the weights: --weights FILE"
+            )
+        command = teachers.command(part.dataset, {"--data": config.data, "--recipe": name}, config.settings)
+        training = TeacherConfig(chosen, config.data, download=config.download)
+        found = teachers.obtain(training, stated, config.weights, not group.rank, command)
+        chosen = recipe.load(name, config.settings, flags, teachers.facts(found))
+        if not group.rank:
+            say(f"Teacher {network} with the weights {found.source} (SHA-256 {found.sha256[:12]}…) over {stated}")
     wanted = ExtractConfig(chosen, found, path, config.data, download=config.download, random_pool=pool)
     extract(wanted, group)
     return path
+
+
+def _usual_teacher(part: Part) -> str:
+    """The network whose cache of this dataset bears the dataset's name alone."""
+    own = part.name if is_file(part.dataset) else recipe.of_dataset(part.dataset)
+    return recipe.load(own, flags={"dataset": part.dataset}).teacher.network
 
 
 def _pool(config: TableConfig, chosen: Recipe) -> int:
@@ -157,11 +177,9 @@ def _kinds(chosen: Recipe, pool: int) -> list[str]:
 
 def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
     """What stage two is asked for."""
-    flags = {"student": list(config.students) or None, "seeds": config.seeds}
+    flags: dict[str, Any] = {"student": list(config.students) or None, "seeds": config.seeds}
+    flags |= {"dataset": part.dataset} if is_file(part.dataset) else {}
     chosen, usual = recipe_of(str(cache.path), cache.manifest, _recipe(config, part), list(config.settings), flags)
-    for student in config.students:
-        if chosen.paper and student not in chosen.paper.accuracy:
-            say(f"{student} is not in the paper's {chosen.paper.title}.")
     paper = recipe.load(part.name)
     differs = _differences(config, part, chosen, paper, cache)
     chosen = shortened(chosen, config.epochs or chosen.epochs)
@@ -180,10 +198,15 @@ def _differences(config: TableConfig, part: Part, chosen: Recipe, paper: Recipe,
     if teacher != paper.teacher.network:
         found.append(f"the teacher is {teacher}, the paper's {paper.teacher.network}")
     if config.epochs and config.epochs != paper.epochs:
-        epochs = _counted(config.epochs, "epoch")
+        epochs = counted(config.epochs, "epoch")
         found.append(f"{epochs}, not {paper.epochs}, and the learning rate's schedule in proportion")
     if config.recipe:
         found.append(f"the recipe {config.recipe}")
+    seen, wanted = Preprocess.from_dict(cache.manifest["preprocess"]), paper.preprocess
+    if (seen.resize, seen.crop) != (wanted.resize, wanted.crop):
+        found.append("images are resized or cropped in another way")
+    if chosen.views.count:
+        found.append(f"students see {chosen.views.count} views of each training image, moved and mirrored")
     if chosen.random_source == "pool":
         found.append("random images come from a pool that the teacher labelled once, not fresh in every batch")
     return [*found, *(f"--set {setting}" for setting in config.settings)]
@@ -196,7 +219,7 @@ def shortened(chosen: Recipe, epochs: int) -> Recipe:
         every, milestones = how.lr_drop_every, how.lr_milestones
         return {
             "lr_drop_every": every and max(1, round(every * epochs / chosen.epochs)),
-            "lr_milestones": milestones and [round(after * epochs / chosen.epochs) for after in milestones],
+            "lr_milestones": milestones and [max(1, round(after * epochs / chosen.epochs)) for after in milestones],
         }
 
     students = {name: own.model_copy(update=scaled(own)) for name, own in chosen.students.items()}
@@ -209,15 +232,21 @@ def _images(job: StudentConfig) -> int:
     return len(job.cache.train.labels) * job.recipe.epochs * job.recipe.seeds
 
 
+def _set_beside(run: RunFolder, paper: Paper) -> None:
+    """Have a finished run say what the paper reports, also one that `tspipe student` trained."""
+    summary = run.read_json("summary.json")
+    if summary.get("paper") != (wanted := paper.model_dump()):
+        run.write_json("summary.json", {**summary, "paper": wanted})
+
+
 def _announce(job: StudentConfig, part: Part) -> None:
     """Say what is trained now, and what of it is not as the paper has it."""
     chosen = job.recipe
     title, differs = (chosen.paper.title, chosen.paper.differs) if chosen.paper else (part.name, [])
-    counts = f"{_counted(chosen.epochs, 'epoch')}, {_counted(chosen.seeds, 'seed')}"
+    counts = f"{counted(chosen.epochs, 'epoch')}, {counted(chosen.seeds, 'seed')}"
     say(f"{title}: {', '.join(chosen.student)}; {'; '.join(job.arms)}; {counts}")
+    for student in chosen.student:
+        if chosen.paper and student not in chosen.paper.accuracy:
+            say(f"  {student} is not in the paper's {title}")
     for sentence in differs:
         say(f"  not as in the paper: {sentence}")
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count > 1)}"

@@ -16,7 +16,7 @@ from tspipe.errors import ReportError
 from tspipe.learner import ALONE, OWN, UNTAUGHT
 from tspipe.recipe import Paper
 from tspipe.run_folder import Row, RunFolder
-from tspipe.show import loss_ratios
+from tspipe.show import counted, loss_ratios
 
 # 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond, the normal's with its first correction.
 _T = (
@@ -185,7 +185,7 @@ class Findings:
     @property
     def duration(self) -> str:
         """How long and how often it trained: `45 epochs, 5 seeds`."""
-        return f"{_counted(self.config.epochs, 'epoch')}, {_counted(self.config.seeds, 'seed')}"
+        return f"{counted(self.config.epochs, 'epoch')}, {counted(self.config.seeds, 'seed')}"
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
@@ -215,10 +215,7 @@ def read(run: RunFolder) -> Findings:
     labels = _reading(path / "random_labels.json", lambda: _labels(run))
     groups = _reading(path / "metrics.csv", lambda: _groups(run, config))
     results = _reading(path / "metrics.csv", lambda: [_result(group, config, summary) for group in groups])
-    first = (_mean_row(group, result.name) for group, result in zip(groups, results, strict=True) if result.taught)
-    ratios = list(loss_ratios(first))
-    if config.mse_weight == "auto":  # which is what the hint is for
-        ratios = [sentence.partition(": try ")[0] for sentence in ratios]
+    ratios = _reading(path / "metrics.csv", lambda: _ratios(groups, results, config))
     return Findings(run, config, summary, results, ratios, labels)
 
 
@@ -231,7 +228,7 @@ def _reading(file: Path, make: Callable[[], T]) -> T:
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
     except KeyError as problem:
         reason = f"there is no {problem.args[0]!r}"
-    except (AttributeError, RecursionError, TypeError, ValueError, csv.Error) as problem:
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, csv.Error) as problem:
         reason = str(problem)
     raise ReportError(f"{file} is not as tspipe student writes it: {reason}. Train the run again, with another --out.")
 
@@ -248,7 +245,10 @@ def _labels(run: RunFolder) -> dict[str, int]:
     """What the teacher calls random images, by class; empty of a run without them."""
     if not (run.path / "random_labels.json").exists():
         return {}
-    return {str(name): int(count) for name, count in run.read_json("random_labels.json").items()}
+    counts = {str(name): int(count) for name, count in run.read_json("random_labels.json").items()}
+    if min(counts.values(), default=0) < 1:
+        raise ValueError("a class without images is counted")
+    return counts
 
 
 def _groups(run: RunFolder, config: Config) -> list[list[Row]]:
@@ -258,9 +258,10 @@ def _groups(run: RunFolder, config: Config) -> list[list[Row]]:
         row = {"loss": "xent" if row["arm"] in UNTAUGHT else "ts", **row}
         row |= {column: str(row[column]) for column in ("student", "arm", "loss")}  # a name may be a number
         groups.setdefault((row["student"], row["arm"], row["loss"]), []).append(row)
-    wanted = list(itertools.product(range(config.seeds), range(1, config.epochs + 1)))
     for name, group in groups.items():
-        if [(row["seed"], row["epoch"]) for row in group] != wanted:
+        whole = len(group) == config.seeds * config.epochs
+        wanted = itertools.product(range(config.seeds), range(1, config.epochs + 1)) if whole else ()
+        if [(row["seed"], row["epoch"]) for row in group] != list(wanted):
             raise ValueError(f"{', '.join(name)} has no row for each of {config.epochs} epochs of {config.seeds} seeds")
     if not groups:
         raise ValueError("there are no rows")
@@ -276,9 +277,14 @@ def _result(group: list[Row], config: Config, summary: Summary) -> Result:
         validated = [[_fraction(row["val_accuracy"]) for row in rows] for rows in by_seed]
         accuracy["chosen"] = Sample(tuple(t[v.index(max(v))] for t, v in zip(tested, validated, strict=True)))
     curve = tuple(Sample(epoch) for epoch in zip(*tested, strict=True))
-    seconds = statistics.median(row["seconds_training"] + row["seconds_testing"] for row in group)
-    of_paper = summary.paper.accuracy.get(student, {}) if summary.paper and loss in ("ts", "xent") else {}
+    seconds = statistics.median(_number(row["seconds_training"]) + _number(row["seconds_testing"]) for row in group)
+    of_paper = summary.paper.accuracy.get(student, {}) if summary.paper and (arm in UNTAUGHT or loss == "ts") else {}
     return Result(student, arm, loss, accuracy, curve, seconds, summary.parameters[student], of_paper.get(arm))
+
+
+def _ratios(groups: list[list[Row]], results: list[Result], config: Config) -> list[str]:
+    first = [_mean_row(group, result.name) for group, result in zip(groups, results, strict=True) if result.taught]
+    return list(loss_ratios(first, hint=config.mse_weight != "auto"))
 
 
 def _mean_row(group: list[Row], name: str) -> Row:
@@ -289,11 +295,13 @@ def _mean_row(group: list[Row], name: str) -> Row:
     return {**means, "student": first[0]["student"], "arm": name, "epoch": 1}
 
 
-def _fraction(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{value!r} is not an accuracy")
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
     return float(value)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count > 1)}"
+def _fraction(value: Any) -> float:
+    if not 0 <= _number(value) <= 1:
+        raise ValueError(f"{value!r} is not an accuracy")
+    return float(value)

@@ -33,6 +33,11 @@ def say(text: str) -> None:
     print(plain(text), flush=True)
 
 
+def counted(count: int, what: str) -> str:
+    """`1 epoch`, `1,000 epochs`."""
+    return f"{count:,} {what}{'s' * (count > 1)}"
+
+
 def shares(counts: dict[str, int]) -> str:
     """What the teacher calls the random images, as a sentence; classes under half a percent are left out."""
     total = sum(counts.values())
@@ -40,14 +45,17 @@ def shares(counts: dict[str, int]) -> str:
     return f"The teacher calls the random images: {', '.join(found[:5])}"
 
 
-def loss_ratios(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """For rows of an epoch, how large the first loss of two is beside the cross-entropy, a sentence each."""
+def loss_ratios(rows: Iterable[dict[str, Any]], *, hint: bool) -> Iterator[str]:
+    """For rows of an epoch, how large the first loss of two is beside the cross-entropy, a sentence each.
+
+    Where they are far apart a `hint` is given what to do about it.
+    """
     for row in rows:
         for term in ("mse", "kl", "vid"):
             if isinstance(row.get(term), float) and row.get("xent"):
                 ratio, what = row[term] / row["xent"], f"{plain(row['student'])}, {row['arm']}, epoch {row['epoch']}"
-                hint = ": try --set mse_weight=auto" if term == "mse" and not 0.1 <= ratio <= 10 else ""
-                yield f"{what}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{hint}"
+                remedy = ": try --set mse_weight=auto" if hint and term == "mse" and not 0.1 <= ratio <= 10 else ""
+                yield f"{what}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{remedy}"
 
 
 def console() -> Console:

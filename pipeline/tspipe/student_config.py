@@ -9,7 +9,7 @@ from typing import Any
 from tspipe import losses, networks, plugins
 from tspipe.cache import Cache
 from tspipe.errors import RecipeError
-from tspipe.learner import OWN, RANDOM
+from tspipe.learner import ARMS, OWN, RANDOM, UNTAUGHT, learner_name
 from tspipe.recipe import Recipe
 from tspipe.views import views_identity
 
@@ -30,6 +30,23 @@ class StudentConfig:
     around: tuple[int, int] = (0, 0)  # images that a larger job trains on before and after, for its time left
 
 
+def check_names(recipe: Recipe) -> None:
+    """Raise RecipeError where students, losses or learners could not be told apart by name."""
+    students, used = (
+        [stated(name) for name in names]
+        for stated, names in ((networks.stated_name, recipe.student), (losses.stated_name, recipe.loss))
+    )
+    learners = [
+        learner_name(student, arm, loss, 0)
+        for student in students
+        for arm in ARMS
+        for loss in (["xent"] if arm in UNTAUGHT else used)
+    ]
+    for kind, called in (("students", students), ("losses", used), ("learners", learners)):
+        if twice := next((name for name, count in Counter(called).items() if count > 1), None):
+            raise RecipeError(f"Two {kind} are called {twice}. Give each once, and files different names.")
+
+
 def identity(config: StudentConfig) -> dict[str, Any]:
     """What the numbers follow from, and nothing else: the frozen config a run folder is named after."""
     recipe = config.recipe
@@ -37,15 +54,11 @@ def identity(config: StudentConfig) -> dict[str, Any]:
         "batch_size", "epochs", "mse_weight", "random_forward", "random_images", "seeds", "test_batch_size",
         "xent_weight",
     }  # fmt: skip
-    students: dict[str, dict[str, Any]] = {}
-    for kind, called in (
-        ("students", map(networks.stated_name, recipe.student)),
-        ("losses", map(losses.stated_name, recipe.loss)),
-    ):
-        if twice := next((name for name, count in Counter(called).items() if count > 1), None):
-            raise RecipeError(f"Two {kind} are called {twice}. Give each once, and files different names.")
-    for name in recipe.student:
-        students[name] = {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
+    check_names(recipe)
+    students = {
+        name: {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
+        for name in recipe.student
+    }
     files = [name for name in (*recipe.student, *recipe.loss) if plugins.is_file(name) and Path(name).is_file()]
     options = {name: own for name in recipe.loss if (own := recipe.loss_options(name))}
     return {

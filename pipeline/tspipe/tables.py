@@ -16,7 +16,7 @@ class Table:
     names: int = 2
 
 
-def accuracies(found: Findings) -> Table:
+def accuracies(found: Findings, *, times: bool = True) -> Table:
     """Test accuracies in percent, mean ± sample deviation over the seeds, below the teacher's."""
     teacher = found.summary.teacher
     nothing = [""] * (len(found.choices) - 1)
@@ -27,7 +27,8 @@ def accuracies(found: Findings) -> Table:
         pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
         rows.append([result.student, result.name, *samples, f"{result.parameters:,}", pace])
     headings = ["network", "arm", *found.choices, "parameters", "s/epoch"]
-    return Table(f"{found.summary.dataset}: {found.duration}", headings, rows)
+    shown = len(headings) if times else -1
+    return Table(f"{found.summary.dataset}: {found.duration}", headings[:shown], [row[:shown] for row in rows])
 
 
 def differences(found: Findings) -> Table:

@@ -1,6 +1,8 @@
 """Where a teacher's weights come from: a file, what an earlier training left, or training now."""
 
 import json
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,14 @@ def obtain(config: TeacherConfig, dataset: str, given: Path | None, train: bool,
     found = weights.read(path)
     check_network(found, network)
     return found
+
+
+def command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:
+    """The command that trains a teacher, of the flags that are given."""
+    words = ["tspipe", "teacher", "--dataset", dataset]
+    words += [word for flag, value in flags.items() if value for word in (flag, str(value))]
+    words += [word for setting in settings for word in ("--set", setting)]
+    return shlex.join(words)
 
 
 def train_and_say(config: TeacherConfig) -> None:

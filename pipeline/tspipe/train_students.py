@@ -216,7 +216,8 @@ class Run:
             self.folder.append(rows, self._columns())
             if self.board:
                 self.board.write(rows)
-            for sentence in loss_ratios(rows) if (position.seed, epoch) == (0, 0) else []:
+            told = rows if (position.seed, epoch) == (0, 0) else []
+            for sentence in loss_ratios(told, hint=self.config.recipe.mse_weight != "auto"):
                 console.print(sentence, markup=False)
 
     def _place(self, row: Row) -> int:
@@ -386,7 +387,6 @@ class Run:
                 "parameters": teacher_parameters(self.config.cache, self.config.recipe, self.train_pixels.shape),
             },
             "parameters": self.parameters,
-            "paper": self.recipe.paper and self.recipe.paper.model_dump(),
             **({"mse_weight": self.recipe.mse_weight} if self.config.recipe.mse_weight == "auto" else {}),
         }
 

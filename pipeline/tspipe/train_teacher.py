@@ -189,7 +189,7 @@ def _fit(network: nn.Module, recipe: Recipe, dataset: Dataset, train: Pixels, pa
     if found := training.load_checkpoint(part):
         if found[1]["identity"] != identity:
             raise TrainingError(
-                f"{part} is a checkpoint of other settings. Give those to go on with it, or --force to begin again."
+                f"{part} is a checkpoint of other settings. Give those to go on with it, or delete it to begin again."
             )
         training.unpack(found[0], network, optimizer)
         start, first = found[1]["epoch"], found[1]["batch"]

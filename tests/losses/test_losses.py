@@ -123,6 +123,25 @@ def test_numbers_that_make_no_kd(temperature: float, alpha: float) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("kd", {"temprature": 2}, "The loss kd has no option 'temprature'. There are: temperature, alpha."),
+        ("xent", {"foo": 1}, "The loss xent has no option 'foo'. There are: none."),
+        (
+            "kd",
+            {"temperature": "two"},
+            "The loss kd cannot be built with temperature='two': '<' not supported between instances of 'int' and "
+            "'str'.",
+        ),
+    ],
+)
+def test_options_that_a_loss_does_not_take(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        losses.build(name, {}, options)
+    assert str(refused.value) == said
+
+
 def test_options_go_to_the_losses_that_name_them() -> None:
     assert losses.build("ts", {"mse_weight": 3.0, "epochs": 5}).mse_weight == 3.0
     losses.build("xent", {"mse_weight": 3.0})

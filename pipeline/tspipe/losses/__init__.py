@@ -46,11 +46,18 @@ def build(name: str, offered: Mapping[str, Any], options: Mapping[str, Any] = {}
         offered: of these it gets those that its constructor names.
         options: its own, by keyword.
 
-    Raises RecipeError for an option that it has not.
+    Raises RecipeError for an option that it has not, or a value that it cannot take.
     """
     loss = plugins.load("losses", name, "Loss", RecipeError).Loss
-    wanted = inspect.signature(loss).parameters
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    wanted = [name for name, parameter in inspect.signature(loss).parameters.items() if parameter.kind not in variable]
     if wrong := [option for option in options if option not in wanted]:
         raise RecipeError(f"The loss {name} has no option {wrong[0]!r}. There are: {', '.join(wanted) or 'none'}.")
     given = {key: value for key, value in offered.items() if key in wanted}
-    return loss(**{**given, **options})  # type: ignore[no-any-return]
+    try:
+        return loss(**{**given, **options})  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as problem:
+        if not options:
+            raise
+        said = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise RecipeError(f"The loss {name} cannot be built with {said}: {problem}.") from problem

@@ -1,5 +1,7 @@
 """Knowledge distillation of Hinton, Vinyals and Dean (arXiv 1503.02531, section 2), from cached logits."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class Loss(nn.Module):
 
     def __init__(self, temperature: float = 4.0, alpha: float = 0.9):
         super().__init__()
-        if temperature <= 0 or not 0 <= alpha <= 1:
+        if not 0 < temperature < math.inf or not 0 <= alpha <= 1:
             raise RecipeError(
                 f"The loss kd cannot have temperature={temperature:g} and alpha={alpha:g}: a temperature is above 0, "
                 "alpha from 0 to 1."
