@@ -90,7 +90,7 @@ def _prefixes(found: Sequence[Findings]) -> list[str]:
 
 def _print(found: Findings, choices: Sequence[str]) -> None:
     out = console()
-    out.print(table(tables.accuracies(found, times="chosen" not in found.choices)))  # in 80 columns
+    out.print(table(tables.accuracies(found, brief="chosen" in found.choices)))  # in 80 columns
     marks = ", ".join(text for choice, text in _MARKS.items() if choice in found.choices)
     out.print(Text(f"Test accuracy in %, mean ± sample deviation; {marks}."))
     for choice in choices if found.comparisons else ():

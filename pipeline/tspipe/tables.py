@@ -16,8 +16,11 @@ class Table:
     names: int = 2
 
 
-def accuracies(found: Findings, *, times: bool = True) -> Table:
-    """Test accuracies in percent, mean ± sample deviation over the seeds, below the teacher's."""
+def accuracies(found: Findings, *, brief: bool = False) -> Table:
+    """Test accuracies in percent, mean ± sample deviation over the seeds, below the teacher's.
+
+    A `brief` one has neither parameters nor times.
+    """
     teacher = found.summary.teacher
     nothing = [""] * (len(found.choices) - 1)
     parameters = "" if teacher.parameters is None else f"{teacher.parameters:,}"
@@ -27,7 +30,7 @@ def accuracies(found: Findings, *, times: bool = True) -> Table:
         pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
         rows.append([result.student, result.name, *samples, f"{result.parameters:,}", pace])
     headings = ["network", "arm", *found.choices, "parameters", "s/epoch"]
-    shown = len(headings) if times else -1
+    shown = -2 if brief else len(headings)
     return Table(f"{found.summary.dataset}: {found.duration}", headings[:shown], [row[:shown] for row in rows])
 
 
