@@ -10,11 +10,12 @@ import torch
 import typer.main
 
 from shared import make_folder
-from tspipe import datasets, networks, weights
+from tspipe import datasets, networks, tables, weights
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.cli import app
 from tspipe.extract import ExtractConfig, extract
+from tspipe.results import open_run, read
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,17 @@ def test_the_commands_and_their_flags_exist() -> None:
         command = group.commands[name]
         flags = {flag for parameter in command.params for flag in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= flags, line
+
+
+@pytest.mark.parametrize("run", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda run: run.name)
+def test_the_results_are_those_of_the_runs_that_are_kept(run: Path) -> None:
+    """Every accuracy and every verdict of a run is in docs/results.md as its files give it."""
+    found = read(open_run(run))
+    written = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    for row in [*tables.accuracies(found).rows, *tables.beside_paper(found).rows]:
+        assert " ".join(" ".join(row).split()) in written
+    for sentence in tables.verdicts(found):
+        assert sentence in written
 
 
 def test_the_names_it_lists_are_those_there_are() -> None:
