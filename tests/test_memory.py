@@ -10,7 +10,8 @@ _PROGRAM = """
 import resource, torch
 from tspipe.memory import keep_freed
 
-def faults():  # the fewest of some rounds: the heap has to grow first, and small things may take a part of it
+def faults():  # the fewest of some rounds: small things may take a part of what was freed
+    torch.ones(20 * 2**20)  # so that the heap, where it keeps what is freed, has more than room enough
     counts = []
     for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
