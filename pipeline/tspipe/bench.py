@@ -135,29 +135,29 @@ class Bench:
         run, what = self.run, networks.stated_name(name)
         size, test_size = self.config.recipe.batch_size, self.config.recipe.test_batch_size
         run.live = None
-        ours, bare = (self._learner(name, TAUGHT) for _ in range(2))
+        learner = self._learner(name, TAUGHT)  # for all ways: two alike may differ by 4 %, by where their weights lie
         prepared = [(batch.images, batch.target) for _, batch in run.batches(0, 0, slice(self._batches_of(size)))]
-        once = self._seconds(lambda: _steps(bare, prepared, 1))
+        once = self._seconds(lambda: _steps(learner, prepared, 1))
         count = self._count(once * (2 if not self.live else 3), len(self._order()))
         ways: dict[str, Way] = {
-            "floor": lambda: _steps(bare, prepared, count),
-            "ours": lambda: self._learn([ours], count),
+            "floor": lambda: _steps(learner, prepared, count),
+            "ours": lambda: self._learn([learner], count),
         }
         counts = {"floor": count, "ours": count}
         if self.live:
             plain = self._plain_teacher()
-            one = self._seconds(lambda: self._live_loop(bare, plain, prepared, 1))
+            one = self._seconds(lambda: self._live_loop(learner, plain, prepared, 1))
             few = counts["live"] = self._count(3 * one, count)
-            ways["live"] = lambda: self._live_loop(bare, plain, prepared, few)
+            ways["live"] = lambda: self._live_loop(learner, plain, prepared, few)
         step = {way: [turn / counts[way] for turn in turns] for way, turns in self._turns(ways).items()}
         self._advance(1, f"{what}, steps")
 
         in_turn = training.in_turn(len(run.test_pixels), test_size)
         tests, pixels = len(in_turn), run.test_pixels.batches(in_turn[: self._batches_of(test_size)])
         images = [run.preprocess.normalise(batch) for batch in pixels]
-        some = self._count(self._seconds(lambda: _tests(bare, images, 1)) * 2, tests)
-        test = self._turns({"floor": lambda: _tests(bare, images, some), "ours": lambda: run.test([ours], some)})
-        saving = self._seconds(lambda: run.save([ours], Position()))
+        some = self._count(self._seconds(lambda: _tests(learner, images, 1)) * 2, tests)
+        test = self._turns({"floor": lambda: _tests(learner, images, some), "ours": lambda: run.test([learner], some)})
+        saving = self._seconds(lambda: run.save([learner], Position()))
         steps = len(self._order())
 
         def epoch(way: str, turn: int) -> float:
