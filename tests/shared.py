@@ -4,10 +4,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from tspipe import networks, weights
+from tspipe import learner, networks, weights
 from tspipe import recipe as recipes
 from tspipe.extract import ExtractConfig
 
@@ -43,6 +44,20 @@ def small(folder: Path, *settings: str) -> ExtractConfig:
     return ExtractConfig(
         recipes.load("folder", settings), weights.read(folder / "w.safetensors"), folder.with_suffix(".h5")
     )
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
+    """Have Ctrl-C come in place of these of all learners' steps, counted from 1; gives the list of steps so far."""
+    step, taken = learner.Learner.step, list[int]()
+
+    def stopping(this: learner.Learner, batch: learner.Batch, number: int) -> None:
+        taken.append(number)
+        if len(taken) in numbers:
+            raise KeyboardInterrupt
+        step(this, batch, number)
+
+    monkeypatch.setattr(learner.Learner, "step", stopping)
+    return taken
 
 
 def untouched(path: Path) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from tspipe import report
 from tspipe.cli import app
 from tspipe.errors import ReportError
 from tspipe.figures import Drawing
+from tspipe.results import read
 from tspipe.run_folder import RunFolder
 
 FIGURES = [f"{name}.{kind}" for name in ("accuracy", "increase", "curves") for kind in ("png", "svg")]
@@ -70,7 +71,7 @@ class Page(HTMLParser):
 
 
 def test_a_report_is_one_page_and_figures(run: RunFolder, tmp_path: Path) -> None:
-    made = report.write([run], tmp_path / "out")
+    made = report.write([read(run)], tmp_path / "out")
     assert made == tmp_path / "out/report.html"
     assert sorted(path.name for path in made.parent.iterdir()) == sorted(["report.html", *FIGURES])
     assert all((made.parent / name).read_bytes().startswith(b"\x89PNG") for name in FIGURES if name.endswith("png"))
@@ -95,7 +96,7 @@ def test_a_report_is_one_page_and_figures(run: RunFolder, tmp_path: Path) -> Non
 
 
 def test_a_page_asks_for_nothing_and_ids_are_unique(run: RunFolder, tmp_path: Path) -> None:
-    text = report.write([run, make_run(tmp_path / "b/run", {ALONE: [[0.5]]})], tmp_path / "out").read_text()
+    text = report.write([read(run), read(make_run(tmp_path / "b/run", {ALONE: [[0.5]]}))], tmp_path / "out").read_text()
     page = Page(text)
     assert "script" not in page.tags
     assert all(address.startswith("#") and address[1:] in page.ids for address in page.addresses)
@@ -108,7 +109,7 @@ def test_a_page_asks_for_nothing_and_ids_are_unique(run: RunFolder, tmp_path: Pa
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {ALONE: [[0.5]], TAUGHT: [[0.5]]})
-    one, two = (report.write([run], tmp_path / name).parent for name in ("one", "two"))
+    one, two = (report.write([read(run)], tmp_path / name).parent for name in ("one", "two"))
     assert {path.name: path.read_bytes() for path in one.iterdir()} == {
         path.name: path.read_bytes() for path in two.iterdir()
     }
@@ -116,7 +117,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_do_not_overwrite_each_others_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without the student alone has no increase over it."""
-    runs = [make_run(tmp_path / name, {TAUGHT: [[0.5]]}) for name in ("a/run", "b/run", "third")]
+    runs = [read(make_run(tmp_path / name, {TAUGHT: [[0.5]]})) for name in ("a/run", "b/run", "third")]
     monkeypatch.setattr(report.figures, "draw", lambda _, name: Drawing(name, "", "", "<svg></svg>", b""))
     folder = report.write(runs, tmp_path / "out").parent
     assert sorted(path.name for path in folder.glob("*.svg")) == [

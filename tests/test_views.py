@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from conftest import Result
 from forging import forge, refusal
-from shared import small
+from shared import interrupted_at, small
 from test_verify import spoil
 from tspipe import bench, learner, rows, training, views
 from tspipe import extract as stage
@@ -334,21 +334,12 @@ def test_a_run_says_which_views_it_shows(cropped: Cache, tmp_path: Path, monkeyp
     wanted = replace(stage_two(cropped, folder, "checkpoint_seconds=0"), out=tmp_path / "killed")
     whole = train_students(replace(wanted, out=tmp_path / "whole"))
     assert whole.config["views"] == {"count": V, "flip": True, "shift": 3}
-    step, taken = learner.Learner.step, 0
-
-    def stopping(this: Any, batch: learner.Batch, number: int) -> None:
-        nonlocal taken
-        taken += 1
-        if taken in (3, 7):
-            raise KeyboardInterrupt
-        step(this, batch, number)
-
-    monkeypatch.setattr(learner.Learner, "step", stopping)
+    taken = interrupted_at(monkeypatch, 3, 7)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train_students(wanted)
     assert students(train_students(wanted)) == students(whole)
-    assert taken == 2 * 4 + 2
+    assert len(taken) == 2 * 4 + 2
 
 
 def test_processes_that_split_a_batch_share_its_views(cropped: Cache, tmp_path: Path) -> None:

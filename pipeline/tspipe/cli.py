@@ -114,8 +114,7 @@ def cache(
             usual = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(stated, chosen.teacher.network, usual)
         if not group.rank:
-            sha256 = found.sha256[:12]
-            say(f"Teacher {chosen.teacher.network} with the weights {found.source} (SHA-256 {sha256}…) over {stated}")
+            teachers.say_which(found, chosen.teacher.network, stated)
         wanted = extract.ExtractConfig(chosen, found, out, data, force, download, images, random_pool or 0)
         made = extract.extract(wanted, group)
     if made is not None:

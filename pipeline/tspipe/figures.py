@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tspipe.errors import ReportError
 from tspipe.learner import ALONE, OWN, RANDOM, TAUGHT
-from tspipe.results import Findings, Result, Sample
+from tspipe.results import Findings, Result
 from tspipe.show import plain
-from tspipe.tables import percent, verdict
+from tspipe.tables import percent, points, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def _increase(figure: "Figure", found: Findings) -> tuple[str, str]:
     students = sorted(dict.fromkeys(c.result.student for c in found.comparisons), key=parameters.__getitem__)
     rows = [[c for c in found.comparisons if c.result.student == student] for student in students]
     groups = [
-        (f"{student}, {parameters[student]:,} parameters", [(c.name, _points(c.difference("last"))) for c in own])
+        (f"{student}, {parameters[student]:,} parameters", [(c.name, points(c.difference("last").mean)) for c in own])
         for student, own in zip(students, rows, strict=True)
     ]
     axes, places = _rows(figure, groups)
@@ -250,7 +250,3 @@ def _loss(found: Findings, result: Result) -> int:
 
 def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
-
-
-def _points(difference: Sample) -> str:
-    return f"{100 * difference.mean:+.2f}"

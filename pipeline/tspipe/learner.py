@@ -33,6 +33,11 @@ def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
     return tuple(arm for arm in chosen if there[arm])
 
 
+def losses_of(arm: str, chosen: Sequence[str]) -> Sequence[str]:
+    """The losses that an arm is trained with, a learner each: the chosen ones if it is taught, else cross-entropy."""
+    return ["xent"] if arm in UNTAUGHT else chosen
+
+
 def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
     """What files call a learner."""
     other = "" if arm in UNTAUGHT or loss == "ts" else f"-{loss}"

@@ -108,7 +108,7 @@ def _verdicts(found: Findings) -> str:
 def _accuracies(found: Findings) -> str:
     note = "Test accuracy in %, mean ± sample deviation over the seeds; seconds per epoch are training and testing."
     legend = _list(text for choice, text in _CHOICES.items() if choice in found.choices)
-    trust = "The images were not compared with those of the cache (--trust-data)." if found.config.trust_data else ""
+    trust = tables.UNCHECKED if found.config.trust_data else ""
     second = tables.differences(found)
     first = f'{_table(tables.accuracies(found))}\n<p class="note">{note} {trust}</p>\n<div class="note">{legend}</div>'
     if not second.rows:

@@ -43,7 +43,7 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
     Raises ReportError where a run's files are not what stage two writes, or what draws figures is missing.
     """
     findings = [read(run) for run in runs]
-    made = _write(findings, out or default_folder(runs))
+    made = write(findings, out or default_folder(runs))
     for found in findings:
         _print(found, ("last", "best", "chosen"))
         for sentence in found.ratios:
@@ -51,15 +51,11 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
     console().print(Text(f"Report: {made} (figures beside it)"))
 
 
-def write(runs: Sequence[RunFolder], folder: Path) -> Path:
-    """Write report.html and the figures, PNG and SVG, of finished runs; gives the path of report.html.
+def write(found: Sequence[Findings], folder: Path) -> Path:
+    """Write report.html and the figures, PNG and SVG, of what runs found; gives the path of report.html.
 
-    The same runs give the same bytes. Raises ReportError as `make` does.
+    The same runs give the same bytes. Raises ReportError where what draws figures is missing.
     """
-    return _write([read(run) for run in runs], folder)
-
-
-def _write(found: Sequence[Findings], folder: Path) -> Path:
     drawn = [[figures.draw(one, name) for name in figures.names(one)] for one in found]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +101,7 @@ def _print(found: Findings, choices: Sequence[str]) -> None:
     if found.random_labels:
         out.print(Text(shares(found.random_labels)))
     if found.config.trust_data:
-        out.print("The images were not compared with those of the cache (--trust-data).")
+        out.print(tables.UNCHECKED)
 
 
 def table(of: tables.Table) -> RichTable:

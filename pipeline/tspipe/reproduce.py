@@ -153,7 +153,7 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
         found = teachers.obtain(training, stated, config.weights, not group.rank, command)
         chosen = recipe.load(name, config.settings, flags, teachers.facts(found))
         if not group.rank:
-            say(f"Teacher {network} with the weights {found.source} (SHA-256 {found.sha256[:12]}…) over {stated}")
+            teachers.say_which(found, network, stated)
     wanted = ExtractConfig(chosen, found, path, config.data, download=config.download, random_pool=pool)
     extract(wanted, group)
     return path

@@ -24,7 +24,8 @@ _T = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 T = TypeVar("T")
-HELPS, HURTS, UNDECIDED, ONE_SEED = "it helps", "it hurts", "no difference shown", "one seed, no conclusion"
+HELPS, HURTS, UNDECIDED = "it helps", "it hurts", "no difference shown"
+ONE_SEED = "one seed: no interval, so no conclusion"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from tspipe import losses, networks, plugins
 from tspipe.cache import Cache
 from tspipe.errors import RecipeError
-from tspipe.learner import ARMS, OWN, RANDOM, UNTAUGHT, learner_name
+from tspipe.learner import ARMS, OWN, RANDOM, learner_name, losses_of
 from tspipe.recipe import Recipe
 from tspipe.views import views_identity
 
@@ -37,10 +37,7 @@ def check_names(recipe: Recipe) -> None:
         for stated, names in ((networks.stated_name, recipe.student), (losses.stated_name, recipe.loss))
     )
     learners = [
-        learner_name(student, arm, loss, 0)
-        for student in students
-        for arm in ARMS
-        for loss in (["xent"] if arm in UNTAUGHT else used)
+        learner_name(student, arm, loss, 0) for student in students for arm in ARMS for loss in losses_of(arm, used)
     ]
     for kind, called in (("students", students), ("losses", used), ("learners", learners)):
         if twice := next((name for name, count in Counter(called).items() if count > 1), None):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from tspipe.results import Comparison, Findings, Sample
 
+UNCHECKED = "The images were not compared with those of the cache (--trust-data)."
+
 
 @dataclass(frozen=True)
 class Table:
@@ -76,11 +78,15 @@ def paper_notes(found: Findings) -> Iterator[str]:
 
 def verdict(difference: Sample) -> str:
     """A difference in points, its 95 % interval, and what that allows to say."""
-    points = f"{100 * difference.mean:+.2f}"
-    if difference.margin is None:
-        return f"{points} (one seed: no interval, so no conclusion)"
-    low, high = 100 * (difference.mean - difference.margin), 100 * (difference.mean + difference.margin)
-    return f"{points} ({low:+.2f} to {high:+.2f}), {difference.conclusion}"
+    mean, margin = difference.mean, difference.margin
+    if margin is None:
+        return f"{points(mean)} ({difference.conclusion})"
+    return f"{points(mean)} ({points(mean - margin)} to {points(mean + margin)}), {difference.conclusion}"
+
+
+def points(fraction: float) -> str:
+    """A difference of fractions in points, with its sign."""
+    return f"{100 * fraction:+.2f}"
 
 
 def percent(sample: Sample) -> str:
@@ -92,5 +98,4 @@ def percent(sample: Sample) -> str:
 def _signs(comparison: Comparison | None) -> list[str]:
     if comparison is None or comparison.paper is None:
         return ["", "", ""]
-    ours = f"{100 * comparison.difference('best').mean:+.2f}"
-    return [ours, f"{100 * comparison.paper:+.2f}", comparison.agreement]
+    return [points(comparison.difference("best").mean), points(comparison.paper), comparison.agreement]

@@ -39,6 +39,11 @@ def obtain(config: TeacherConfig, dataset: str, given: Path | None, train: bool,
     return found
 
 
+def say_which(found: Weights, network: str, dataset: str) -> None:
+    """Say which teacher runs over a dataset, with which weights."""
+    say(f"Teacher {network} with the weights {found.source} (SHA-256 {found.sha256[:12]}…) over {dataset}")
+
+
 def command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:
     """The command that trains a teacher, of the flags that are given."""
     words = ["tspipe", "teacher", "--dataset", dataset]

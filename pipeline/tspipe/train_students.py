@@ -21,7 +21,7 @@ from tspipe.datasets import Dataset
 from tspipe.distributed import ALONE, Group, pick_device
 from tspipe.errors import DatasetError, RecipeError, TrainingError
 from tspipe.files import lock
-from tspipe.learner import OWN, RANDOM, UNTAUGHT, Batch, Learner, taught
+from tspipe.learner import OWN, RANDOM, Batch, Learner, losses_of, taught
 from tspipe.live_teacher import LiveTeacher
 from tspipe.local_data import check_preprocess, open_local
 from tspipe.losses import Output, Target
@@ -153,7 +153,7 @@ class Run:
             Learner(student, arm, seed, recipe, width, classes, shape, self.device, loss)
             for student in recipe.student
             for arm in self.config.arms
-            for loss in (recipe.loss if arm not in UNTAUGHT else ["xent"])
+            for loss in losses_of(arm, recipe.loss)
         ]
 
     def train(self) -> None:
