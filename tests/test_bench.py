@@ -1,6 +1,7 @@
 """The benchmark: what it compares, and that both sides of a comparison do the same work."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,22 +9,22 @@ import pytest
 import torch
 
 from conftest import Result
-from tspipe import bench
+from tspipe import bench, floors
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.learner import RANDOM, TAUGHT
 from tspipe.student_config import StudentConfig
 
 LINES = [
-    "targets held / index_select",
-    "targets read / h5py",
+    "rows held / index_select",
+    "rows read / h5py",
     "lenet5 epoch / bare",
     "lenet5 epoch / live",
     "random images / eager",
     "cohort of 2 / bare",
     "stage one / bare",
     "stage one / eager",
-    "stage one / decode, eager",
+    "stage one, files / eager",
 ]
 
 
@@ -41,8 +42,8 @@ def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
     assert [line["what"] for line in found["lines"]] == LINES
     for line in found["lines"]:
         assert min(line["floor"], line["ours"]) > 0
-        assert line["smallest"] <= line["ratio"] <= line["largest"]
-        assert line["n"] == bench._TURNS
+        assert line["lower"] <= line["ratio"] <= line["upper"]
+        assert bench._LEAST <= line["n"] <= bench._MOST
     facts = found["facts"]
     assert facts["teacher: max|Δ|/max|f| from the plain network"] < 1e-4
     steps = facts["teacher: seconds of a pass over random images"] / facts["lenet5: seconds of a taught step"]
@@ -62,10 +63,10 @@ def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Pa
     """Bare steps end with the weights that `Run.learn` gives, or the comparison would be of two things."""
     measured = bench.Bench(config(digits), 1, tmp_path)
     ours, bare = ([measured._learner("lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
-    measured._learn(ours, 3)
+    floors.taken(measured._learn(ours, ""))(3)
     batches = [batch for _, batch in measured.run.batches(0, 0, slice(3))]
-    bench._steps(bare[0], [(batch.images, batch.target) for batch in batches], 3)
-    bench._steps(bare[1], list(map(bench._joined, batches)), 3)
+    floors.taken(floors.bare_steps(bare[0], ((batch.images, batch.target) for batch in batches)))(3)
+    floors.taken(floors.bare_steps(bare[1], map(floors.joined, batches)))(3)
     for one, two in zip(ours, bare, strict=True):
         for name, value in one.network.state_dict().items():
             torch.testing.assert_close(two.network.state_dict()[name], value, rtol=1e-5, atol=1e-7)
@@ -85,9 +86,27 @@ def test_seconds_are_a_number(tspipe: Callable[..., Result]) -> None:
     assert tspipe("bench", "--cache", "x.h5", "--seconds", "soon").code == 2
 
 
-@pytest.mark.parametrize(("steps", "most", "count"), [(100.0, 10, 1), (1e-9, 10, 10)])
-def test_a_turn_fills_its_time(digits: Cache, tmp_path: Path, steps: float, most: int, count: int) -> None:
-    assert bench.Bench(config(digits), 1, tmp_path)._count(steps, most) == count
+@pytest.mark.parametrize(("seconds", "turns", "slow", "fast"), [(1, 11, 1, 1), (110, 16, 1, 5), (4000, 101, 6, 26)])
+def test_turns_are_short_and_of_one_length(
+    seconds: int, turns: int, slow: int, fast: int, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, done = 0.0, []
+
+    def way(length: float) -> floors.Way:
+        def do(count: int) -> None:
+            nonlocal now
+            now += count * length
+            done.append((length, count))
+
+        return do
+
+    measured = bench.Bench(config(digits), 1, tmp_path)
+    measured.seconds = seconds / 2
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    found = measured._turns({"slow": way(3.25), "fast": way(0.75)})
+    assert found == {"slow": [3.25] * turns, "fast": [0.75] * turns}
+    assert set(done[4:]) == {(3.25, slow), (0.75, fast)}
+    assert [length for length, _ in done[4:8]] == [3.25, 0.75, 0.75, 3.25], "neither is always the first"
 
 
 def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:

@@ -176,7 +176,7 @@ def test_curves_for_tensorboard(digits: Cache, tmp_path: Path) -> None:
     assert [folder.name for folder in folders] == ["lenet5-alone-seed0", "lenet5-taught-seed0"]
     found = events.EventAccumulator(str(folders[1])).Reload()
     assert found.Tags()["scalars"] == [
-        "accuracy/train", "seconds/training", "loss/mse", "loss/xent", "accuracy/test", "seconds/testing",
+        "accuracy/train", "loss/mse", "loss/xent", "seconds/training", "accuracy/test", "seconds/testing",
         "seconds/teacher",
     ]  # fmt: skip
     for tag, column in (("accuracy/test", "test_accuracy"), ("loss/mse", "mse")):

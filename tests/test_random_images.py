@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tspipe.random_images import PoolImages, congruential, minstd, minstd_start, spent, uniform
-from tspipe.randomness import seed_torch, stream
+from tspipe.randomness import seed_torch, seed_torch_with, stream, torch_seeds
 
 
 def test_the_same_batch_is_the_same_and_no_other_is() -> None:
@@ -93,3 +93,11 @@ def test_what_is_said_of_the_period() -> None:
     assert spent("minstd", 5000, "The pool", shape) == (
         "The period of minstd is spent after 699,050 images of 3×32×32. The pool draws 5,000, no more than that."
     )
+
+
+def test_an_epochs_seeds_are_those_of_its_batches() -> None:
+    for batch, seed in zip(range(60, 190), torch_seeds(1, "dropout", 2, 60), strict=False):
+        seed_torch_with(seed)
+        drawn = torch.rand(3)
+        seed_torch(1, "dropout", 2, batch)
+        assert torch.equal(torch.rand(3), drawn)

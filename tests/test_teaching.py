@@ -18,7 +18,7 @@ from forging import move, overwrite, resize, stretch
 from pets import CLASSES, plan, write
 from tspipe import feature_net, networks, teaching, weights
 from tspipe import recipe as recipes
-from tspipe.cache import open_cache
+from tspipe.cache import Cache, open_cache
 from tspipe.errors import CacheDamaged, CacheMismatch, NetworkError, TspipeError
 
 SHAPE = (1, 16, 16)
@@ -249,9 +249,12 @@ def test_whatever_a_network_raises_for_images_of_another_size() -> None:
     assert said == "choosy does not take images of (1, 16, 16): AssertionError"
 
 
-def test_rows_are_asked_for_ahead_of_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row once, in the order of the batches, so many batches before it is read."""
+@pytest.mark.parametrize("slow", [True, False])
+def test_rows_are_asked_for_ahead_where_they_come_slowly(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first batch, which shows it, each row once, so many batches before it is read."""
     monkeypatch.setattr(teaching, "AHEAD", 3)
+    monkeypatch.setattr(teaching, "AT_ONCE", -1 if slow else 1)
+    monkeypatch.setattr(teaching, "TAKEN", 1)
     said: list[tuple[str, list[int]]] = []
 
     class Rows:
@@ -269,12 +272,32 @@ def test_rows_are_asked_for_ahead_of_their_batch(monkeypatch: pytest.MonkeyPatch
     order = list(torch.randperm(1000).split(100))
     found = list(targets.batches(order))
     rows = [batch.tolist() for batch in order]
-    assert [batch for what, batch in said if what == "asked"] == rows
+    assert [batch for what, batch in said if what == "asked"] == (rows[1:] if slow else [])
     assert [batch for what, batch in said if what == "read"] == rows
-    for i, batch in enumerate(rows):
+    for i, batch in enumerate(rows[1:] if slow else [], 1):
         before = said[: said.index(("read", batch))]
-        assert len([what for what, _ in before if what == "asked"]) == min(i + 4, 10)
+        assert len([what for what, _ in before if what == "asked"]) == min(i + 3, 9)
     assert all(torch.equal(target.labels, batch) for target, batch in zip(found, order, strict=True))
+
+
+@pytest.mark.parametrize("memory", [0, 2**20])
+@pytest.mark.parametrize("taken", [1, 3 * 300 * (8 + 4 * 84), 2**20])
+@pytest.mark.parametrize("needs", [{"features", "logits"}, {"features"}, set()])
+def test_batches_are_rows_however_many_are_taken_together(
+    digits: Cache, memory: int, taken: int, needs: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "TAKEN", taken)
+    columns, labels = {"features": digits.train.features, "logits": digits.train.logits}, digits.train.labels
+    targets = teaching.Targets(columns, torch.from_numpy(labels), frozenset(needs), memory, torch.device("cpu"))
+    order = list(torch.randperm(1000).split(150))
+    found = list(targets.batches(order))
+    assert len(found) == len(order)
+    for rows, target in zip(order, found, strict=True):
+        assert torch.equal(target.labels, torch.from_numpy(labels)[rows])
+        for name, part in (("features", target.features), ("logits", target.logits)):
+            stored = torch.from_numpy(columns[name].load()).float()[rows]
+            assert torch.equal(part, stored if name in needs else torch.empty(len(rows), 0))
+    assert list(targets.batches([])) == []
 
 
 @pytest.mark.parametrize(("memory", "held"), [(8000, torch.float32), (4000, torch.float16)])

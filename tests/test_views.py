@@ -380,6 +380,6 @@ def test_the_benchmark_takes_a_cache_of_views(cropped: Cache, tmp_path: Path) ->
     measured = bench.Bench(replace(stage_two(cropped, cropped.path.parent / "shapes"), out=None), 0.1, tmp_path)
     measured._targets()
     measured._stage_one()
-    assert [line.what.split(" / ")[0] for line in measured.lines] == ["targets held", "targets read"] + [
-        "stage one"
-    ] * 3
+    assert [line.what.split(" / ")[0] for line in measured.lines] == [
+        "rows held", "rows read", "stage one", "stage one", "stage one, files",
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What a cache saves on this machine: every time beside its floor, the plainest code that does the same work.
 
-A floor and what is compared with it take turns, so that a machine that slows down slows both; ratios are of turns,
-and their median is given with the smallest and the largest.
+A floor and what is compared with it take short turns, so that a machine that slows down slows both; ratios are of
+turns, and their median is given with the quartiles.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from torch import Tensor
 
 from tspipe import extract, feature_net, networks, pixels, training
 from tspipe.cache.layout import as_plan
+from tspipe.datasets import Dataset, Images
 from tspipe.distributed import pick_device
 from tspipe.feature_net import FeatureNet
-from tspipe.learner import RANDOM, TAUGHT, Batch, Learner
-from tspipe.losses import Output, Target
+from tspipe.floors import Way, bare_steps, bare_tests, endless, joined, labelled, taken
+from tspipe.learner import RANDOM, TAUGHT, Learner
+from tspipe.losses import Output
 from tspipe.memory import keep_freed
+from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, progress
 from tspipe.random_pool import RandomPool
 from tspipe.recipe import Compute, Features
@@ -36,24 +39,22 @@ from tspipe.teaching import Targets, build_teacher, row_labels
 from tspipe.train_students import Position, Run
 from tspipe.weights import Weights
 
-_TURNS = 11
+_LEAST, _MOST = 11, 101  # turns
 _PREPARED = 2**30  # bytes of images that a floor has in memory: an epoch of CIFAR-10, which no processor's cache holds
-_ROWS = 64  # batches of rows in a turn that only reads
-
-Way = Callable[[], object]
-Prepared = list[tuple[Tensor, Target]]  # normalised images and their targets, batch by batch
+_COHORT, _BLOCKS = 8, 4  # batches with random images, and blocks of stage one, that are gone through again and again
+_BRIEF = 0.2  # of the time of a way, for what takes microseconds
 
 
 @dataclass(frozen=True)
 class Line:
-    """`what`, and what it is compared with after the stroke: seconds, medians of n turns; ours / floor in each turn."""
+    """`what`, and what it is compared with after the stroke: seconds, medians of n turns; quartiles of ours / floor."""
 
     what: str
     floor: float
     ours: float
     ratio: float
-    smallest: float
-    largest: float
+    lower: float
+    upper: float
     n: int
 
 
@@ -82,11 +83,12 @@ class Bench:
         self.run = Run(self.config, RunFolder(folder, {}, self.environment), self.device)
         self.live = self.run.live
         students = len(config.recipe.student)
-        self.seconds = seconds / (2 * students + 3)  # for each comparison
         self.lines: list[Line] = []
         self.facts: dict[str, float] = {}
         self._pooled = self.live is not None and config.cache.random is not None
-        self._total = 2 * students + 2 + 5 * bool(self.live) + self._pooled
+        ways = 4 * _BRIEF + (5 * students + 9 + 2 * self._pooled if self.live else 4 * students)
+        self.seconds = seconds / ways
+        self._total = students + 2 + 5 * bool(self.live) + self._pooled
         self._advance: Advance = lambda _count, _what: None
 
     def measure(self) -> Result:
@@ -104,31 +106,30 @@ class Bench:
     def _targets(self) -> None:
         """Rows of features in random order: held, beside index_select; read, beside h5py's own indexing."""
         column = self.config.cache.train.features
-        order = training.order(0, 0, len(column), self.config.recipe.batch_size)[:_ROWS]
+        order = training.order(0, 0, len(column), self.config.recipe.batch_size)
         labels = row_labels(self.config.cache)
 
         def ours(memory: int) -> Way:
             targets = Targets({"features": column}, labels, frozenset({"features"}), memory, self.device)
-            return lambda: [target.features for target in targets.batches(order)]
+            return taken(endless(lambda: targets.batches(order)))
 
         held, there = torch.from_numpy(column.load()).float().to(self.device), labels.to(self.device)
         rows = [batch.to(self.device) for batch in order]
 
-        def selected() -> None:
+        def selected() -> Iterator[object]:
             for batch in rows:
-                held.index_select(0, batch)
-                there.index_select(0, batch)
+                yield held.index_select(0, batch), there.index_select(0, batch)
 
-        self._compare("targets held / index_select", selected, ours(2**62))
+        self._compare("rows held / index_select", taken(endless(selected)), ours(2**62), _BRIEF)
         with h5py.File(self.config.cache.path, "r", locking=False) as file:
             dataset = file["train_features"]
 
-            def indexed() -> None:
+            def indexed() -> Iterator[object]:
                 for batch in order:
                     there, back = batch.unique(return_inverse=True)  # h5py wants them in order
-                    torch.from_numpy(dataset[there.numpy()]).float()[back]
+                    yield torch.from_numpy(dataset[there.numpy()]).float()[back]
 
-            self._compare("targets read / h5py", indexed, ours(0))
+            self._compare("rows read / h5py", taken(endless(indexed)), ours(0), _BRIEF)
 
     def _student(self, name: str) -> None:
         """An epoch of a taught student, beside bare steps and bare tests on tensors in memory; and the loop without."""
@@ -137,40 +138,42 @@ class Bench:
         run.live = None
         learner = self._learner(name, TAUGHT)  # for all ways: two alike may differ by 4 %, by where their weights lie
         prepared = [(batch.images, batch.target) for _, batch in run.batches(0, 0, slice(self._batches_of(size)))]
-        once = self._seconds(lambda: _steps(learner, prepared, 1))
-        count = self._count(once * (2 if not self.live else 3), len(self._order()))
-        ways: dict[str, Way] = {
-            "floor": lambda: _steps(learner, prepared, count),
-            "ours": lambda: self._learn([learner], count),
+        steps = {
+            "floor": bare_steps(learner, itertools.cycle(prepared)),
+            "ours": self._learn([learner], f"{what}, epoch"),
         }
-        counts = {"floor": count, "ours": count}
         if self.live:
-            plain = self._plain_teacher()
-            one = self._seconds(lambda: self._live_loop(learner, plain, prepared, 1))
-            few = counts["live"] = self._count(3 * one, count)
-            ways["live"] = lambda: self._live_loop(learner, plain, prepared, few)
-        step = {way: [turn / counts[way] for turn in turns] for way, turns in self._turns(ways).items()}
-        self._advance(1, f"{what}, steps")
-
+            steps["live"] = bare_steps(learner, labelled(self._plain_teacher(), itertools.cycle(prepared)))
         in_turn = training.in_turn(len(run.test_pixels), test_size)
-        tests, pixels = len(in_turn), run.test_pixels.batches(in_turn[: self._batches_of(test_size)])
+        pixels = run.test_pixels.batches(in_turn[: self._batches_of(test_size)])
         images = [run.preprocess.normalise(batch) for batch in pixels]
-        some = self._count(self._seconds(lambda: _tests(learner, images, 1)) * 2, tests)
-        test = self._turns({"floor": lambda: _tests(learner, images, some), "ours": lambda: run.test([learner], some)})
-        saving = self._seconds(lambda: run.save([learner], Position()))
-        steps = len(self._order())
+        tests: dict[str, Iterator[object]] = {
+            "floor": bare_tests(learner, itertools.cycle(images)),
+            "ours": (run.test([learner], rows) for rows in itertools.cycle(in_turn)),
+        }
 
-        def epoch(way: str, turn: int) -> float:
-            seconds = step[way][turn] * steps + test["ours" if way == "ours" else "floor"][turn] / some * tests
-            return seconds * (1 + saving / self.config.recipe.checkpoint_seconds) if way == "ours" else seconds
+        def trained(way: str) -> Way:
+            return lambda count: (learner.network.train(), taken(steps[way])(count))
 
-        epochs = {way: [epoch(way, turn) for turn in range(_TURNS)] for way in ways}
+        def tested(way: str) -> Way:
+            return lambda count: (learner.network.eval(), taken(tests[way])(count))
+
+        found = self._turns({way: trained(way) for way in steps} | {f"{way}, test": tested(way) for way in tests})
+        found["live, test"] = found["floor, test"]
+        saving = 1 + self._seconds(lambda _: run.save([learner], Position()), 1) / self.config.recipe.checkpoint_seconds
+        epochs = {
+            way: [
+                (step * len(self._order()) + test * len(in_turn)) * (saving if way == "ours" else 1)
+                for step, test in zip(found[way], found[f"{way}, test"], strict=True)
+            ]
+            for way in steps
+        }
         self._line(f"{what} epoch / bare", epochs["floor"], epochs["ours"])
         if self.live:
             self._line(f"{what} epoch / live", epochs["live"], epochs["ours"])
             self.facts[f"{what}: cached epoch, times faster than live"] = 1 / self.lines[-1].ratio
-            self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"])
-        self._advance(1, f"{what}, tests")
+            self.facts[f"{what}: seconds of a taught step"] = statistics.median(found["ours"])
+        self._advance(1, f"{what}, epoch")
         run.live = self.live
 
     def _teacher(self) -> None:
@@ -186,85 +189,93 @@ class Bench:
 
         apart = (eager().features - said.features).abs().max() / said.features.abs().max()
         self.facts["teacher: max|Δ|/max|f| from the plain network"] = float(apart)
-        count = self._count(2 * self._seconds(eager), 1000)
-        self._compare(
-            "random images / eager",
-            lambda: [eager() for _ in range(count)],
-            lambda: [live.batch(0, 0, number) for number in range(count)],
-            count,
-        )
+        ours = taken(live.batch(0, 0, number) for number in itertools.count())
+        self._compare("random images / eager", taken(eager() for _ in itertools.count()), ours)
         self.facts["teacher: seconds of a pass over random images"] = self.lines[-1].ours
         if self._pooled:
             cache, shape = self.config.cache, self.run.train_pixels.shape
             pool = RandomPool(cache, self.run.preprocess, live.count, shape, self.device)
-            self._compare(
-                "random images, pool / live",
-                lambda: [live.batch(0, 0, number) for number in range(count)],
-                lambda: list(pool.batches(0, range(count))),
-                count,
-            )
+            drawn = taken(pool.batches(0, range(2**20)))
+            self._compare("random images, pool / live", ours, drawn)
 
     def _cohort(self) -> None:
         """An epoch's batches of all students, taught and with random images, beside bare steps and one pass a batch."""
         assert self.live is not None
         live, students = self.live, self.config.recipe.student
-        ours, bare = ([self._learner(s, arm) for s in students for arm in (TAUGHT, RANDOM)] for _ in range(2))
-        batches = [batch for _, batch in self.run.batches(0, 0, slice(self._batches_of(self.config.recipe.batch_size)))]
-        prepared = {TAUGHT: [(batch.images, batch.target) for batch in batches], RANDOM: list(map(_joined, batches))}
+        learners = [self._learner(student, arm) for student in students for arm in (TAUGHT, RANDOM)]
+        batches = [batch for _, batch in self.run.batches(0, 0, slice(_COHORT))]
+        prepared = {TAUGHT: [(batch.images, batch.target) for batch in batches], RANDOM: list(map(joined, batches))}
 
-        def floor(count: int) -> None:
-            for number in range(count):
+        def floor() -> Iterator[object]:
+            bare = [bare_steps(learner, itertools.cycle(prepared[learner.arm])) for learner in learners]
+            for number in itertools.count():
                 live.batch(0, 0, number)
-                for learner in bare:
-                    _steps(learner, prepared[learner.arm], 1)
+                yield [next(steps) for steps in bare]
 
-        count = self._count(2 * self._seconds(lambda: floor(1)), len(self._order()))
-        what = f"cohort of {len(ours)} / bare"
-        self._compare(what, lambda: floor(count), lambda: self._learn(ours, count), count)
+        what = f"cohort of {len(learners)} / bare"
+        self._compare(what, taken(floor()), taken(self._learn(learners, what)))
 
     def _stage_one(self) -> None:
-        """Blocks decoded, taught, checked and written, beside the bare teacher on arrays, and beside eager code."""
-        job, plain = self._job(), self._plain_teacher()
-        size, train, preprocess = job.config.recipe.compute.batch_size, job.dataset.train, job.config.recipe.preprocess
-        blocks = [job.dimensions.block("train", number) for number in range(job.dimensions.blocks("train"))]
+        """Blocks taught, checked and written, beside the bare teacher on arrays and eager code; with decoding, too."""
+        plain, (dataset, preprocess) = self._plain_teacher(), self.run.images
+        files = self._job(dataset, preprocess)
+        size, sizes = files.config.recipe.compute.batch_size, files.dimensions
+        blocks = [sizes.block("train", number) for number in range(min(_BLOCKS, sizes.blocks("train")))]
 
-        def read(rows: Iterable[int]) -> Tensor:
-            return torch.from_numpy(np.stack([pixels.read(train, preprocess, row)[1] for row in rows]))
+        def read(rows: range) -> Tensor:
+            return torch.from_numpy(np.stack([pixels.read(dataset.train, preprocess, row)[1] for row in rows]))
+
+        decoded = [read(block) for block in blocks]
+        array, stop = torch.cat(decoded).numpy(), blocks[-1].stop
+        held = Images(
+            dataset.train.labels[:stop], dataset.train.keys[:stop], dataset.train.classes, array.__getitem__, array
+        )
+        arrays = self._job(replace(dataset, train=held), replace(preprocess, resize=None, crop=None))
 
         @torch.inference_mode()
-        def bare(parts: Iterable[Tensor]) -> None:
-            for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
-                job.teacher(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2)))
+        def bare(part: Tensor) -> None:
+            for batch in part.split(size):
+                arrays.teacher(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2)))
 
         @torch.no_grad()
-        def eager(parts: Iterable[Tensor]) -> None:
-            for batch in itertools.chain.from_iterable(part.split(size) for part in parts):
+        def eager(part: Tensor) -> None:
+            for batch in part.split(size):
                 plain(preprocess.normalise(batch.to(self.device).permute(0, 3, 1, 2).contiguous()))
 
-        decoded = [read(block) for block in blocks[:1]]
-        count = self._count(3 * self._seconds(lambda: eager(decoded)), len(blocks))
-        blocks, decoded = blocks[:count], decoded + [read(block) for block in blocks[1:count]]
-        images = sum(map(len, blocks))
-        with job.writer() as writer:
-            ways: dict[str, Way] = {
-                "ours": lambda: extract.write_rows(writer, job, {"train": range(count), "test": []}, _unseen),
-                "bare": lambda: bare(decoded),
-                "eager": lambda: eager(decoded),
-                "decode, eager": lambda: eager(map(read, blocks)),
-            }
-            turns = {way: [seconds / images for seconds in turns] for way, turns in self._turns(ways).items()}
-        for way in list(ways)[1:]:
-            self._line(f"stage one / {way}", turns[way], turns["ours"])
+        with arrays.writer() as writer:
+
+            def written(job: extract.Job) -> Way:
+                numbers = itertools.cycle(range(len(blocks)))
+                return lambda count: extract.write_rows(
+                    writer, job, {"train": list(itertools.islice(numbers, count)), "test": []}, _unseen
+                )
+
+            found = self._turns(
+                {
+                    "ours": written(arrays),
+                    "bare": taken(bare(part) for part in itertools.cycle(decoded)),
+                    "eager": taken(eager(part) for part in itertools.cycle(decoded)),
+                    "ours, files": written(files),
+                    "eager, files": taken(eager(read(block)) for block in itertools.cycle(blocks)),
+                }
+            )
+        an_image = {way: [seconds / len(blocks[0]) for seconds in turns] for way, turns in found.items()}
+        for line, floor, ours in (
+            ("stage one / bare", "bare", "ours"),
+            ("stage one / eager", "eager", "ours"),
+            ("stage one, files / eager", "eager, files", "ours, files"),
+        ):
+            self._line(line, an_image[floor], an_image[ours])
             self._advance(1, "stage one")
 
-    def _job(self) -> extract.Job:
-        """Stage one for the training images of the cache, as it was made but without views, into the folder."""
-        cache, (dataset, steps) = self.config.cache, self.run.images
+    def _job(self, dataset: Dataset, preprocess: Preprocess) -> extract.Job:
+        """Stage one for the cache's training images, as it was made but without views, into the folder."""
+        cache = self.config.cache
         compute = cache.manifest["compute"], cache.manifest["block_rows"]
         assert self.live is not None
         recipe = self.config.recipe.model_copy(
             update={
-                "preprocess": steps,
+                "preprocess": preprocess,
                 "compute": Compute(batch_size=compute[0]["batch_size"], block_rows=compute[1]),
                 "features": Features(dtype="float32" if cache.manifest["features"]["dtype"] == "<f4" else "float16"),
             }
@@ -280,57 +291,57 @@ class Bench:
     def _order(self) -> list[Tensor]:
         return training.order(0, 0, len(self.run.train_pixels), self.config.recipe.batch_size)
 
-    def _learn(self, learners: list[Learner], count: int) -> None:
-        with progress("bench", count * self.config.recipe.batch_size, "images") as advance:
-            self.run.learn(learners, Position(), advance, count)
-
-    def _live_loop(
-        self, learner: Learner, teacher: FeatureNet, batches: list[tuple[Tensor, Target]], count: int
-    ) -> None:
-        """What one would write without a cache: the teacher labels every batch."""
-        for images, target in itertools.islice(itertools.cycle(batches), count):
-            with torch.no_grad():
-                features, logits = teacher(images.contiguous())
-            _steps(learner, [(images, Target(features, logits, target.labels))], 1)
+    def _learn(self, learners: list[Learner], what: str) -> Iterator[object]:
+        """Training without end as `tspipe student` does it, step by step; progress and checkpoints are in it."""
+        for epoch in itertools.count():
+            for learner in learners:
+                learner.start_epoch(epoch)
+            for images in self.run.steps(learners, Position(epoch=epoch)):
+                self._advance(0, what)
+                yield images
 
     def _plain_teacher(self) -> FeatureNet:
         shape = self.run.train_pixels.shape
         module, name = build_teacher(self.config.cache, self.config.recipe, shape)
         return feature_net.split(module.eval().requires_grad_(False), name, feature_net.noise(shape)).to(self.device)
 
-    def _compare(self, what: str, floor: Way, ours: Way, count: int = 1) -> None:
-        """A line of the table, of times for one of `count` that a turn does."""
-        seconds = self._turns({"floor": floor, "ours": ours})
-        self._line(what, *([turn / count for turn in seconds[way]] for way in ("floor", "ours")))
+    def _compare(self, what: str, floor: Way, ours: Way, share: float = 1) -> None:
+        """A line of the table."""
+        seconds = self._turns({"floor": floor, "ours": ours}, share)
+        self._line(what, seconds["floor"], seconds["ours"])
         self._advance(1, what)
 
     def _line(self, what: str, floor: list[float], ours: list[float]) -> None:
         ratios = [a / b for a, b in zip(ours, floor, strict=True)]
+        lower, _, upper = statistics.quantiles(ratios, n=4)
         middle = [statistics.median(values) for values in (floor, ours, ratios)]
-        self.lines.append(Line(what, middle[0], middle[1], middle[2], min(ratios), max(ratios), len(ratios)))
+        self.lines.append(Line(what, middle[0], middle[1], middle[2], lower, upper, len(ratios)))
 
-    def _turns(self, ways: dict[str, Way]) -> dict[str, list[float]]:
-        """Seconds of each way in each turn, after one to warm up."""
+    def _turns(self, ways: dict[str, Way], share: float = 1) -> dict[str, list[float]]:
+        """Seconds that each way takes for one, turn by turn: short turns, as many as there is time for, equally long.
+
+        Each begins with another way than the last.
+        """
         for way in ways.values():
-            self._seconds(way)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(_TURNS):
-            for name, way in ways.items():
-                seconds[name].append(self._seconds(way))
-        return seconds
+            way(1)
+        once = {name: self._seconds(way, 1) for name, way in ways.items()}
+        seconds = share * self.seconds  # for each way
+        turns = min(_MOST, max(_LEAST, int(seconds / max(once.values()))))
+        counts = {name: max(1, round(seconds / turns / each)) for name, each in once.items()}
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(turns):
+            for name in (names := list(ways))[turn % len(names) :] + names[: turn % len(names)]:
+                found[name].append(self._seconds(ways[name], counts[name]) / counts[name])
+        return found
 
     def _batches_of(self, size: int) -> int:
         """How many batches of this many images a floor has in memory."""
         return max(1, _PREPARED // (4 * math.prod(self.run.train_pixels.shape) * size))
 
-    def _count(self, once: float, most: int) -> int:
-        """How often a turn does what takes `once` seconds, to fill the time there is."""
-        return max(1, min(most, int(self.seconds / (_TURNS + 1) / once)))
-
-    def _seconds(self, way: Way) -> float:
+    def _seconds(self, way: Way, count: int) -> float:
         self._wait()
         start = time.perf_counter()
-        way()
+        way(count)
         self._wait()
         return time.perf_counter() - start
 
@@ -372,28 +383,3 @@ def _unseen(count: int, what: str) -> None:
 def as_json(result: Result) -> dict[str, Any]:
     """A result as JSON has it; times are seconds."""
     return asdict(result)
-
-
-def _steps(learner: Learner, batches: Prepared, count: int) -> None:
-    """Bare training steps."""
-    learner.network.train()
-    for images, target in itertools.islice(itertools.cycle(batches), count):
-        loss = torch.stack(list(learner.loss(learner.network(images), target).values())).sum()
-        learner.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        learner.optimizer.step()
-
-
-@torch.no_grad()
-def _tests(learner: Learner, batches: list[Tensor], count: int) -> None:
-    """Bare test forwards."""
-    learner.network.eval()
-    for images in itertools.islice(itertools.cycle(batches), count):
-        learner.network(images)
-
-
-def _joined(batch: Batch) -> tuple[Tensor, Target]:
-    """Real and random images as one batch, before a floor is timed."""
-    assert batch.random is not None
-    random, target = batch.random
-    return torch.cat([batch.images, random]), Target(*map(torch.cat, zip(batch.target, target, strict=True)))

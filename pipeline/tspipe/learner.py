@@ -1,4 +1,4 @@
-"""One student in training: its network, its loss, its optimiser, and what it has counted this epoch."""
+"""One student in training: its network, its loss, its optimiser, and what it counts."""
 
 import os
 import re
@@ -17,6 +17,7 @@ from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output, Target
 from tspipe.randomness import seed_torch
 from tspipe.recipe import Own, Recipe
+from tspipe.tally import Tally
 
 ALONE, OWN, TAUGHT, RANDOM = ARMS = ("alone", "alone, own schedule", "taught", "taught + random")
 UNTAUGHT = (ALONE, OWN)
@@ -108,10 +109,7 @@ class Learner:
 
     Attributes:
         network: maps images to (features of the teacher's width, logits).
-        sums: the epoch's loss terms so far, each weighted by its batch's real images.
-        rows: the real images they are of.
-        correct: how many training images it has classified rightly this epoch.
-        bad_step: the first batch of the epoch whose loss was no number, or -1.
+        tally: what it has counted this epoch; loss terms are weighted by their batch's real images.
     """
 
     def __init__(
@@ -176,9 +174,7 @@ class Learner:
 
     def forget(self) -> None:
         """Forget what it has counted this epoch."""
-        self.sums = torch.zeros(len(self.terms), device=self.device)
-        self.correct, self.rows = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.tally = Tally(len(self.terms), self.device)
 
     def distribute(self, group: Group) -> None:
         """Have every process of the group train this learner, each on its part of a batch."""
@@ -188,20 +184,16 @@ class Learner:
         """One optimiser step on this arm's share of a batch. Nothing here waits for the device."""
         self.training.start()
         real, random = len(batch.images), batch.random if self.arm == RANDOM else None
+        self.optimizer.zero_grad(set_to_none=True)
         output, terms = self._forward(batch.images, batch.target, random)
         parts = torch.stack(list(terms.values()))
         weight, whole = self._weight(batch), batch.whole[0] if batch.whole else real
         loss = parts.sum() if weight is None else parts.sum() * weight * self._processes
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        with torch.no_grad():
-            if weight != 0:  # the mean of no images is no number
-                self.sums += parts.detach() * (whole if weight is None else weight * whole)
-                bad = (self.bad_step < 0) & ~loss.detach().isfinite()
-                self.bad_step = torch.where(bad, step, self.bad_step)
-            self.rows += real
-            self.correct += (output.logits[:real].argmax(1) == batch.target.labels).sum()
+        if weight != 0:  # the mean of no images is no number
+            counts = whole if weight is None else weight * whole
+            self.tally.add(step, parts, counts, output.logits[:real], batch.target.labels)
         self.training.stop()
 
     def _weight(self, batch: Batch) -> float | None:
@@ -230,26 +222,12 @@ class Learner:
 
     def pack(self) -> dict[str, Tensor]:
         """Its whole state as flat tensors."""
-        return {**training.pack(self.trained, self.optimizer), **training.prefixed("counted", self.counted)}
-
-    @property
-    def counted(self) -> dict[str, Tensor]:
-        """What it has counted this epoch."""
-        return {"sums": self.sums, "rows": self.rows, "correct": self.correct, "bad_step": self.bad_step}
-
-    def count(self, parts: Sequence[dict[str, Tensor]]) -> None:
-        """Replace what it has counted by what several processes have, together."""
-        self.sums, self.rows, self.correct = (
-            torch.stack([part[name] for part in parts]).sum(0).to(self.device) for name in ("sums", "rows", "correct")
-        )
-        bad = [step for part in parts if (step := int(part["bad_step"])) >= 0]
-        self.bad_step = torch.full_like(self.bad_step, min(bad, default=-1))
+        return {**training.pack(self.trained, self.optimizer), **training.prefixed("counted", self.tally.pack())}
 
     def unpack(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `pack`."""
         training.unpack(tensors, self.trained, self.optimizer)
-        for name, value in training.below("counted", tensors).items():
-            setattr(self, name, value.to(self.device))
+        self.tally.unpack(training.below("counted", tensors))
 
     def logits(self, images: Tensor) -> Tensor:
         """(n, C, H, W) to (n, c), for testing."""
@@ -257,14 +235,12 @@ class Learner:
 
     def row(self, epoch: int) -> dict[str, Any]:
         """What it counted in this epoch, as columns of metrics.csv."""
-        rows = int(self.rows)
         return {
             "seed": self.seed,
             "epoch": epoch + 1,
             "student": self.student,
             "arm": self.arm,
             "loss": self.loss_name,
-            "train_accuracy": int(self.correct) / rows,
+            **self.tally.row(self.terms),
             "seconds_training": round(self.training.seconds(), 4),
-            **{term: total / rows for term, total in zip(self.terms, self.sums.tolist(), strict=True)},
         }

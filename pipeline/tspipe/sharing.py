@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tspipe.distributed import ALONE, Group
 from tspipe.learner import Learner
+from tspipe.tally import together
 from tspipe.training import Clock, prefixed
 
 T = TypeVar("T")
@@ -53,7 +54,8 @@ class Sharing:
     def count_together(self, learners: list[Learner]) -> None:
         """Where batches are split, let every process have counted what all have."""
         for learner in learners if self.splits else []:
-            learner.count(self.group.gather({name: value.cpu() for name, value in learner.counted.items()}))
+            counted = {name: value.cpu() for name, value in learner.tally.pack().items()}
+            learner.tally.unpack(together(self.group.gather(counted)))
 
     def count_on(self, learners: list[Learner]) -> None:
         """After that, within an epoch: rank 0 goes on from what all have counted, the others from nothing."""

@@ -166,18 +166,18 @@ def show_bench(result: dict[str, Any]) -> None:
     """What `tspipe bench` found, as JSON has it: a table, the machine, and what to do."""
     out, table = console(), Table(box=None, pad_edge=False)
     table.add_column("")
-    for heading in ("beside", "tspipe", "ratio", "(range)", "n"):
+    for heading in ("beside", "tspipe", "ratio", "(quartiles)", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
     for line in result["lines"]:
-        spread = f"({line['smallest']:.3g} to {line['largest']:.3g})"
+        spread = "({lower} to {upper})".format(**{end: _ratio(line[end]) for end in ("lower", "upper")})
         times = (_seconds(line[way]) for way in ("floor", "ours"))
-        table.add_row(Text(plain(line["what"])), *times, f"{line['ratio']:.3g}", spread, str(line["n"]))
+        table.add_row(Text(plain(line["what"])), *times, _ratio(line["ratio"]), spread, str(line["n"]))
     out.print(table)
     out.print(
         "\nThe left side of each line is tspipe's: an epoch with its test, the random images of a batch, a batch of a "
         "cohort, an image in stage one. Beside it: bare steps and tests on tensors in memory, for a cohort with one "
         "teacher pass; bare: the teacher made for inference, on decoded images; eager, live: the network as it is "
-        "built. Medians of n turns; ratios are of one turn, with their range."
+        "built. Medians of n turns; ratios are of one turn, with their quartiles."
     )
     for name, value in result["facts"].items():
         out.print(Text(plain(f"{name}: {value:.3g}")))
@@ -190,8 +190,15 @@ def show_bench(result: dict[str, Any]) -> None:
     out.print(Text(f"\n{plain(result['sentence'])}"))
 
 
+def _ratio(value: float) -> str:
+    """0.012, 0.98, 1.04, 12."""
+    return f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.2g}"
+
+
 def _seconds(value: float) -> str:
-    """A time in the unit people read: 12.3 ms, 4.56 s, 1:02:03."""
+    """A time in the unit people read: 9.87 µs, 12.3 ms, 4.56 s, 1:02:03."""
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} µs"
     if value < 1:
         return f"{value * 1000:.3g} ms"
     return f"{value:.3g} s" if value < 1000 else str(timedelta(seconds=round(value)))

@@ -1,6 +1,7 @@
 """What students learn from: the cached targets, and the live teacher."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from tspipe.recipe import Recipe
 ROUNDING = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
 # Batches that the system is asked to read before they are wanted: 47,000 cold rows of 4 KiB a second; 22,000 with 4.
 AHEAD = 32
+AT_ONCE = 1e-5  # seconds for a row that need not be asked for: one in memory takes 1 to 4 µs, a disk 80 and more
+TAKEN = 2**20  # bytes of targets taken together: small batches one by one would be half Python
 _VARIANCE_OF = 10_000  # the most cached rows that mse_weight=auto looks at
 _MOST_BYTES = 16  # of a weight: as float64, and again for what is no parameter
 
@@ -45,23 +48,39 @@ class Targets:
         fits = stored <= memory
         self._held = {name: torch.from_numpy(c.load()).to(device, dtype) for name, c in wanted.items()} if fits else {}
         self._read = {} if fits else wanted
+        self._row_bytes = 8 + sum(4 * math.prod(column.shape[1:]) for column in wanted.values())
         self._nothing = torch.empty(0, 0, device=device)
 
     def batches(self, order: Sequence[Tensor]) -> Iterator[Target]:
-        """The targets of each batch of indices (n,) int64; what is not held, the system reads some batches ahead."""
-        for rows in order[:AHEAD]:
-            self._advise(rows)
-        for i, (rows, there) in enumerate(zip(order, moved(order, self.device), strict=True)):
-            if i + AHEAD < len(order):
-                self._advise(order[i + AHEAD])
-            found = {name: held.index_select(0, there).float() for name, held in self._held.items()}
-            for name, column in self._read.items():
-                found[name] = torch.from_numpy(column.take(rows.numpy())).to(self.device).float()
-            yield self.only(self._labels.index_select(0, there), **found)
+        """The targets of each batch of indices (n,) int64, views of what was taken for several small ones together.
 
-    def _advise(self, rows: Tensor) -> None:
-        for column in self._read.values():
-            column.advise(rows.numpy())
+        What is not held is read; where that takes time, the system is asked for it some batches ahead.
+        """
+        several = max(1, TAKEN // (len(order[0]) * self._row_bytes)) if order else 1
+        groups = [order[i : i + several] for i in range(0, len(order), several)]
+        rows = [torch.cat(list(group)) for group in groups]
+        there = iter(moved(rows, self.device))
+        for group, read in zip(groups, self._read_in_order(rows, -(-AHEAD // several)), strict=True):
+            yield from self._taken([len(batch) for batch in group], next(there), read)
+
+    def _taken(self, sizes: list[int], rows: Tensor, read: dict[str, Tensor]) -> Iterator[Target]:
+        found = read | {name: held.index_select(0, rows) for name, held in self._held.items()}
+        whole = self.only(self._labels.index_select(0, rows), **{name: part.float() for name, part in found.items()})
+        return map(Target, *(part.split(sizes) for part in whole))
+
+    def _read_in_order(self, groups: Sequence[Tensor], ahead: int) -> Iterator[dict[str, Tensor]]:
+        """Each group's rows of what is not held. Once some came slowly, so many groups are asked for ahead."""
+        asked, slow = 0, False
+        for i, rows in enumerate(groups):
+            if slow:
+                for later in groups[max(asked, i) : i + ahead + 1]:
+                    for column in self._read.values():
+                        column.advise(later.numpy())
+                asked = i + ahead + 1
+            start = time.perf_counter()
+            found = {name: torch.from_numpy(column.take(rows.numpy())) for name, column in self._read.items()}
+            slow = slow or time.perf_counter() - start > AT_ONCE * len(rows)
+            yield {name: part.to(self.device) for name, part in found.items()}
 
     def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
         """A target without what no loss needs."""

@@ -30,7 +30,7 @@ from tspipe.pixels import Pixels, moved, of_cache
 from tspipe.preprocess import Preprocess
 from tspipe.progress import Advance, console, progress
 from tspipe.random_pool import RandomPool
-from tspipe.randomness import seed_torch, stream
+from tspipe.randomness import seed_torch_with, stream, torch_seeds
 from tspipe.rows import exact
 from tspipe.run_folder import Row, RunFolder, environment, find_run
 from tspipe.sharing import Sharing
@@ -207,7 +207,9 @@ class Run:
         for learner in learners:
             learner.start_epoch(epoch, counted=position.batch > 0)
         self.sharing.count_on(learners)
-        self.learn(learners, position, advance)
+        what = f"seed {position.seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
+        for images in self.steps(learners, position):
+            advance(images, what)
         self.sharing.count_together(learners)
         self._check_losses(learners, epoch)
         rows = self.sharing.rows(self._rows(learners, epoch))
@@ -224,28 +226,29 @@ class Run:
         """Where a row of an epoch belongs: in the order of the cohort."""
         return self.names.index((row["student"], row["arm"], row["loss"]))
 
-    def learn(self, learners: list[Learner], position: "Position", advance: Advance, stop: int | None = None) -> None:
-        """Train on an epoch's batches from the position on, up to number `stop` or its end; checkpoints in between."""
+    def steps(self, learners: list[Learner], position: "Position") -> Iterator[int]:
+        """Train on an epoch's batches from the position on, checkpoints in between; the images of each, when done."""
         seed, epoch = position.seed, position.epoch
-        what = f"seed {seed}, epoch {epoch + 1}/{self.config.recipe.epochs}"
-        rank = self.sharing.group.rank if self.sharing.splits else 0
-        dropout = f"dropout, rank {rank}" if rank else "dropout"  # other images, other draws
-        for number, batch in self.batches(seed, epoch, slice(position.batch, stop)):
+        rank = self.sharing.group.rank if self.sharing.splits else 0  # which has other images, so other draws
+        dropout = torch_seeds(seed, f"dropout, rank {rank}" if rank else "dropout", epoch, position.batch)
+        for number, batch in self.batches(seed, epoch, slice(position.batch, None)):
+            drawn, images = next(dropout), batch.whole[0] if batch.whole else len(batch.images)
             for learner in learners:
-                seed_torch(seed, dropout, epoch, number)
+                seed_torch_with(drawn)
                 learner.step(batch, number)
-            advance(batch.whole[0] if batch.whole else len(batch.images), what)
+            del batch  # so that the next one takes its memory, which the processor still has at hand
             if self.sharing.due(self.clock, number):
                 self.sharing.count_together(learners)
                 self._check_losses(learners, epoch)
                 self.save(learners, Position(seed, epoch, number + 1))
                 self.sharing.count_on(learners)
+            yield images
 
     def _check_losses(self, learners: list[Learner], epoch: int) -> None:
         """Raise TrainingError if a loss was no number, once of each; comes before anything is written."""
         recipe = self.config.recipe
         for learner in learners if self.first or not self.sharing.splits else []:
-            if (step := int(learner.bad_step)) >= 0:
+            if (step := int(learner.tally.bad_step)) >= 0:
                 own = learner.arm == OWN and recipe.alone.lr is not None
                 raise TrainingError(
                     f"The loss of {learner.name} is no longer a number: epoch {epoch + 1}, step {step + 1}. The last "
@@ -261,11 +264,11 @@ class Run:
         numbers, order = range(len(order))[part], order[part]
         mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
         targets, views = self.views.batches(seed, epoch, mine) if self.views else (mine, None)
-        pixel_batches, target_batches = self.train_pixels.batches(mine, views), self.targets.batches(targets)
-        parts = zip(numbers, order, pixel_batches, target_batches, said, strict=True)
-        for number, rows, pixels, target, random in parts:
+        images = map(self.preprocess.normalise, self.train_pixels.batches(mine, views))
+        labelled = map(self._labelled, said)
+        for number, rows, target in zip(numbers, order, self.targets.batches(targets), strict=True):
             whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
-            yield number, Batch(self.preprocess.normalise(pixels), target, random and self._labelled(*random), whole)
+            yield number, Batch(next(images), target, next(labelled), whole)  # no name that holds them until the next
 
     def validation(self, seed: int) -> tuple[Tensor, Tensor]:
         """The training images that a seed trains on, and those it holds back to choose an epoch: (n,) int64 each."""
@@ -284,8 +287,11 @@ class Run:
             return self.pool.batches(seed, [epoch * of + number for number in numbers])
         return iter([None] * len(numbers))
 
-    def _labelled(self, images: Tensor, said: Output) -> tuple[Tensor, Target]:
+    def _labelled(self, random: tuple[Tensor, Output] | None) -> tuple[Tensor, Target] | None:
         """Random images with what the teacher says of them as their targets; its argmax is their label."""
+        if random is None:
+            return None
+        images, said = random
         return images, self.targets.only(said.logits.argmax(1), *said)
 
     def _label_histogram(self) -> dict[str, int]:
@@ -309,23 +315,16 @@ class Run:
                     break
         return torch.cat(labels)[:count]
 
-    def test(self, learners: list[Learner], stop: int | None = None) -> list[int]:
-        """How many images of the test split, or of its first `stop` batches, each learner classifies rightly."""
-        rows = torch.arange(len(self.test_pixels))
-        return self._correct(learners, self.test_pixels, self.test_labels, rows, stop)
+    def test(self, learners: list[Learner], rows: Tensor) -> list[int]:
+        """How many of these images (n,) int64 of the test split each learner classifies rightly."""
+        return self._correct(learners, self.test_pixels, self.test_labels, rows)
 
-    def _validate(self, learners: list[Learner], seed: int) -> list[int]:
-        """How many of the images held back each learner classifies rightly."""
-        return self._correct(learners, self.train_pixels, self.train_labels, self.validation(seed)[1])
-
-    def _correct(
-        self, learners: list[Learner], pixels: Pixels, labels: Tensor, rows: Tensor, stop: int | None = None
-    ) -> list[int]:
+    def _correct(self, learners: list[Learner], pixels: Pixels, labels: Tensor, rows: Tensor) -> list[int]:
         networks_, watches = [learner.logits for learner in learners], [learner.testing for learner in learners]
         for learner in learners:
             learner.network.eval()
         group = self.sharing.group
-        mine = slice(group.rank, stop, group.size) if self.sharing.splits else slice(stop)
+        mine = slice(group.rank, None, group.size) if self.sharing.splits else slice(None)
         order = list(rows.split(self.config.recipe.test_batch_size))[mine]
         right = (labels.index_select(0, there) for there in moved(order, self.device))
         found = training.count_correct(networks_, pixels.batches(order), right, self.preprocess, watches)
@@ -334,10 +333,11 @@ class Run:
     def _rows(self, learners: list[Learner], epoch: int) -> list[Row]:
         """The epoch's rows of metrics.csv, after testing every learner."""
         found: list[Row] = [learner.row(epoch) for learner in learners]
-        for row, right in zip(found, self.test(learners), strict=True):
+        for row, right in zip(found, self.test(learners, torch.arange(len(self.test_pixels))), strict=True):
             row["test_accuracy"] = right / len(self.test_labels)
         if self.held_back:
-            for row, right in zip(found, self._validate(learners, found[0]["seed"]), strict=True):
+            among = self.train_pixels, self.train_labels, self.validation(found[0]["seed"])[1]
+            for row, right in zip(found, self._correct(learners, *among), strict=True):
                 row["val_accuracy"] = right / self.held_back
         for row, learner in zip(found, learners, strict=True):
             row["seconds_testing"] = round(learner.testing.seconds(), 4)

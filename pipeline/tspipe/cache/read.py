@@ -15,7 +15,7 @@ from tspipe.cache.layout import SPLITS, Dimensions, Manifest
 from tspipe.errors import CacheDamaged, CacheError
 
 _AHEAD = getattr(os, "posix_fadvise", None)  # not on macOS, where reading ahead is left to the system
-
+_PAGE = 4096  # bytes
 
 Stamp = tuple[int, int, int]
 
@@ -67,29 +67,43 @@ class Column(Sequence[Any]):
         return self._contiguous(0, len(self))
 
     def take(self, rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
-        """The rows with these indices (n,), in this order, negative ones from the end; one read a row."""
+        """The rows with these indices (n,), in this order, negative ones from the end.
+
+        Each is a read of its own, unless so many are wanted that all between the first and the last are read faster.
+        """
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
         rows = np.where(rows < 0, rows + len(self), rows)
         if rows.ndim != 1 or (len(rows) and not (rows.min() >= 0 and rows.max() < len(self))):
             raise IndexError(f"row indices must be one-dimensional and below {len(self)}")
-        out = np.empty((len(rows), *self.row_shape), self.dtype)
-        buffer = _buffer(out)
+        if span := self._span(rows):
+            return np.take(self._contiguous(*span), rows - span[0], axis=0)
         descriptor, size = self._descriptor(), self.row_bytes
-        for start, row in zip(range(0, len(buffer), size), rows.tolist(), strict=True):
-            found = os.pread(descriptor, size, self.offset + row * size)  # twice as fast as preadv, copy and all
-            if len(found) == size:
-                buffer[start : start + size] = found
-            else:  # in pieces, or not at all
-                self._read(descriptor, buffer[start : start + size], self.offset + row * size)
+        offsets = (self.offset + rows.astype(np.int64) * size).tolist()
+        # pread is twice as fast as preadv, copy and all.
+        found = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
+        if len(found) == len(rows) * size:
+            return np.frombuffer(found, self.dtype).reshape(len(rows), *self.row_shape)
+        out = np.empty((len(rows), *self.row_shape), self.dtype)
+        for i, offset in enumerate(offsets):  # some came in pieces, or not at all
+            self._read(descriptor, _buffer(out[i]), offset)
         return out
 
     def advise(self, rows: NDArray[np.integer[Any]]) -> None:
         """Tell the system that these rows are wanted soon, so that it reads them while others are worked on."""
-        if _AHEAD is not None:
-            descriptor = self._descriptor()
-            for row in rows.tolist():
-                _AHEAD(descriptor, self.offset + row * self.row_bytes, self.row_bytes, os.POSIX_FADV_WILLNEED)
+        if _AHEAD is None:
+            return
+        span, descriptor = self._span(rows), self._descriptor()
+        for first, stop in [span] if span else [(row, row + 1) for row in rows.tolist()]:
+            offset, count = self.offset + first * self.row_bytes, (stop - first) * self.row_bytes
+            _AHEAD(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+
+    def _span(self, rows: NDArray[np.integer[Any]]) -> tuple[int, int] | None:
+        """The rows from the first to the last of these, where the mean one is less than a page from the next."""
+        if not len(rows):
+            return None
+        first, stop = int(rows.min()), int(rows.max()) + 1
+        return (first, stop) if (stop - first) * self.row_bytes <= _PAGE * len(rows) else None
 
     def _contiguous(self, start: int, stop: int) -> NDArray[Any]:
         out = np.empty((stop - start, *self.row_shape), self.dtype)
