@@ -17,6 +17,9 @@ demo: install  ## digits, end to end: a teacher, its cache, a student three ways
 test: install  ## run all tests
 	$(BIN)/pytest -n 2
 
+test-gpu: install  ## the tests that want a GPU
+	TSPIPE_TEST_GPU=cuda $(BIN)/pytest tests/test_gpu.py
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

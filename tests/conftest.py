@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; also for the processes they start
 os.environ["COLUMNS"] = "80"
+# All tests but those of test_gpu.py are of a machine without a GPU.
+os.environ.update({} if os.environ.get("TSPIPE_TEST_GPU") else {"CUDA_VISIBLE_DEVICES": ""})
 
 import pytest
 import torch
@@ -23,7 +26,10 @@ from tspipe.cli import main
 from tspipe.extract import ExtractConfig, extract
 from tspipe.train_teacher import TeacherConfig, train_teacher
 
+GPU = os.environ.get("TSPIPE_TEST_GPU")
 torch.set_num_threads(1)
+if not GPU:
+    torch.backends.mps.is_available = lru_cache(lambda: False)
 settings.register_profile("suite", deadline=None, max_examples=25)  # timings are for benchmarks
 settings.load_profile("suite")
 

@@ -106,7 +106,7 @@ def test_turns_are_short_and_of_one_length(
     found = measured._turns({"slow": way(3.25), "fast": way(0.75)})
     assert found == {"slow": [3.25] * turns, "fast": [0.75] * turns}
     assert set(done[4:]) == {(3.25, slow), (0.75, fast)}
-    assert [length for length, _ in done[4:8]] == [3.25, 0.75, 0.75, 3.25], "neither is always the first"
+    assert {length for length, _ in done[4::2]} == {3.25, 0.75}, "neither is always the first"
 
 
 def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:

@@ -6,7 +6,31 @@ import time
 import pytest
 
 from tspipe import overlap
-from tspipe.overlap import Spent, behind
+from tspipe.overlap import Spent, ahead, behind
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_come_in_order_and_so_many_are_worked_on_ahead(threads: int) -> None:
+    begun = [threading.Event() for _ in range(6)]
+
+    def work(number: int) -> int:
+        begun[number].set()
+        time.sleep(0.01 * (6 - number))
+        return 10 * number
+
+    results = ahead(work, range(6), threads)
+    assert next(results) == 0
+    assert all(event.wait(60) for event in begun[: threads + 1])
+    assert not any(event.is_set() for event in begun[threads + 1 :])
+    assert list(results) == [10, 20, 30, 40, 50]
+    assert list(ahead(work, [])) == []
+
+
+def test_what_work_ahead_raises_comes_in_its_place() -> None:
+    results = ahead(lambda number: 1 // number, [1, 1, 0, 1])
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 def test_tasks_are_done_in_their_order_and_two_at_most_are_on_their_way() -> None:

@@ -6,6 +6,7 @@ turns, and their median is given with the quartiles.
 
 import itertools
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -152,19 +153,15 @@ class Bench:
             "ours": (run.test([learner], rows) for rows in itertools.cycle(in_turn)),
         }
 
-        def trained(way: str) -> Way:
-            return lambda count: (learner.network.train(), taken(steps[way])(count))
-
-        def tested(way: str) -> Way:
-            return lambda count: (learner.network.eval(), taken(tests[way])(count))
-
-        found = self._turns({way: trained(way) for way in steps} | {f"{way}, test": tested(way) for way in tests})
-        found["live, test"] = found["floor, test"]
+        step = self._turns({way: taken(some) for way, some in steps.items()}, 1.5)
+        learner.network.eval()
+        test = self._turns({way: taken(some) for way, some in tests.items()}, 0.5, len(step["floor"]))
+        test["live"] = test["floor"]
         saving = 1 + self._seconds(lambda _: run.save([learner], Position()), 1) / self.config.recipe.checkpoint_seconds
         epochs = {
             way: [
-                (step * len(self._order()) + test * len(in_turn)) * (saving if way == "ours" else 1)
-                for step, test in zip(found[way], found[f"{way}, test"], strict=True)
+                (one * len(self._order()) + other * len(in_turn)) * (saving if way == "ours" else 1)
+                for one, other in zip(step[way], test[way], strict=True)
             ]
             for way in steps
         }
@@ -172,7 +169,7 @@ class Bench:
         if self.live:
             self._line(f"{what} epoch / live", epochs["live"], epochs["ours"])
             self.facts[f"{what}: cached epoch, times faster than live"] = 1 / self.lines[-1].ratio
-            self.facts[f"{what}: seconds of a taught step"] = statistics.median(found["ours"])
+            self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"])
         self._advance(1, f"{what}, epoch")
         run.live = self.live
 
@@ -317,20 +314,21 @@ class Bench:
         middle = [statistics.median(values) for values in (floor, ours, ratios)]
         self.lines.append(Line(what, middle[0], middle[1], middle[2], lower, upper, len(ratios)))
 
-    def _turns(self, ways: dict[str, Way], share: float = 1) -> dict[str, list[float]]:
-        """Seconds that each way takes for one, turn by turn: short turns, as many as there is time for, equally long.
+    def _turns(self, ways: dict[str, Way], share: float = 1, turns: int | None = None) -> dict[str, list[float]]:
+        """Seconds that each way takes for one, turn by turn: short turns, as many as there is time for if not given.
 
-        Each begins with another way than the last.
+        All take the same time in a turn, and come in any order: who comes after whom may matter to both.
         """
         for way in ways.values():
             way(1)
         once = {name: self._seconds(way, 1) for name, way in ways.items()}
         seconds = share * self.seconds  # for each way
-        turns = min(_MOST, max(_LEAST, int(seconds / max(once.values()))))
+        turns = turns or min(_MOST, max(_LEAST, int(seconds / max(once.values()))))
         counts = {name: max(1, round(seconds / turns / each)) for name, each in once.items()}
         found: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(turns):
-            for name in (names := list(ways))[turn % len(names) :] + names[: turn % len(names)]:
+        shuffled = random.Random(0)
+        for _ in range(turns):
+            for name in shuffled.sample(list(ways), len(ways)):
                 found[name].append(self._seconds(ways[name], counts[name]) / counts[name])
         return found
 

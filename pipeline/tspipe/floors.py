@@ -28,10 +28,11 @@ def taken(items: Iterator[object]) -> Way:
 
 
 def bare_steps(learner: Learner, batches: Iterator[tuple[Tensor, Target]]) -> Iterator[object]:
-    """Bare training steps, each when the next item is taken."""
+    """Bare training steps, each when the next item is taken; compiled where the learner is."""
     for images, target in batches:
         learner.optimizer.zero_grad(set_to_none=True)
-        loss = torch.stack(list(learner.loss(learner.network(images), target).values())).sum()
+        _, terms = learner.trained(images, target, None)
+        loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         learner.optimizer.step()
         yield loss

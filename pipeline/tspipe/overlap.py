@@ -1,4 +1,4 @@
-"""Parts of a loop that overlap: one goes on in a thread behind it, and a clock says for which part the others wait."""
+"""Parts of a loop that overlap, in threads ahead of it or behind; a clock says for which part the others wait."""
 
 import contextlib
 import time
@@ -8,7 +8,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 _MOST = 2  # tasks begun or waiting: one more than is worked on, so that the thread need not wait for the next
+
+
+def ahead(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -> Iterator[U]:
+    """`map(work, items)`, so many threads working on the next results while the caller uses one."""
+    waiting: deque[Future[U]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextlib.contextmanager

@@ -99,6 +99,11 @@ def moved(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     return there
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; on the way to a GPU nothing waits for what it still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Pixels:
     """A split's preprocessed images, uint8.
 
@@ -150,7 +155,7 @@ class Pixels:
                 yield self._held.index_select(0, rows).permute(0, 3, 1, 2)
             return
         for batch in self._decoded(rows.tolist() for rows in order):
-            yield torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
+            yield sent(torch.from_numpy(batch), self.device).permute(0, 3, 1, 2)
 
     def _load(self, what: str) -> Tensor:
         channels, height, width = self._whole

@@ -1,7 +1,7 @@
 """Random images without the teacher: a cache's pool, whose pixels are drawn again beside the targets that it stores."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 from tspipe.cache import Cache, Column
 from tspipe.errors import CacheMismatch
 from tspipe.losses import Output
+from tspipe.overlap import ahead
+from tspipe.pixels import sent
 from tspipe.preprocess import Preprocess
 from tspipe.random_images import PoolImages
 from tspipe.randomness import stream
@@ -64,14 +66,9 @@ class RandomPool:
 
         They are on the device, and drawn a batch ahead in a thread. Steps are counted from 0 over a seed's epochs.
         """
-        with ThreadPoolExecutor(1) as thread:
-            ahead = [thread.submit(self.batch, seed, step) for step in steps[:1]]
-            for later in [*steps[1:], None] if ahead else []:
-                images, said = ahead.pop().result()
-                if later is not None:
-                    ahead.append(thread.submit(self.batch, seed, later))
-                images, features, logits = (self._part(rows).to(self.device) for rows in (images, *said))
-                yield self._preprocess.normalise(images), Output(features, logits)
+        for drawn, said in ahead(partial(self.batch, seed), steps):
+            images, features, logits = (sent(self._part(rows), self.device) for rows in (drawn, *said))
+            yield self._preprocess.normalise(images), Output(features, logits)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Output]:
         """One batch before normalisation, on the CPU: images (r, C, H, W) float32 in [0, 1), and what was said of them.

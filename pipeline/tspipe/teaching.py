@@ -13,7 +13,7 @@ from tspipe.cache import Cache, Column
 from tspipe.errors import CacheMismatch, NetworkError, RecipeError
 from tspipe.feature_net import FeatureNet
 from tspipe.losses import Output, Target
-from tspipe.pixels import moved
+from tspipe.pixels import moved, sent
 from tspipe.randomness import stream
 from tspipe.recipe import Recipe
 
@@ -80,7 +80,7 @@ class Targets:
             start = time.perf_counter()
             found = {name: torch.from_numpy(column.take(rows.numpy())) for name, column in self._read.items()}
             slow = slow or time.perf_counter() - start > AT_ONCE * len(rows)
-            yield {name: part.to(self.device) for name, part in found.items()}
+            yield {name: sent(part, self.device) for name, part in found.items()}
 
     def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
         """A target without what no loss needs."""

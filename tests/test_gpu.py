@@ -1,0 +1,105 @@
+"""What only a GPU shows: make test-gpu. (TSPIPE_TEST_GPU=cpu tries the tests themselves.)"""
+
+import contextlib
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import GPU, Zygote
+from shared import pool_config
+from tspipe import recipe as recipes
+from tspipe.cache import Cache
+from tspipe.extract import extract
+from tspipe.learner import ALONE, RANDOM, TAUGHT
+from tspipe.run_folder import RunFolder
+from tspipe.student_config import StudentConfig
+from tspipe.train_students import Position, Run, train_students
+
+pytestmark = pytest.mark.skipif(not GPU, reason="wants a GPU: make test-gpu")
+ARMS = (ALONE, TAUGHT, RANDOM)
+SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
+
+
+def config(cache: Cache, out: Path | None, *settings: str) -> StudentConfig:
+    facts = {"preprocess": cache.manifest["preprocess"]}
+    return StudentConfig(recipes.load("digits", [*SMALL, *settings], facts=facts), cache, ARMS, out=out)
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """Anything inside that waits for the GPU raises."""
+    if GPU == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if GPU == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("settings", "near"),
+    [
+        ([], 1e-3),
+        (["random_source=pool"], 1e-3),
+        (["compile=true"], 1e-3),
+        (["memory=20kB"], 1e-3),
+        (["precision=bfloat16", "live_precision=bfloat16"], 0.1),
+    ],
+    ids=str,
+)
+def test_students_learn_as_on_the_cpu(settings: list[str], near: float, pool: Cache, tmp_path: Path) -> None:
+    same = [setting for setting in settings if "random_source" in setting]
+    expected = train_students(config(pool, tmp_path / "cpu", "device=cpu", *same))
+    found = train_students(config(pool, tmp_path / "gpu", f"device={GPU}", *settings))
+    for row, other in zip(expected.rows(), found.rows(), strict=True):
+        for name in ("mse", "xent") if row["arm"] != ALONE else ("xent",):
+            assert other[name] == pytest.approx(row[name], rel=near), (row["arm"], name)
+
+
+@pytest.mark.parametrize("source", ["live", "pool"])
+def test_nothing_waits_for_the_gpu_within_an_epoch(source: str, pool: Cache, tmp_path: Path) -> None:
+    run = Run(
+        config(pool, None, f"device={GPU}", f"random_source={source}", "checkpoint_seconds=1000"),
+        RunFolder(tmp_path, {}, {}),
+        torch.device(str(GPU)),
+    )
+    learners = run.cohort(0)
+    for _ in run.steps(learners, Position()):  # the first epoch loads kernels and fills what is kept
+        pass
+    steps = run.steps(learners, Position(epoch=1))
+    next(steps)  # the order of an epoch goes over at its beginning
+    with never_waiting():
+        assert len(list(steps)) == 9
+
+
+def test_the_same_inputs_give_the_same_cache(teacher: Path, tmp_path: Path) -> None:
+    one, two = (
+        extract(pool_config(teacher, tmp_path / f"{name}.h5", f"compute.device={GPU}")).path.read_bytes()
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+def test_batch_norm_is_of_the_whole_batch(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+    """Split by two processes, SyncBatchNorm gives what one process's batch norm gives."""
+    settings = [f"--set={setting}" for setting in (*SMALL, "epochs=1", "device=cuda")]
+    for name, ranks in (("one", None), ("two", 2)):
+        command = ["student", "--cache", digits.path, "--student", "resnet20", "--out", tmp_path / name, *settings]
+        found = zygote.run(*command, ranks=ranks)
+        assert found.code == 0, found.lines
+    rows = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("one", "two")]
+    for one, two in zip(*rows, strict=True):
+        assert float(two["mse"]) == pytest.approx(float(one["mse"]), rel=1e-2)
+    one, two = (
+        safetensors.torch.load_file(next((tmp_path / name).glob("student-*.safetensors"))) for name in ("one", "two")
+    )
+    means = [key for key in one if key.endswith("running_mean")]
+    assert means
+    for key in means:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-2)
