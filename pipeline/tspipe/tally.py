@@ -36,8 +36,9 @@ class Tally:
         if len(self._waiting) == _MOST or step != self._first + len(self._waiting):
             self._settle()
             self._first = step
-        self.sums.add_(terms.detach(), alpha=weight)
-        self._waiting.append((terms.detach(), logits.argmax(1), labels))
+        terms = terms.detach()
+        self.sums.add_(terms, alpha=weight)
+        self._waiting.append((terms, logits.argmax(1), labels))
         self._rows += len(labels)
 
     def _settle(self) -> None:

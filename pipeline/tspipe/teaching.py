@@ -1,5 +1,6 @@
 """What students learn from: the cached targets, and the live teacher."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from tspipe.recipe import Recipe
 ROUNDING = 0.01  # of the largest feature: float16 rounds by 0.0005, another processor by less
 # Batches that the system is asked to read before they are wanted: 47,000 cold rows of 4 KiB a second; 22,000 with 4.
 AHEAD = 32
-AT_ONCE = 1e-5  # seconds for a row that need not be asked for: one in memory takes 1 to 4 µs, a disk 80 and more
+AT_ONCE = 3e-5  # seconds for a row that need not be asked for: 1 to 4 µs from memory, 80 and more from a disk
 TAKEN = 2**20  # bytes of targets taken together: small batches one by one would be half Python
 _VARIANCE_OF = 10_000  # the most cached rows that mse_weight=auto looks at
 _MOST_BYTES = 16  # of a weight: as float64, and again for what is no parameter
@@ -59,14 +60,14 @@ class Targets:
         several = max(1, TAKEN // (len(order[0]) * self._row_bytes)) if order else 1
         groups = [order[i : i + several] for i in range(0, len(order), several)]
         rows = [torch.cat(list(group)) for group in groups]
-        there = iter(moved(rows, self.device))
-        for group, read in zip(groups, self._read_in_order(rows, -(-AHEAD // several)), strict=True):
-            yield from self._taken([len(batch) for batch in group], next(there), read)
+        read = self._read_in_order(rows, -(-AHEAD // several)) if self._read else itertools.repeat({})
+        for group, there, found in zip(groups, moved(rows, self.device), read, strict=False):
+            yield from self._taken([len(batch) for batch in group], there, found)
 
     def _taken(self, sizes: list[int], rows: Tensor, read: dict[str, Tensor]) -> Iterator[Target]:
         found = read | {name: held.index_select(0, rows) for name, held in self._held.items()}
         whole = self.only(self._labels.index_select(0, rows), **{name: part.float() for name, part in found.items()})
-        return map(Target, *(part.split(sizes) for part in whole))
+        return map(Target, *(part.split(sizes) for part in whole)) if len(sizes) > 1 else iter([whole])
 
     def _read_in_order(self, groups: Sequence[Tensor], ahead: int) -> Iterator[dict[str, Tensor]]:
         """Each group's rows of what is not held. Once some came slowly, so many groups are asked for ahead."""

@@ -129,6 +129,7 @@ def count_correct(
         for i, network in enumerate(networks):
             with stopwatches[i].on() if stopwatches else contextlib.nullcontext():
                 correct[i] += (network(images).argmax(1) == right).sum()
+        del images  # so that the next ones take their memory
     return [int(count) for count in correct]
 
 

@@ -73,13 +73,15 @@ class Column(Sequence[Any]):
         """
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
-        rows = np.where(rows < 0, rows + len(self), rows)
-        if rows.ndim != 1 or (len(rows) and not (rows.min() >= 0 and rows.max() < len(self))):
+        if rows.ndim == 1 and len(rows) and rows.min() < 0:
+            rows = np.where(rows < 0, rows + len(self), rows)
+        first, stop = _ends(rows)
+        if rows.ndim != 1 or first < 0 or stop > len(self):
             raise IndexError(f"row indices must be one-dimensional and below {len(self)}")
-        if span := self._span(rows):
-            return np.take(self._contiguous(*span), rows - span[0], axis=0)
+        if self._dense(first, stop, len(rows)):
+            return np.take(self._contiguous(first, stop), rows - first, axis=0)
         descriptor, size = self._descriptor(), self.row_bytes
-        offsets = (self.offset + rows.astype(np.int64) * size).tolist()
+        offsets = (rows.astype(np.int64, copy=False) * size + self.offset).tolist()
         # pread is twice as fast as preadv, copy and all.
         found = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
         if len(found) == len(rows) * size:
@@ -93,17 +95,14 @@ class Column(Sequence[Any]):
         """Tell the system that these rows are wanted soon, so that it reads them while others are worked on."""
         if _AHEAD is None:
             return
-        span, descriptor = self._span(rows), self._descriptor()
-        for first, stop in [span] if span else [(row, row + 1) for row in rows.tolist()]:
+        descriptor, span = self._descriptor(), _ends(rows)
+        for first, stop in [span] if self._dense(*span, len(rows)) else [(row, row + 1) for row in rows.tolist()]:
             offset, count = self.offset + first * self.row_bytes, (stop - first) * self.row_bytes
             _AHEAD(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
-    def _span(self, rows: NDArray[np.integer[Any]]) -> tuple[int, int] | None:
-        """The rows from the first to the last of these, where the mean one is less than a page from the next."""
-        if not len(rows):
-            return None
-        first, stop = int(rows.min()), int(rows.max()) + 1
-        return (first, stop) if (stop - first) * self.row_bytes <= _PAGE * len(rows) else None
+    def _dense(self, first: int, stop: int, count: int) -> bool:
+        """Whether so many rows of a range are on average less than a page apart, so that each page is read anyway."""
+        return (stop - first) * self.row_bytes <= _PAGE * count
 
     def _contiguous(self, start: int, stop: int) -> NDArray[Any]:
         out = np.empty((stop - start, *self.row_shape), self.dtype)
@@ -135,6 +134,11 @@ class Column(Sequence[Any]):
         file = getattr(self, "_file", None)
         if file is not None and file[0] == os.getpid():
             os.close(file[1])
+
+
+def _ends(rows: NDArray[np.integer[Any]]) -> tuple[int, int]:
+    """The first of these rows, and the one after the last."""
+    return (int(rows.min()), int(rows.max()) + 1) if rows.size else (0, 0)
 
 
 @dataclass(frozen=True)
