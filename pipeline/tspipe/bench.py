@@ -139,37 +139,34 @@ class Bench:
         run.live = None
         learner = self._learner(name, TAUGHT)  # for all ways: two alike may differ by 4 %, by where their weights lie
         prepared = [(batch.images, batch.target) for _, batch in run.batches(0, 0, slice(self._batches_of(size)))]
-        steps = {
-            "floor": bare_steps(learner, itertools.cycle(prepared)),
-            "ours": self._learn([learner], f"{what}, epoch"),
-        }
-        if self.live:
-            steps["live"] = bare_steps(learner, labelled(self._plain_teacher(), itertools.cycle(prepared)))
         in_turn = training.in_turn(len(run.test_pixels), test_size)
         pixels = run.test_pixels.batches(in_turn[: self._batches_of(test_size)])
         images = [run.preprocess.normalise(batch) for batch in pixels]
-        tests: dict[str, Iterator[object]] = {
-            "floor": bare_tests(learner, itertools.cycle(images)),
-            "ours": (run.test([learner], rows) for rows in itertools.cycle(in_turn)),
-        }
-
-        step = self._turns({way: taken(some) for way, some in steps.items()}, 1.5)
         learner.network.eval()
-        test = self._turns({way: taken(some) for way, some in tests.items()}, 0.5, len(step["floor"]))
-        test["live"] = test["floor"]
-        saving = 1 + self._seconds(lambda _: run.save([learner], Position()), 1) / self.config.recipe.checkpoint_seconds
-        epochs = {
-            way: [
-                (one * len(self._order()) + other * len(in_turn)) * (saving if way == "ours" else 1)
-                for one, other in zip(step[way], test[way], strict=True)
-            ]
-            for way in steps
-        }
-        self._line(f"{what} epoch / bare", epochs["floor"], epochs["ours"])
+        tests = self._turns(
+            {
+                "floor": taken(bare_tests(learner, itertools.cycle(images))),
+                "ours": taken(run.test([learner], rows) for rows in itertools.cycle(in_turn)),
+            },
+            0.5,
+        )
+        test = {way: statistics.median(turns) * len(in_turn) for way, turns in tests.items()}
+        saving = self._seconds(lambda _: run.save([learner], Position()), 1) / self.config.recipe.checkpoint_seconds
+        learner.network.train()
+        learnt = taken(self._learn([learner], f"{what}, epoch"))
+
+        def compare(other: str, floor: Iterator[object], share: float) -> float:
+            step = self._turns({"floor": taken(floor), "ours": learnt}, share)
+            whole = {way: [one * len(self._order()) + test[way] for one in step[way]] for way in step}
+            self._line(f"{what} epoch / {other}", whole["floor"], [seconds * (1 + saving) for seconds in whole["ours"]])
+            return statistics.median(step["ours"])
+
+        taught = compare("bare", bare_steps(learner, itertools.cycle(prepared)), 1.5)
         if self.live:
-            self._line(f"{what} epoch / live", epochs["live"], epochs["ours"])
+            looped = labelled(self._plain_teacher(), itertools.cycle(prepared))
+            compare("live", bare_steps(learner, looped), 0.5)
             self.facts[f"{what}: cached epoch, times faster than live"] = 1 / self.lines[-1].ratio
-            self.facts[f"{what}: seconds of a taught step"] = statistics.median(step["ours"])
+            self.facts[f"{what}: seconds of a taught step"] = taught
         self._advance(1, f"{what}, epoch")
         run.live = self.live
 
@@ -314,8 +311,8 @@ class Bench:
         middle = [statistics.median(values) for values in (floor, ours, ratios)]
         self.lines.append(Line(what, middle[0], middle[1], middle[2], lower, upper, len(ratios)))
 
-    def _turns(self, ways: dict[str, Way], share: float = 1, turns: int | None = None) -> dict[str, list[float]]:
-        """Seconds that each way takes for one, turn by turn: short turns, as many as there is time for if not given.
+    def _turns(self, ways: dict[str, Way], share: float = 1) -> dict[str, list[float]]:
+        """Seconds that each way takes for one, turn by turn: short turns, as many as there is time for.
 
         All take the same time in a turn, and come in any order: who comes after whom may matter to both.
         """
@@ -323,7 +320,7 @@ class Bench:
             way(1)
         once = {name: self._seconds(way, 1) for name, way in ways.items()}
         seconds = share * self.seconds  # for each way
-        turns = turns or min(_MOST, max(_LEAST, int(seconds / max(once.values()))))
+        turns = min(_MOST, max(_LEAST, int(seconds / max(once.values()))))
         counts = {name: max(1, round(seconds / turns / each)) for name, each in once.items()}
         found: dict[str, list[float]] = {name: [] for name in ways}
         shuffled = random.Random(0)
