@@ -2,11 +2,12 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from tspipe import overlap
-from tspipe.overlap import Spent, ahead, behind
+from tspipe.overlap import Spent, ahead, behind, made_ahead
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -24,6 +25,22 @@ def test_results_come_in_order_and_so_many_are_worked_on_ahead(threads: int) -> 
     assert not any(event.is_set() for event in begun[threads + 1 :])
     assert list(results) == [10, 20, 30, 40, 50]
     assert list(ahead(work, [])) == []
+
+
+def test_one_item_is_made_ahead() -> None:
+    made = [threading.Event() for _ in range(4)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            yield number
+            event.set()  # the next is asked for
+
+    found = made_ahead(items())
+    assert next(found) == 0
+    assert made[0].wait(60)
+    assert not made[1].is_set()
+    assert list(found) == [1, 2, 3]
+    assert list(made_ahead([])) == []
 
 
 def test_what_work_ahead_raises_comes_in_its_place() -> None:

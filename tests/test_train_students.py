@@ -53,12 +53,12 @@ def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def test_a_batch_gives_its_memory_to_the_next(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches in turn, in other memory each, would make a small network's steps 3 % slower."""
+    """While one is used the next is made, in the memory of the last: more memory is slower, by 2 % of a small step."""
     made: list[weakref.ref[Tensor]] = []
     normalise = Preprocess.normalise
 
     def watched(self: Preprocess, images: Tensor) -> Tensor:
-        assert not any(ref() is not None for ref in made)
+        assert sum(ref() is not None for ref in made) <= 1
         found = normalise(self, images)
         made.append(weakref.ref(found))
         return found

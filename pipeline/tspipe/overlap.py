@@ -1,6 +1,7 @@
 """Parts of a loop that overlap, in threads ahead of it or behind; a clock says for which part the others wait."""
 
 import contextlib
+import itertools
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,15 @@ def ahead(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -> Itera
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def made_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread while the caller uses the one before."""
+    source = iter(items)
+    for found in ahead(lambda _: list(itertools.islice(source, 1)), itertools.count()):
+        if not found:
+            return
+        yield found.pop()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from tspipe.cache import SPLITS, Cache
 from tspipe.datasets import Dataset, Images
 from tspipe.distributed import cores
 from tspipe.errors import DatasetError
+from tspipe.overlap import made_ahead
 from tspipe.preprocess import Preprocess
 from tspipe.progress import progress
 
@@ -147,6 +148,15 @@ class Pixels:
         if self._replay is None:
             return self._as_held(order)
         return map(self._replay, self._as_held(order), views or itertools.repeat(None))
+
+    def normalised(self, order: Sequence[Tensor], views: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """As `batches`, but normalised, float32; on the CPU a thread makes each while the one before is used.
+
+        That takes 2 % off a training step of LeNet-5 even on two cores of which PyTorch uses two, since it cannot fill
+        them. Forwards alone do fill them, and would be slower.
+        """
+        made = map(self._preprocess.normalise, self.batches(order, views))
+        return made_ahead(made) if self.device.type == "cpu" else made
 
     def _as_held(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
         """Batches as they are held, or decoded."""

@@ -264,8 +264,7 @@ class Run:
         numbers, order = range(len(order))[part], order[part]
         mine, source = [self.sharing.part(rows) for rows in order], self.live or self.pool
         targets, views = self.views.batches(seed, epoch, mine) if self.views else (mine, None)
-        images = map(self.preprocess.normalise, self.train_pixels.batches(mine, views))
-        labelled = map(self._labelled, said)
+        images, labelled = self.train_pixels.normalised(mine, views), map(self._labelled, said)
         for number, rows, target in zip(numbers, order, self.targets.batches(targets), strict=True):
             whole = (len(rows), source.count if source else 0) if self.sharing.splits else None
             yield number, Batch(next(images), target, next(labelled), whole)  # no name that holds them until the next
