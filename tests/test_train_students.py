@@ -4,6 +4,8 @@ import json
 import platform
 import re
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import untouched
-from tspipe import datasets, feature_net, learner, networks, random_images, training
+from tspipe import datasets, feature_net, learner, networks, overlap, random_images, training
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
 from tspipe.errors import CacheError, CacheMismatch, DatasetError, NetworkError, RecipeError, TrainingError
@@ -63,6 +65,13 @@ def test_a_batch_gives_its_memory_to_the_next(digits: Cache, tmp_path: Path, mon
         made.append(weakref.ref(found))
         return found
 
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., object], /, *arguments: object) -> Future[object]:
+            future: Future[object] = Future()
+            future.set_result(work(*arguments))
+            return future
+
+    monkeypatch.setattr(overlap, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(Preprocess, "normalise", watched)
     train_students(config(digits, tmp_path / "run", "epochs=1", arms=(ALONE, TAUGHT)))
     assert len(made) > 10
