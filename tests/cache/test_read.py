@@ -1,5 +1,6 @@
 """Columns behave as arrays do, travel to other processes, and need neither HDF5 nor torch to be read."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tspipe.cache import Cache
+from tspipe.cache import Cache, read
+
+pread = os.pread
 
 
 @given(data=st.data())
@@ -28,6 +31,21 @@ def test_indexing_is_numpys(digits: Cache, data: st.DataObject) -> None:
         )
     )
     np.testing.assert_array_equal(column[index], array[index])
+
+
+def test_row_by_row_it_is_the_same(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.array([900, 3, 4, 4, 999, 0])
+    reads: list[int] = []
+    for column in (digits.train.features, digits.train.keys):
+        whole = column.take(rows)
+        reads.clear()
+        monkeypatch.setattr(read, "_SPAN", 0)
+        monkeypatch.setattr(read.os, "pread", lambda *of: reads.append(of[2]) or pread(*of))
+        apart = column.take(rows)
+        assert reads == [column.offset + row * column.row_bytes for row in rows]
+        np.testing.assert_array_equal(apart, whole)
+        apart[0] = apart[1]  # a copy, which can be written to
+        monkeypatch.undo()
 
 
 def test_shapes_and_dtypes(digits: Cache) -> None:

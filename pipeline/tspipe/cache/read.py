@@ -15,7 +15,7 @@ from tspipe.cache.layout import SPLITS, Dimensions, Manifest
 from tspipe.errors import CacheDamaged, CacheError
 
 _AHEAD = getattr(os, "posix_fadvise", None)  # not on macOS, where reading ahead is left to the system
-_PAGE = 4096  # bytes
+_PAGE, _SPAN = 4096, 2**26  # bytes; the most that are read of which some are dropped
 
 Stamp = tuple[int, int, int]
 
@@ -102,7 +102,7 @@ class Column(Sequence[Any]):
 
     def _dense(self, first: int, stop: int, count: int) -> bool:
         """Whether so many rows of a range are on average less than a page apart, so that each page is read anyway."""
-        return (stop - first) * self.row_bytes <= _PAGE * count
+        return (stop - first) * self.row_bytes <= min(_PAGE * count, _SPAN)
 
     def _contiguous(self, start: int, stop: int) -> NDArray[Any]:
         out = np.empty((stop - start, *self.row_shape), self.dtype)
