@@ -298,6 +298,9 @@ def test_batches_are_rows_however_many_are_taken_together(
             stored = torch.from_numpy(columns[name].load()).float()[rows]
             assert torch.equal(part, stored if name in needs else torch.empty(len(rows), 0))
     assert list(targets.batches([])) == []
+    none, one = targets.batches([torch.empty(0, dtype=torch.int64), torch.arange(1)])
+    assert (len(none.labels), len(one.labels)) == (0, 1)
+    assert [len(target.labels) for target in targets.batches([torch.empty(0, dtype=torch.int64)] * 2)] == [0, 0]
 
 
 @pytest.mark.parametrize(("memory", "held"), [(8000, torch.float32), (4000, torch.float16)])

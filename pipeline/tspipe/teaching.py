@@ -57,7 +57,8 @@ class Targets:
 
         What is not held is read; where that takes time, the system is asked for it some batches ahead.
         """
-        several = max(1, TAKEN // (len(order[0]) * self._row_bytes)) if order else 1
+        most = max(map(len, order), default=0) or 1  # of several processes, one may have no images of a batch
+        several = max(1, TAKEN // (most * self._row_bytes))
         groups = [order[i : i + several] for i in range(0, len(order), several)]
         rows = [torch.cat(list(group)) for group in groups]
         read = self._read_in_order(rows, -(-AHEAD // several)) if self._read else itertools.repeat({})
