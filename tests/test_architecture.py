@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import tspipe
+from tspipe.cache import Cache
 
 PACKAGE = Path(tspipe.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -106,3 +107,14 @@ def test_sizes_keep_it_readable() -> None:
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_info_of_a_file_imports_nothing_that_fetches(digits: Cache) -> None:
+    program = (
+        "import gc, sys; from tspipe.cli import main\n"
+        "sys.argv[:] = ['tspipe', 'info', sys.argv[1]]\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, 'tspipe.cache.transfer' in sys.modules, gc.get_freeze_count() > 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", program, digits.path], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "0 False True"

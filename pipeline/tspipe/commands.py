@@ -24,10 +24,15 @@ Force = Annotated[bool, typer.Option("--force", help="Replace another file of th
 def info(file: FileOrUrl) -> None:
     """What is in a cache, in one screen; of a URL only the head is read."""
     from tspipe.cache import open_cache
-    from tspipe.cache.transfer import is_url, peek
+    from tspipe.cache.remote import is_url
     from tspipe.show import show_cache
 
-    show_cache(peek(file) if is_url(file) else open_cache(file))
+    if is_url(file):
+        from tspipe.cache.transfer import peek
+
+        show_cache(peek(file))
+    else:
+        show_cache(open_cache(file))
 
 
 def verify(

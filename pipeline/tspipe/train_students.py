@@ -4,7 +4,6 @@ The learners of one seed are a cohort: they share every batch and one teacher pa
 student's arms start from the same weights, so that arms can be compared pair by pair.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ from tspipe.student_config import StudentConfig, identity
 from tspipe.teaching import Targets, check_teacher, load_teacher, row_labels, teacher_parameters, weighted
 from tspipe.views import EpochViews
 
-_LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted at the start of a run
+_LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images whose labels are counted for a run
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
 
@@ -164,9 +163,6 @@ class Run:
     def _train(self) -> None:
         recipe = self.config.recipe
         position, tensors = self._resume()
-        if self.first and (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
-            self.folder.write_json("random_labels.json", counts := self._label_histogram())
-            console.print(shares(counts), markup=False)
         rows = self.trained_on
         total, done = recipe.seeds * recipe.epochs * rows, (position.seed * recipe.epochs + position.epoch) * rows
         done, (before, after) = done + position.batch * recipe.batch_size, self.config.around
@@ -221,6 +217,11 @@ class Run:
             told = rows if (position.seed, epoch) == (0, 0) else []
             for sentence in loss_ratios(told, hint=self.config.recipe.mse_weight != "auto"):
                 console.print(sentence, markup=False)
+            # Here and not at the start: an epoch does not need it, and on a CPU it takes a second or three.
+            if (self.live or self.pool) and not (self.folder.path / "random_labels.json").exists():
+                advance(0, "labels of random images")
+                self.folder.write_json("random_labels.json", counts := self._label_histogram())
+                console.print(shares(counts), markup=False)
 
     def _place(self, row: Row) -> int:
         """Where a row of an epoch belongs: in the order of the cohort."""
@@ -305,13 +306,8 @@ class Run:
         assert self.live is not None
         count = min(_LABELLED, _LABELLED_PIXELS // math.prod(self.train_pixels.shape[1:]) + 1)
         labels: list[Tensor] = []
-        with progress("labels of random images", count, "images") as advance:
-            for batch in itertools.count():
-                _, said = self.live.batch(0, 0, batch)
-                labels.append(said.logits.argmax(1))
-                advance(len(said.logits), "labels of random images")
-                if sum(map(len, labels)) >= count:
-                    break
+        while sum(map(len, labels)) < count:
+            labels.append(self.live.batch(0, 0, len(labels))[1].logits.argmax(1))
         return torch.cat(labels)[:count]
 
     def test(self, learners: list[Learner], rows: Tensor) -> list[int]:
