@@ -3,15 +3,18 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import Result
+from shared import small
 from tspipe import bench, floors
 from tspipe import recipe as recipes
 from tspipe.cache import Cache
+from tspipe.extract import extract
 from tspipe.learner import RANDOM, TAUGHT
 from tspipe.student_config import StudentConfig
 
@@ -24,7 +27,6 @@ LINES = [
     "cohort of 2 / bare",
     "stage one / bare",
     "stage one / eager",
-    "stage one, files / eager",
 ]
 
 
@@ -107,6 +109,27 @@ def test_turns_are_short_and_of_one_length(
     assert found == {"slow": [3.25] * turns, "fast": [0.75] * turns}
     assert set(done[4:]) == {(3.25, slow), (0.75, fast)}
     assert {length for length, _ in done[4::2]} == {3.25, 0.75}, "neither is always the first"
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_files_are_decoded_also_for_a_cache_with_pixels(
+    images: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = replace(small(tmp_path / "shapes"), images=images)
+    cache = extract(wanted)
+    assert cache is not None
+    chosen = wanted.recipe.model_copy(update={"batch_size": 4, "random_images": 2})
+    here = StudentConfig(chosen, cache, data=wanted.data)
+    assert bench.bench(here, seconds=1).lines[-1].what == "stage one, files / eager"
+    assert "files" not in capsys.readouterr().err
+    (tmp_path / "shapes").rename(tmp_path / "elsewhere")
+    if images:
+        assert [line.what for line in bench.bench(here, seconds=1).lines] == LINES
+        assert " ".join(capsys.readouterr().err.split()) == (
+            f"Stage one is not timed from files. There is no train split in {tmp_path}/shapes: looked for "
+            f"{tmp_path}/shapes/train. The layout is train/CLASS/IMAGE and test/CLASS/IMAGE. "
+            "Name it with --data FOLDER."
+        )
 
 
 def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:

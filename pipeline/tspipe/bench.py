@@ -24,13 +24,14 @@ from tspipe import extract, feature_net, networks, pixels, training
 from tspipe.cache.layout import as_plan
 from tspipe.datasets import Dataset, Images
 from tspipe.distributed import pick_device
+from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.feature_net import FeatureNet
 from tspipe.floors import Way, bare_steps, bare_tests, endless, joined, labelled, taken
 from tspipe.learner import RANDOM, TAUGHT, Learner
 from tspipe.losses import Output
 from tspipe.memory import keep_freed
 from tspipe.preprocess import Preprocess
-from tspipe.progress import Advance, progress
+from tspipe.progress import Advance, console, progress
 from tspipe.random_pool import RandomPool
 from tspipe.recipe import Compute, Features
 from tspipe.rows import exact
@@ -210,21 +211,21 @@ class Bench:
         self._compare(what, taken(floor()), taken(self._learn(learners, what)))
 
     def _stage_one(self) -> None:
-        """Blocks taught, checked and written, beside the bare teacher on arrays and eager code; with decoding, too."""
-        plain, (dataset, preprocess) = self._plain_teacher(), self.run.images
-        files = self._job(dataset, preprocess)
-        size, sizes = files.config.recipe.compute.batch_size, files.dimensions
-        blocks = [sizes.block("train", number) for number in range(min(_BLOCKS, sizes.blocks("train")))]
+        """Blocks taught, checked and written, beside the bare teacher on arrays and eager code; from files, too."""
+        plain, (dataset, preprocess), files = self._plain_teacher(), self.run.images, self._files()
+        sizes = self.config.cache.dimensions
+        blocks = [sizes.block("train", number) for number in range(sizes.blocks("train"))]
 
-        def read(rows: range) -> Tensor:
-            return torch.from_numpy(np.stack([pixels.read(dataset.train, preprocess, row)[1] for row in rows]))
+        def read(rows: range, images: Images, preprocess: Preprocess) -> Tensor:
+            return torch.from_numpy(np.stack([pixels.read(images, preprocess, row)[1] for row in rows]))
 
-        decoded = [read(block) for block in blocks]
-        array, stop = torch.cat(decoded).numpy(), blocks[-1].stop
+        decoded = [read(block, dataset.train, preprocess) for block in blocks[:_BLOCKS]]
+        array, stop = torch.cat(decoded).numpy(), blocks[len(decoded) - 1].stop
         held = Images(
             dataset.train.labels[:stop], dataset.train.keys[:stop], dataset.train.classes, array.__getitem__, array
         )
         arrays = self._job(replace(dataset, train=held), replace(preprocess, resize=None, crop=None))
+        size = arrays.config.recipe.compute.batch_size
 
         @torch.inference_mode()
         def bare(part: Tensor) -> None:
@@ -238,29 +239,41 @@ class Bench:
 
         with arrays.writer() as writer:
 
-            def written(job: extract.Job) -> Way:
-                numbers = itertools.cycle(range(len(blocks)))
+            def written(job: extract.Job, blocks: int) -> Way:
+                numbers = itertools.cycle(range(blocks))
                 return lambda count: extract.write_rows(
                     writer, job, {"train": list(itertools.islice(numbers, count)), "test": []}, _unseen
                 )
 
-            found = self._turns(
-                {
-                    "ours": written(arrays),
-                    "bare": taken(bare(part) for part in itertools.cycle(decoded)),
-                    "eager": taken(eager(part) for part in itertools.cycle(decoded)),
-                    "ours, files": written(files),
-                    "eager, files": taken(eager(read(block)) for block in itertools.cycle(blocks)),
+            ways = {
+                "ours": written(arrays, len(decoded)),
+                "bare": taken(bare(part) for part in itertools.cycle(decoded)),
+                "eager": taken(eager(part) for part in itertools.cycle(decoded)),
+            }
+            if files:  # all of them, one after the other: a few would stay in the processor's cache
+                one_by_one = (read(block, *files) for block in itertools.cycle(blocks))
+                ways |= {
+                    "ours, files": written(self._job(replace(dataset, train=files[0]), files[1]), len(blocks)),
+                    "eager, files": taken(map(eager, one_by_one)),
                 }
-            )
+            found = self._turns(ways)
         an_image = {way: [seconds / len(blocks[0]) for seconds in turns] for way, turns in found.items()}
-        for line, floor, ours in (
-            ("stage one / bare", "bare", "ours"),
-            ("stage one / eager", "eager", "ours"),
-            ("stage one, files / eager", "eager, files", "ours, files"),
-        ):
+        lines = {"stage one / bare": ("bare", "ours"), "stage one / eager": ("eager", "ours")}
+        if files:
+            lines["stage one, files / eager"] = ("eager, files", "ours, files")
+        for line, (floor, ours) in lines.items():
             self._line(line, an_image[floor], an_image[ours])
-            self._advance(1, "stage one")
+        self._advance(3, "stage one")
+
+    def _files(self) -> tuple[Images, Preprocess] | None:
+        """The training images as files that are decoded; None of a dataset that is an array, or is not here."""
+        cache, preprocess = self.config.cache, self.run.preprocess
+        try:
+            images = self.run.local().train if cache.has_images else self.run.images[0].train
+        except (DatasetError, CacheMismatch) as problem:
+            console.print(f"Stage one is not timed from files. {problem}", markup=False)
+            return None
+        return (images, preprocess) if images.array is None else None
 
     def _job(self, dataset: Dataset, preprocess: Preprocess) -> extract.Job:
         """Stage one for the cache's training images, as it was made but without views, into the folder."""

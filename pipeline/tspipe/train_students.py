@@ -87,7 +87,7 @@ class Run:
         self.preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
         check_preprocess(cache, recipe.preprocess)
         self.views = EpochViews.of_run(cache, recipe.views, taught(config.arms), device)
-        dataset, steps = self.images = of_cache(cache, self._local)
+        dataset, steps = self.images = of_cache(cache, self.local)
         self.held_back = round(recipe.val_fraction * len(dataset.train))
         self.trained_on = len(dataset.train) - self.held_back
         if self.trained_on < recipe.batch_size:
@@ -121,7 +121,8 @@ class Run:
         columns = {"features": cache.train.features, "logits": cache.train.logits}
         self.targets = Targets(columns, row_labels(cache), needs, memory // 3, device)
 
-    def _local(self) -> Dataset:
+    def local(self) -> Dataset:
+        """The local dataset, compared with the cache."""
         config = self.config
         return open_local(
             config.cache, config.recipe.dataset, config.data, download=config.download, trust=config.trust_data
