@@ -411,6 +411,18 @@ def test_a_run_does_not_go_on_on_another_device(digits: Cache, tmp_path: Path) -
     )
 
 
+def test_a_run_goes_on_on_another_device_of_its_kind(
+    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each of torchrun's processes does, on its own GPU: only the first had begun on number 0."""
+    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        monkeypatch.setattr("tspipe.train_students.pick_device", lambda _, device=device: device)
+        with pytest.raises(TrainingError):
+            train_students(wanted)
+    assert json.loads((tmp_path / "run/config.json").read_text())["environment"]["device"] == "cpu"
+
+
 def test_half_a_line_of_metrics_is_no_line(run: RunFolder, tmp_path: Path) -> None:
     text = (run.path / "metrics.csv").read_text()
     for cut in (1, 5, 30):

@@ -131,7 +131,7 @@ def group() -> Iterator[Group]:
 def pick_device(wanted: str = "auto") -> torch.device:
     """The device to compute on; `auto` takes a GPU if there is one, each of torchrun's processes its own.
 
-    Raises RecipeError if `wanted` is not there.
+    That one becomes PyTorch's current one, too. Raises RecipeError if `wanted` is not there.
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted == "auto":
@@ -143,6 +143,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
     mine, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if mine >= count:
         raise RecipeError(f"This machine has {count} GPUs, one a process: start torchrun with --nproc-per-node {count}")
+    torch.cuda.set_device(mine)  # else events and pinned memory would be of the first one, in every process
     return torch.device(wanted, mine)
 
 

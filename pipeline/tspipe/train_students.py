@@ -56,13 +56,13 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
     keep_freed()
     stem = cache.path.name.removesuffix(".h5")
     with group.first():
-        folder = find_run(identity(config), environment(str(device), torch.get_num_threads()), stem, config.out)
+        folder = find_run(identity(config), environment(device.type, torch.get_num_threads()), stem, config.out)
     if group.broadcast(folder.finished):
         return folder
-    if folder.environment["device"] != str(device):
+    if (begun := folder.environment["device"]) != device.type:  # not its number: with torchrun each process has its own
         raise RecipeError(
-            f"{folder.path} was begun on {folder.environment['device']} and this is {device}: its numbers would be of "
-            "both. Choose another --out."
+            f"{folder.path} was begun on {begun} and this is {device.type}: its numbers would be of both. "
+            "Choose another --out."
         )
     torch.set_num_threads(folder.environment["threads"])
     exact()
