@@ -2,7 +2,8 @@
 
 One pass over random images, each way in turn, as a process of its own (memory that is kept stays kept): the network
 as it is built, the same with freed memory kept, made for inference (batch norms folded, channels-last), that compiled
-by torch.compile, and in bfloat16. Then training steps of students, channels-first, channels-last and compiled.
+by torch.compile, and in bfloat16. Then training steps of students, channels-first, channels-last, that compiled and
+in bfloat16.
 """
 
 import statistics
@@ -21,7 +22,7 @@ from tspipe.memory import keep_freed
 
 SHAPE, TURNS, BATCH = (3, 32, 32), 9, 128
 TEACHER = ("plain", "kept", "frozen", "compiled", "bfloat16")
-STUDENTS = ("channels-first", "channels-last", "compiled")
+STUDENTS = ("channels-first", "channels-last", "compiled", "bfloat16")
 
 
 def teacher(way: str, name: str, count: int) -> Callable[[], object]:
@@ -52,6 +53,7 @@ def student(way: str, name: str, _: int) -> Callable[[], object]:
     torch.manual_seed(0)
     module = networks.build(name, 10, SHAPE, {})
     network: nn.Module = feature_net.student_of(module, name, 64, 10, feature_net.noise(SHAPE))
+    network.precision = torch.bfloat16 if way == "bfloat16" else torch.float32
     images, features, labels = torch.rand(BATCH, *SHAPE), torch.rand(BATCH, 64), torch.randint(0, 10, (BATCH,))
     if way != "channels-first":
         images = images.contiguous(memory_format=torch.channels_last)

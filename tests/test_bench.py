@@ -125,11 +125,25 @@ def test_files_are_decoded_also_for_a_cache_with_pixels(
     (tmp_path / "shapes").rename(tmp_path / "elsewhere")
     if images:
         assert [line.what for line in bench.bench(here, seconds=1).lines] == LINES
-        assert " ".join(capsys.readouterr().err.split()) == (
+        said = (
             f"Stage one is not timed from files. There is no train split in {tmp_path}/shapes: looked for "
             f"{tmp_path}/shapes/train. The layout is train/CLASS/IMAGE and test/CLASS/IMAGE. "
             "Name it with --data FOLDER."
         )
+        assert "".join(capsys.readouterr().err.split()) == said.replace(" ", "")  # lines may end anywhere
+
+
+def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it runs, also where the live teacher is to compute in bfloat16."""
+    chosen, seen = config(digits), set[torch.dtype]()
+    recipe = chosen.recipe.model_copy(update={"live_precision": "bfloat16"})
+    measured = bench.Bench(replace(chosen, recipe=recipe), 1, tmp_path)
+    assert measured.live is not None
+    teacher = measured.live.teacher
+    assert teacher.precision == torch.bfloat16
+    teacher.register_forward_hook(lambda *_: seen.add(teacher.precision))
+    measured._stage_one()
+    assert seen == {torch.float32}
 
 
 def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:

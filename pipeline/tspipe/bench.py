@@ -78,7 +78,7 @@ class Bench:
         self.device = pick_device(config.recipe.device)
         exact()
         keep_freed()
-        self.environment = environment(str(self.device), torch.get_num_threads())
+        self.environment = environment(self.device.type, torch.get_num_threads())
         arms = (TAUGHT, RANDOM) if config.cache.has_teacher and config.recipe.random_images else (TAUGHT,)
         live = config.recipe.model_copy(update={"random_source": "live"})  # a pool's images cost next to nothing
         self.config = replace(config, arms=arms, recipe=live)
@@ -280,6 +280,7 @@ class Bench:
         cache = self.config.cache
         compute = cache.manifest["compute"], cache.manifest["block_rows"]
         assert self.live is not None
+        self.live.teacher.precision = torch.float32  # whatever it labels random images in
         recipe = self.config.recipe.model_copy(
             update={
                 "preprocess": preprocess,
