@@ -60,7 +60,7 @@ class Targets:
         most = max(map(len, order), default=0) or 1  # of several processes, one may have no images of a batch
         several = max(1, TAKEN // (most * self._row_bytes))
         groups = [order[i : i + several] for i in range(0, len(order), several)]
-        rows = [torch.cat(list(group)) for group in groups]
+        rows = [torch.cat(list(group)) if len(group) > 1 else group[0] for group in groups]
         read = self._read_in_order(rows, -(-AHEAD // several)) if self._read else itertools.repeat({})
         for group, there, found in zip(groups, moved(rows, self.device), read, strict=False):
             yield from self._taken([len(batch) for batch in group], there, found)
