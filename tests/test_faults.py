@@ -75,11 +75,8 @@ def test_a_limit_that_comes_when_half_is_written(zygote: Zygote, teacher: Path, 
     whole, out = tmp_path / "whole.h5", tmp_path / "digits.h5"
     assert zygote.run(*stage_one(teacher, whole, blocks)).code == 0
     part = tmp_path / "digits.h5.part"
-    written: list[str] = []
-    for seconds in (0.5, 1, 2, 4, 8, 16):  # until a block was written, however slow the machine is
-        lines = zygote.run(*stage_one(teacher, out, blocks), seconds=seconds).lines
-        if written := [line for line in lines if line.startswith("written train")]:
-            break
+    begun = zygote.run(*stage_one(teacher, out, blocks), after="written train")
+    assert begun.killed
     assert part.exists()
     found = zygote.run(*stage_one(teacher, out, blocks), limit=part.stat().st_size // 2)
     assert found.code == 1
@@ -87,7 +84,7 @@ def test_a_limit_that_comes_when_half_is_written(zygote: Zygote, teacher: Path, 
     assert not out.exists()
     rest = zygote.run(*stage_one(teacher, out, blocks))
     assert rest.code == 0
-    done = {line for run in (written, found.lines) for line in run if line.startswith("written")}
+    done = {line for run in (begun, found) for line in run.lines if line.startswith("written")}
     assert not done & set(rest.lines)  # nothing was computed twice
     assert out.read_bytes() == whole.read_bytes()
 
