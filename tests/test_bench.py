@@ -133,7 +133,7 @@ def test_files_are_decoded_also_for_a_cache_with_pixels(
         assert "".join(capsys.readouterr().err.split()) == said.replace(" ", "")  # lines may end anywhere
 
 
-def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path) -> None:
     """As it runs, also where the live teacher is to compute in bfloat16."""
     chosen, seen = config(digits), set[torch.dtype]()
     recipe = chosen.recipe.model_copy(update={"live_precision": "bfloat16"})

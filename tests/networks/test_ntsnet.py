@@ -191,16 +191,10 @@ def test_what_each_loss_teaches(name):
     )
 
 
-def two_kinds():
-    """Two images whose upper halves are dark, two whose are not."""
-    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
-    images[labels == 1, :, :16] = 0
-    return images, labels
-
-
 def descended(network, optimizer, names, steps):
     """Of some losses' sum the means over the first and the last five steps."""
-    images, labels = two_kinds()
+    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    images[labels == 1, :, :16] = 0
     totals = []
     for _ in range(steps):
         losses = network.losses(images, labels)
@@ -223,7 +217,7 @@ def test_the_proposals_learn():
     """Of a backbone that stays as it is, which parts are worth more."""
     network = small(num_classes=2, input_shape=(3, 32, 32))
     before, after = descended(network, torch.optim.Adam(network.proposal_net.parameters(), lr=0.01), ["ranking"], 100)
-    assert after < 0.75 * before
+    assert after < 0.7 * before
 
 
 # --- Cut, folded, loaded
