@@ -19,12 +19,12 @@ import torch
 from hypothesis import settings
 
 from shared import TEACHER, pool_config
-from tspipe import recipe as recipes
-from tspipe import weights
 from tspipe.cache import Cache
-from tspipe.cli import main
-from tspipe.extract import ExtractConfig, extract
-from tspipe.train_teacher import TeacherConfig, train_teacher
+from tspipe.cli.app import main
+from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.models import weights
+from tspipe.recipes import load
+from tspipe.training.train_teacher import TeacherConfig, train_teacher
 
 GPU = os.environ.get("TSPIPE_TEST_GPU")
 torch.set_num_threads(1)
@@ -114,14 +114,14 @@ def zygote() -> Iterator[Zygote]:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LeNet-5 trained on the digits for three epochs."""
     path = tmp_path_factory.mktemp("checkpoints") / "digits-lenet5.safetensors"
-    return train_teacher(TeacherConfig(recipes.load("digits", TEACHER), out=path)).path
+    return train_teacher(TeacherConfig(load.load("digits", TEACHER), out=path)).path
 
 
 @pytest.fixture(scope="session")
 def digits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Its cache."""
     path = tmp_path_factory.mktemp("cache") / "digits.h5"
-    return extract(ExtractConfig(recipes.load("digits", TEACHER), weights.read(teacher), path))
+    return extract(ExtractConfig(load.load("digits", TEACHER), weights.read(teacher), path))
 
 
 @pytest.fixture(scope="session")

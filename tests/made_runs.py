@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tspipe.run_folder import RunFolder
+from tspipe.training.run_folder import RunFolder
 
 ALONE, TAUGHT, RANDOM = "alone", "taught", "taught + random"
 PAPER = {

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tspipe import learner, networks, weights
-from tspipe import recipe as recipes
-from tspipe.extract import ExtractConfig
+from tspipe.cache.inspect import inspect
+from tspipe.extraction.extract import ExtractConfig
+from tspipe.models import networks, weights
+from tspipe.recipes import load
+from tspipe.training import batches, learner
 
 # LeNet-5 teaches LeNet-5: the digits in a tenth of a second an epoch.
 TEACHER = [
@@ -42,7 +44,7 @@ def small(folder: Path, *settings: str) -> ExtractConfig:
         weights.save(folder / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
     settings = (f"dataset=folder:{folder}", "teacher.network=lenet5", "compute.block_rows=4", *settings)
     return ExtractConfig(
-        recipes.load("folder", settings), weights.read(folder / "w.safetensors"), folder.with_suffix(".h5")
+        load.load("folder", settings), weights.read(folder / "w.safetensors"), folder.with_suffix(".h5")
     )
 
 
@@ -50,7 +52,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
     """Have Ctrl-C come in place of these of all learners' steps, counted from 1; gives the list of steps so far."""
     step, taken = learner.Learner.step, list[int]()
 
-    def stopping(this: learner.Learner, batch: learner.Batch, number: int) -> None:
+    def stopping(this: learner.Learner, batch: batches.Batch, number: int) -> None:
         taken.append(number)
         if len(taken) in numbers:
             raise KeyboardInterrupt
@@ -72,7 +74,7 @@ POOL_ROWS = 40  # in blocks of 16, 16 and 8
 def pool_config(teacher: Path, out: Path, *overrides: str, rows: int = POOL_ROWS) -> ExtractConfig:
     """The digits with a random pool."""
     settings = [*TEACHER, "compute.block_rows=16", *overrides]
-    return ExtractConfig(recipes.load("digits", settings), weights.read(teacher), out, random_pool=rows)
+    return ExtractConfig(load.load("digits", settings), weights.read(teacher), out, random_pool=rows)
 
 
 def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -82,3 +84,15 @@ def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> 
     size = int(np.prod(shape))
     words = twister.random_raw((before + 1) * size)[before * size :]
     return ((words >> 8).astype(np.float32) / np.float32(2**24)).reshape(shape)
+
+
+def spoil(path: Path, *places: tuple[str, int]) -> None:
+    """Flip a bit in these rows of these datasets."""
+    regions = inspect(path, identified=False).regions
+    with path.open("r+b") as file:
+        for name, row in places:
+            where = regions[name].offset + row * (regions[name].nbytes // regions[name].shape[0])
+            file.seek(where)
+            byte = file.read(1)[0]
+            file.seek(where)
+            file.write(bytes([byte ^ 1]))

@@ -16,10 +16,14 @@ from PIL import Image
 
 import cub200_archive
 from conftest import Result, Zygote
-from tspipe import datasets, networks, recipe, train_students, train_teacher, training, weights
 from tspipe.cache import open_cache
+from tspipe.data import datasets
+from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
-from tspipe.preprocess import Preprocess
+from tspipe.models import networks, weights
+from tspipe.recipes import load
+from tspipe.training import checkpoint, train_teacher
+from tspipe.training import trainer as train_students
 
 Tspipe = Callable[..., Result]
 SMALL = ["--set=preprocess.resize=[40,40]", "--set=preprocess.crop=32"]  # in place of 600 and 448
@@ -146,7 +150,7 @@ def test_without_weights_it_says_where_to_get_them(tspipe: Tspipe, archive: Path
     refused = tspipe("cache", "--dataset", "cub200", "--data", archive, "--train-teacher", *SMALL, *NARROW[:1])
     assert refused.code == 1
     assert not Path("checkpoints").exists()
-    recipe_ = recipe.load("cub200", ["teacher.options.width=2", "preprocess.resize=[40,40]", "preprocess.crop=32"])
+    recipe_ = load.load("cub200", ["teacher.options.width=2", "preprocess.resize=[40,40]", "preprocess.crop=32"])
     count = train_teacher._flops(recipe_, datasets.open_dataset("cub200", archive).train) * 18 * 140
     assert 1e10 < count < 1e13
     assert refused.says(
@@ -161,7 +165,7 @@ def test_without_weights_it_says_where_to_get_them(tspipe: Tspipe, archive: Path
 
 def test_the_cost_of_training_at_full_size() -> None:
     """Against a count by hand: 4.09e9 multiply-adds of a ResNet-50 at 224×224, the image counting four times."""
-    chosen = recipe.load("cub200")
+    chosen = load.load("cub200")
     one = np.zeros((448, 448, 3), np.uint8)
     images = datasets.from_array(one[None], np.array([0]), [str(i) for i in range(200)])
     by_hand = 3 * 2 * 4.09e9 * (4 + 6)
@@ -283,7 +287,7 @@ def test_killed_training_goes_on(zygote: Zygote, archive: Path, tmp_path: Path) 
     for _ in range(2):
         run = zygote.run(*start, "--out", killed, seconds=draw.uniform(0.5, 2))
         assert run.killed or run.code == 0, run.lines
-        if found := training.load_checkpoint(killed.with_name(killed.name + ".part")):
+        if found := checkpoint.load_checkpoint(killed.with_name(killed.name + ".part")):
             positions.append((found[1]["epoch"], found[1]["batch"]))
     assert positions == sorted(positions)
     assert zygote.run(*start, "--out", killed).code == 0
@@ -294,7 +298,7 @@ def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypa
     backbone = networks.build("ntsnet", 3, (3, 32, 32), {"width": 3}).pretrained_model.state_dict()
     given = weights.Weights(backbone, {}, "0" * 64, "resnet50-0676ba61.pth")
     monkeypatch.setattr(weights, "pretrained", lambda name, network, download: given)
-    chosen = recipe.load("cub200", [setting.removeprefix("--set=") for setting in [*SMALL, *NARROW]])
+    chosen = load.load("cub200", [setting.removeprefix("--set=") for setting in [*SMALL, *NARROW]])
     with pytest.raises(NetworkError) as refused:
         train_teacher.train_teacher(train_teacher.TeacherConfig(chosen, archive, out=tmp_path / "x.safetensors"))
     assert str(refused.value) == (
@@ -304,7 +308,7 @@ def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypa
 
 
 def test_random_crops(archive: Path) -> None:
-    chosen = recipe.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
+    chosen = load.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
     y, x = torch.meshgrid(torch.arange(40), torch.arange(41), indexing="ij")
     images = torch.stack([y, x]).to(torch.uint8)[None].repeat(500, 1, 1, 1)
     crops = train_teacher._augmented(images, chosen, epoch=0, batch=0)

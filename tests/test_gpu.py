@@ -11,13 +11,14 @@ import torch
 
 from conftest import GPU, Zygote
 from shared import pool_config
-from tspipe import recipe as recipes
 from tspipe.cache import Cache
-from tspipe.extract import extract
-from tspipe.learner import ALONE, RANDOM, TAUGHT
-from tspipe.run_folder import RunFolder
-from tspipe.student_config import StudentConfig
-from tspipe.train_students import Position, Run, train_students
+from tspipe.extraction.extract import extract
+from tspipe.recipes import load
+from tspipe.training.arms import ALONE, RANDOM, TAUGHT
+from tspipe.training.checkpoint import Position
+from tspipe.training.config import StudentConfig
+from tspipe.training.run_folder import RunFolder
+from tspipe.training.trainer import Run, train_students
 
 pytestmark = pytest.mark.skipif(not GPU, reason="wants a GPU: make test-gpu")
 ARMS = (ALONE, TAUGHT, RANDOM)
@@ -26,7 +27,7 @@ SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
 
 def config(cache: Cache, out: Path | None, *settings: str) -> StudentConfig:
     facts = {"preprocess": cache.manifest["preprocess"]}
-    return StudentConfig(recipes.load("digits", [*SMALL, *settings], facts=facts), cache, ARMS, out=out)
+    return StudentConfig(load.load("digits", [*SMALL, *settings], facts=facts), cache, ARMS, out=out)
 
 
 @contextlib.contextmanager

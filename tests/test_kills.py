@@ -12,10 +12,11 @@ import safetensors.torch
 
 from conftest import Zygote
 from shared import TEACHER
-from tspipe import recipe as recipes
-from tspipe import training, weights
 from tspipe.cache import Cache
-from tspipe.extract import ExtractConfig, extract
+from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.models import weights
+from tspipe.recipes import load
+from tspipe.training import checkpoint
 
 KILLS = int(os.environ.get("TSPIPE_KILLS", "8"))
 
@@ -26,7 +27,7 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     Each start is of another number of processes: none of torchrun's, one, two or three.
     """
     settings = [*TEACHER, "compute.block_rows=16"]
-    wanted = recipes.load("digits", settings)
+    wanted = load.load("digits", settings)
     whole = extract(ExtractConfig(wanted, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
     sizes = whole.dimensions
     blocks = {f"{section} {block}" for section in sizes.sections for block in range(sizes.blocks(section))}
@@ -90,7 +91,7 @@ def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
             runs, before = runs + 1, (0, 0, 0)
             continue
         kills += run.killed
-        if found := training.load_checkpoint(killed / "checkpoint.safetensors"):
+        if found := checkpoint.load_checkpoint(killed / "checkpoint.safetensors"):
             now = tuple(found[1][name] for name in ("seed", "epoch", "batch"))
             assert now >= before  # nothing done is done again
             before = now

@@ -11,10 +11,10 @@ import pytest
 
 from conftest import Result, Zygote
 from shared import make_folder, small
-from tspipe import extract as stage
-from tspipe.distributed import Group
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory
-from tspipe.extract import extract
+from tspipe.extraction import extract as stage
+from tspipe.extraction.extract import extract
+from tspipe.utils.distributed import Group
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -111,7 +111,7 @@ def test_out_of_memory_on_one_of_many_ranks(tmp_path: Path, monkeypatch: pytest.
     def hungry(*_: Any) -> None:
         raise OutOfMemory(4, 2)
 
-    monkeypatch.setattr("tspipe.rows.taught", hungry)
+    monkeypatch.setattr("tspipe.extraction.forward.taught", hungry)
     job = stage._prepare(small(tmp_path / "shapes"))
     with job.writer(1) as writer, pytest.raises(CacheError) as refused:
         stage._write_share(writer, job, {"train": [0, 1], "test": []}, Group(1, 2))

@@ -10,12 +10,14 @@ import torch
 import typer.main
 
 from shared import make_folder
-from tspipe import datasets, networks, tables, weights
-from tspipe import recipe as recipes
 from tspipe.cache import Cache
-from tspipe.cli import app
-from tspipe.extract import ExtractConfig, extract
-from tspipe.results import open_run, read
+from tspipe.cli.app import app
+from tspipe.data import datasets
+from tspipe.experiments import tables
+from tspipe.experiments.results import open_run, read
+from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.models import networks, weights
+from tspipe.recipes import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,7 +32,7 @@ def test_the_code_runs(text: str, digits: Cache, tmp_path: Path, monkeypatch: py
     torch.manual_seed(0)
     make_folder(Path("data/photos"))
     weights.save(Path("w.safetensors"), networks.build("lenet5", 2, (3, 16, 16)), {})
-    recipe = recipes.load("folder", ["dataset=folder:data/photos", "teacher.network=lenet5"])
+    recipe = load.load("folder", ["dataset=folder:data/photos", "teacher.network=lenet5"])
     extract(ExtractConfig(recipe, weights.read(Path("w.safetensors")), Path("cache/photos.h5")))
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks

@@ -9,8 +9,8 @@ import torch
 
 from conftest import Run, Zygote
 from tspipe.cache import Cache
-from tspipe.distributed import Group
-from tspipe.sharing import Sharing
+from tspipe.training.partition import Sharing
+from tspipe.utils.distributed import Group
 
 SETTINGS = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7", "checkpoint_seconds=0"]
 

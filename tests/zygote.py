@@ -22,10 +22,10 @@ from typing import Any
 
 def slowly() -> None:
     """Have stage one say which blocks it computes and has written, and take its time, to be killed in."""
-    from tspipe import rows
     from tspipe.cache import CacheWriter
+    from tspipe.extraction import forward
 
-    taught, write_block = rows.taught, CacheWriter.write_block
+    taught, write_block = forward.taught, CacheWriter.write_block
 
     def computed(*arguments: Any) -> Any:
         os.write(1, "computed {} {}\n".format(*arguments[-2:]).encode())  # in one call: never half a line
@@ -36,7 +36,7 @@ def slowly() -> None:
         os.write(1, f"written {split} {block}\n".encode())
         time.sleep(0.005)
 
-    rows.taught = computed
+    forward.taught = computed
     CacheWriter.write_block = written  # type: ignore[method-assign]
 
 
@@ -64,7 +64,7 @@ def places(ranks: int) -> list[dict[str, str]]:
 
 def start(place: dict[str, str], arguments: list[str], limit: int | None = None, obey: bool = False) -> tuple[int, int]:
     """Start a command in a fork; its process, and the pipe into which it prints."""
-    from tspipe.cli import main
+    from tspipe.cli.app import main
 
     reader, writer = os.pipe()
     process = os.fork()
@@ -93,7 +93,7 @@ def start(place: dict[str, str], arguments: list[str], limit: int | None = None,
 def main() -> None:
     for name in ("matplotlib.backends.backend_agg", "sklearn.datasets", "torch._dynamo"):
         import_module(name)
-    for name in ("extract", "report", "train_students", "train_teacher"):
+    for name in ("extraction.extract", "experiments.report", "training.trainer", "training.train_teacher"):
         import_module(f"tspipe.{name}")
 
     slowly()

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tspipe.cache import open_cache
-    from tspipe.cached_targets import CachedTargets
+    from tspipe.data.cached_targets import CachedTargets
 
 __all__ = ["CachedTargets", "open_cache"]
-_HOMES = {"CachedTargets": "tspipe.cached_targets", "open_cache": "tspipe.cache"}
+_HOMES = {"CachedTargets": "tspipe.data.cached_targets", "open_cache": "tspipe.cache"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """`python -m tspipe`."""
 
-from tspipe.cli import main
+from tspipe.cli.app import main
 
 main()

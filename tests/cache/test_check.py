@@ -77,14 +77,14 @@ def test_what_the_id_covers_cannot_change(copy: Path, name: str) -> None:
 
 @pytest.mark.parametrize("shape", [[1, 60000, 60000], ["a", "b", "c"], None])
 def test_a_forged_input_shape_takes_no_memory(copy: Path, tmp_path: Path, shape: object) -> None:
-    from tspipe import recipe as recipes
-    from tspipe.student_config import StudentConfig
-    from tspipe.train_students import train_students
+    from tspipe.recipes import load
+    from tspipe.training.config import StudentConfig
+    from tspipe.training.trainer import train_students
 
     forge(copy, lambda manifest: manifest["teacher"]["options"].update(input_shape=shape))
     facts = {"preprocess": open_cache(copy).manifest["preprocess"]}
     with pytest.raises(CacheMismatch) as refused:
-        train_students(StudentConfig(recipes.load("digits", facts=facts), open_cache(copy), out=tmp_path / "run"))
+        train_students(StudentConfig(load.load("digits", facts=facts), open_cache(copy), out=tmp_path / "run"))
     assert str(refused.value) == (f"digits.h5: its teacher takes images of {shape}, its dataset's are of [1, 16, 16].")
 
 

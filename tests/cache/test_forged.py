@@ -12,8 +12,10 @@ from forging import Change, forge, forge_text, move, overwrite, refusal, resize,
 from pets import plan, write
 from tspipe.cache import open_cache
 from tspipe.cache.layout import decode_manifest, encode_manifest
+from tspipe.cli.render import show_cache
 from tspipe.errors import NotACache
-from tspipe.show import plain, shares, show_cache
+from tspipe.training.summary import shares
+from tspipe.utils.console import plain
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from tspipe import datasets
 from tspipe.cache import Cache
+from tspipe.data import datasets
 
 SPECIFICATION = (Path(__file__).parents[2] / "cache" / "README.md").read_text()
 

@@ -31,11 +31,11 @@ if __name__ == "__main__":  # in pytest its configuration does this
 
 from forging import DATASPACE, DATATYPE, LAYOUT, message
 from pets import plan, write
-from tspipe import weights
 from tspipe.cache import Cache, open_cache
-from tspipe.cache.check import checksum_names, identify
+from tspipe.cache.inspect import checksum_names, identify
+from tspipe.cli.render import show_cache
 from tspipe.errors import CacheError, NetworkError
-from tspipe.show import show_cache
+from tspipe.models import weights
 
 CASES = int(os.environ.get("TSPIPE_FUZZ", "400"))
 MEMORY = 256 * 2**20  # bytes that all cases together may take

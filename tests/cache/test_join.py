@@ -6,7 +6,7 @@ import pytest
 
 import pets
 from tspipe.cache import CacheWriter
-from tspipe.cache.join import absorb
+from tspipe.cache.merge import absorb
 
 PLAN = pets.plan({"train": 10, "test": 6}, pool=6, views=2)
 SIZES = pets.dimensions(PLAN)
@@ -107,7 +107,7 @@ def test_a_part_that_a_network_disk_shows_late_is_waited_for(tmp_path: Path, mon
         if len(waits) > 2:
             write(path, len(waits) - 2, [ALL[len(waits) - 3]])
 
-    monkeypatch.setattr("tspipe.cache.join.time.sleep", sleep)
+    monkeypatch.setattr("tspipe.cache.merge.time.sleep", sleep)
     with writer(path) as file:
         absorb(file, ranks=3)
         assert file.missing("train") == [2]
@@ -115,7 +115,7 @@ def test_a_part_that_a_network_disk_shows_late_is_waited_for(tmp_path: Path, mon
 
 
 def test_a_part_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tspipe.cache.join._PATIENCE", 0.0)
+    monkeypatch.setattr("tspipe.cache.merge._PATIENCE", 0.0)
     with writer(tmp_path / "pets.h5") as file:
         absorb(file, ranks=2)
         assert file.missing("test") == [0, 1]

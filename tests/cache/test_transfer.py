@@ -38,8 +38,15 @@ from tspipe.cache.transfer import (
     remote_size,
     without_secrets,
 )
-from tspipe.errors import CacheBusy, CacheDamaged, CacheError, CacheIncomplete, CacheMismatch, NotACache
-from tspipe.files import lock
+from tspipe.errors import (
+    CacheBusy,
+    CacheDamaged,
+    CacheError,
+    CacheIncomplete,
+    CacheMismatch,
+    NotACache,
+)
+from tspipe.utils.files import lock
 
 
 class Web:

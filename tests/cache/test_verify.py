@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pets import plan, write
 from tspipe.cache import SPLITS, open_cache
-from tspipe.cache.check import Region, checksum_names, identify, inspect
+from tspipe.cache.inspect import Region, checksum_names, identify, inspect
 from tspipe.cache.layout import Manifest, encode_manifest
 from tspipe.cache.read import Column
 from tspipe.cache.verify import explain, find_damage

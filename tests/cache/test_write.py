@@ -150,7 +150,8 @@ def test_finishing_early_is_refused(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
     path = tmp_path / "pets.h5"
     program = (
-        "import os, sys; from pathlib import Path; from tspipe.files import lock; from tspipe.errors import CacheBusy\n"
+        "import os, sys; from pathlib import Path\n"
+        "from tspipe.utils.files import lock; from tspipe.errors import CacheBusy\n"
         "with lock(Path(sys.argv[1]), CacheBusy): print(os.getpid(), flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -8,9 +8,10 @@ import torch
 
 from tspipe import losses
 from tspipe.errors import RecipeError
-from tspipe.losses import Output, Target
+from tspipe.losses import Target
 from tspipe.losses.kd import kd_loss
 from tspipe.losses.ts import ts_loss
+from tspipe.models.output import Output
 
 
 def batch(n: int = 6, d: int = 5, c: int = 3) -> tuple[Output, Target]:

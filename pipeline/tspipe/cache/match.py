@@ -36,7 +36,7 @@ class Rows(Protocol):
 
 
 class Local(Protocol):
-    """A local dataset's split; `tspipe.datasets.Images` is one."""
+    """A local dataset's split; `tspipe.data.datasets.Images` is one."""
 
     @property
     def labels(self) -> NDArray[np.int64]: ...

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tspipe.cache.check import Region, Structure, inspect
+from tspipe.cache.inspect import Region, Structure, inspect
 from tspipe.cache.layout import SPLITS, Dimensions, Manifest
 from tspipe.errors import CacheDamaged, CacheError
 

@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.check import inspect
+from tspipe.cache.inspect import inspect
 from tspipe.cache.read import Column, assemble
 from tspipe.cache.verify import Damage
 from tspipe.cache.write import fingerprint
 from tspipe.errors import CacheBusy, CacheError
-from tspipe.files import lock, write_at, writing
+from tspipe.utils.files import lock, write_at, writing
 
 
 class Repair:

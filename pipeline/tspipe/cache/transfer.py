@@ -16,12 +16,20 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tspipe.cache.check import Region, checksum_names, inspect
+from tspipe.cache.inspect import Region, checksum_names, inspect
 from tspipe.cache.layout import Manifest
 from tspipe.cache.read import Cache, Column, open_cache
-from tspipe.cache.remote import Advance, ReadPiece, Remote, RemoteError, file_name, is_url, without_secrets
+from tspipe.cache.remote import (
+    Advance,
+    ReadPiece,
+    Remote,
+    RemoteError,
+    file_name,
+    is_url,
+    without_secrets,
+)
 from tspipe.errors import CacheBusy, CacheDamaged, CacheError, CacheMismatch
-from tspipe.files import lock, sync_folder, write_whole
+from tspipe.utils.files import lock, sync_folder, write_whole
 
 __all__ = [
     "Advance",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.check import Structure, checksum_names, identify, inspect
+from tspipe.cache.inspect import Structure, checksum_names, identify, inspect
 from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
 from tspipe.cache.read import Column
 from tspipe.cache.write import correct, fingerprint

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.check import Structure, checksum_names, identify, inspect
+from tspipe.cache.inspect import Structure, checksum_names, identify, inspect
 from tspipe.cache.layout import (
     FORMAT,
     SPLITS,
@@ -31,7 +31,7 @@ from tspipe.cache.layout import (
 )
 from tspipe.cache.read import Column, Split, split_columns
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
-from tspipe.files import lock, sync_folder, write_at, writing
+from tspipe.utils.files import lock, sync_folder, write_at, writing
 
 
 class CacheWriter:

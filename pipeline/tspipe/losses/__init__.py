@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tspipe import plugins
 from tspipe.errors import RecipeError
-
-
-class Output(NamedTuple):
-    """What a network gives for n images: penultimate features (n, d) and logits (n, c), float32."""
-
-    features: Tensor
-    logits: Tensor
+from tspipe.utils import plugins
 
 
 class Target(NamedTuple):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspipe.errors import RecipeError
-from tspipe.losses import Output, Target
+from tspipe.losses import Target
+from tspipe.models.output import Output
 
 
 def kd_loss(

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspipe.losses import Output, Target
+from tspipe.losses import Target
+from tspipe.models.output import Output
 
 
 def ts_loss(

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspipe.losses import Output, Target
+from tspipe.losses import Target
+from tspipe.models.output import Output
 
 _LEAST, _INITIAL = 1e-5, 5.0  # variances
 

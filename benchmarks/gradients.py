@@ -1,0 +1,62 @@
+"""How much of a student's gradient comes from random images.
+
+    python benchmarks/gradients.py CACHE DATA RECIPE STUDENT [WEIGHTS]
+
+Over 12 batches of the recipe's real and random images (the cache's pool): each part's loss; the mean norm of its
+gradient, as it enters that of the whole batch; and its share of the mean square, which is what Adam divides by.
+WEIGHTS is a student of a run folder; without it the student is as training begins.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tspipe.cache import open_cache
+from tspipe.losses import Target
+from tspipe.recipes.load import recipe_of
+from tspipe.training.arms import RANDOM
+from tspipe.training.config import StudentConfig
+from tspipe.training.run_folder import RunFolder
+from tspipe.training.trainer import Run
+
+
+def gradient(network: torch.nn.Module, loss: torch.nn.Module, images: Tensor, target: Target) -> tuple[float, Tensor]:
+    """The loss of these images, and its gradient as one vector."""
+    value = torch.stack(list(loss(network(images), target).values())).sum()
+    parts = torch.autograd.grad(value, list(network.parameters()))
+    return value.item(), torch.cat([part.flatten() for part in parts])
+
+
+def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None:
+    """Print a line for the real images and one for the random ones."""
+    cache = open_cache(Path(file))
+    chosen, _ = recipe_of(file, cache.manifest, recipe, ["random_source=pool"], {"student": [student]})
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(
+            StudentConfig(chosen, cache, (RANDOM,), Path(data)), RunFolder(Path(folder), {}, {}), torch.device("cpu")
+        )
+    (learner,) = run.cohort(0)
+    for path in weights:
+        learner.network.load_state_dict(safetensors.torch.load_file(path))
+    found: dict[str, list[tuple[float, Tensor]]] = {"real": [], "random": []}
+    for _, batch in run.batches(0, 0, slice(12)):
+        assert batch.random is not None
+        parts = {"real": (batch.images, batch.target), "random": batch.random}
+        whole = sum(len(images) for images, _ in parts.values())
+        for name, (images, target) in parts.items():
+            loss, vector = gradient(learner.network, learner.loss, images, target)
+            found[name].append((loss, vector * len(images) / whole))
+    squares = {name: sum(float(vector.square().sum()) for _, vector in of) for name, of in found.items()}
+    for name, of in found.items():
+        loss, norm = (sum(values) / len(of) for values in ([loss for loss, _ in of], [float(v.norm()) for _, v in of]))
+        print(
+            f"{name:8} loss {loss:.3f}  norm {norm:.3f}  share of squares {squares[name] / sum(squares.values()):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,146 @@
+"""A rehearsal of Table 3 at its real size, on synthetic images; docs/cub200.md has what it measured.
+
+    python benchmarks/rehearse_cub200.py FOLDER prepare       # the archive, and an NTS-Net with random weights
+    python benchmarks/rehearse_cub200.py FOLDER stage-one 60  # for so many minutes, killed once on the way
+    python benchmarks/rehearse_cub200.py FOLDER few           # both stages on 48 images, with NTS-Net live on noise
+    python benchmarks/rehearse_cub200.py FOLDER whole         # a file of the real size, by a teacher that costs nothing
+    python benchmarks/rehearse_cub200.py FOLDER stage-two 10  # so many minutes of an epoch, with the pixels and without
+
+Each step runs `tspipe` as a person would, in a process of its own, and prints its rate, its peak memory and its exit
+code. What was done is not done again.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import cub200_archive
+from tspipe.cache import open_cache
+from tspipe.data import datasets
+from tspipe.data.decode import read
+from tspipe.models import networks, weights
+from tspipe.models.networks import ntsnet
+from tspipe.recipes.load import load
+
+WIDE = '''
+"""A teacher of NTS-Net's width that costs nothing: what is left to measure is the file, the decoding, the student."""
+
+from torch import nn
+
+
+def build(num_classes):
+    return nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(3 * 14 * 14, 10240), nn.Linear(10240, num_classes))
+'''
+
+
+SHAPE = (3, 448, 448)
+
+
+class Ran(NamedTuple):
+    """How a command went."""
+
+    code: int  # negative: the signal that ended it
+    seconds: float
+    peak: int  # bytes of resident memory
+    lines: list[tuple[str, float, int]]  # of its progress: of what, when, and how many images were done
+
+
+def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Ran:
+    """`tspipe` with these arguments in a folder, killed after so many minutes."""
+    command = [sys.executable, "-m", "tspipe", *arguments]
+    print(f"{time.strftime('%H:%M:%S')} $ tspipe {' '.join(arguments)}", flush=True)
+    start, lines = time.monotonic(), []
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    os.set_blocking(process.stderr.fileno(), False)
+    done, status, usage = 0, 0, None
+    while not done:
+        done, status, usage = os.wait4(process.pid, os.WNOHANG)
+        for line in process.stderr:
+            print("   ", line, end="", flush=True)
+            if found := re.match(r"(.*): ([\d,]+)/[\d,]+ images", line):
+                lines.append((found[1], time.monotonic() - start, int(found[2].replace(",", ""))))
+        if time.monotonic() - start > 60 * minutes:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.2)
+    assert usage
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    ran = Ran(os.waitstatus_to_exitcode(status), time.monotonic() - start, peak, lines)
+    last = [(when, count) for what, when, count in lines if what == lines[-1][0]]
+    (t0, first), (t1, final) = last[:1] + last[-1:] if last else [(0, 0), (0, 0)]
+    rate = f", {(final - first) / (t1 - t0):.3g} images/s ({lines[-1][0]})" if t1 > t0 else ""
+    print(f"    exit code {ran.code}, {ran.seconds:.0f} s{rate}, peak memory {ran.peak / 1e9:.2f} GB", flush=True)
+    return ran
+
+
+def prepare(folder: Path) -> None:
+    """The archive and the teacher's weights: random, its batch norms' averages those of a few images."""
+    if not (folder / "data/CUB_200_2011/train_test_split.txt").exists():  # written last
+        subprocess.run([sys.executable, cub200_archive.__file__, folder / "data"], check=True)
+    recipe = load("cub200")
+    train = datasets.open_dataset("cub200", folder / "data").train
+    pixels = torch.stack([torch.from_numpy(read(train, recipe.preprocess, i)[1]) for i in range(0, len(train), 500)])
+    torch.manual_seed(0)
+    network = ntsnet.build(len(train.classes))
+    for norm in (layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
+        norm.momentum = None  # the plain average over the batches seen
+    with torch.no_grad():
+        network(recipe.preprocess.normalise(pixels.permute(0, 3, 1, 2)))
+    weights.save(folder / "ntsnet.safetensors", network, {})
+    (folder / "wide.py").write_text(WIDE)
+    weights.save(folder / "wide.safetensors", networks.build(str(folder / "wide.py"), len(train.classes), SHAPE), {})
+
+
+def stage_one(folder: Path, minutes: float = 60) -> None:
+    """NTS-Net over the archive, killed after a quarter of the time and resumed; killed again when the time is over."""
+    arguments = ["cache", "--dataset", "cub200", "--data", "data", "--weights", "ntsnet.safetensors", "--images"]
+    run(folder, *arguments, minutes=minutes / 4)
+    run(folder, *arguments, minutes=3 * minutes / 4)
+
+
+def few(folder: Path) -> None:
+    """Both stages at full resolution and width, on few images: the file is finished, and NTS-Net labels noise live."""
+    cub200_archive.make(folder / "few", images=48, classes=200)
+    data = ["--data", "few"]
+    run(folder, "cache", "--dataset", "cub200", *data, "--weights", "ntsnet.safetensors", "--out", "few.h5")
+    for count in ("0", "2"):
+        student = ["--cache", "few.h5", "--epochs", "1", "--random-images", count, "--out", f"run-few-{count}"]
+        run(folder, "student", *student, *data)
+
+
+def whole(folder: Path) -> None:
+    """Finished files of the real size, with the pixels and without; opened and checked."""
+    arguments = ["cache", "--dataset", "cub200", "--data", "data", "--teacher", "./wide.py"]
+    arguments += ["--weights", "wide.safetensors"]
+    run(folder, *arguments, "--images", "--out", "images.h5")
+    run(folder, *arguments, "--out", "plain.h5")
+    for name in ("images.h5", "plain.h5"):
+        start = time.perf_counter()
+        cache = open_cache(folder / name)
+        opened = time.perf_counter() - start
+        print(f"    {name}: {cache.path.stat().st_size:,} bytes, opened in {1000 * opened:.1f} ms")
+        run(folder, "verify", name)
+
+
+def stage_two(folder: Path, minutes: float = 10) -> None:
+    """An epoch of MobileNetV2, or as many minutes of it: pixels from the file, decoded once, decoded as needed."""
+    usual = ["--epochs", "1", "--data", "data"]
+    ways = {"images": [], "plain": [], "small": ["--set", "memory=1GB"]}
+    for name, settings in ways.items():
+        cache = "images.h5" if name == "images" else "plain.h5"
+        run(folder, "student", "--cache", cache, "--out", f"run-{name}", *usual, *settings, minutes=minutes)
+
+
+if __name__ == "__main__":
+    where, step, *numbers = sys.argv[1:]
+    Path(where).mkdir(parents=True, exist_ok=True)
+    steps = {"prepare": prepare, "stage-one": stage_one, "few": few, "whole": whole, "stage-two": stage_two}
+    steps[step](Path(where), *map(float, numbers))

@@ -1,0 +1,217 @@
+"""What people see of a cache and of a run."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.table import Table
+from rich.text import Text
+
+from tspipe.cache import SPLITS, Manifest, open_cache
+from tspipe.cache.diff import Diff, SplitDiff
+from tspipe.errors import CacheError
+from tspipe.utils.console import console, plain, size
+
+_DTYPES = {"<f2": "float16", "<f4": "float32"}
+_NAME = 60  # characters shown of a class's name
+
+
+class Facts(Protocol):
+    """What is shown of a cache; an opened one has it, and the head of a remote one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def has_images(self) -> bool: ...
+    @property
+    def has_teacher(self) -> bool: ...
+    @property
+    def identified(self) -> bool: ...
+
+
+def show_cache(cache: Facts) -> None:
+    """A cache's facts, in one screen."""
+    manifest = cache.manifest
+    dataset, teacher, features = manifest["dataset"], manifest["teacher"], manifest["features"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in {
+        "file": f"{cache.name}, {size(cache.size)}",
+        "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
+        "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
+        "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS)
+        + (" (pixels in the file)" if cache.has_images else ""),
+        **_views(manifest["views"]),
+        "licence": plain(dataset["license"], 400) or "not stated",
+        "preprocess": _preprocess(manifest["preprocess"]),
+        "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"
+        + (" (in the file)" if cache.has_teacher else " (not in the file)"),
+        "accuracy": ", ".join(f"{_accuracy(manifest, split):.2f} % {split}" for split in SPLITS),
+        "features": f"{features['width']} × {_DTYPES[features['dtype']]}, logits {dataset['classes']} × float32",
+        **_pool(manifest["random"]),
+        "computed": "{device}, {precision}, batches of {batch_size}".format(**manifest["compute"]),
+    }.items():
+        table.add_row(name, Text(plain(value)))
+    console().print(table)
+
+
+def show_caches(folder: Path) -> None:
+    """The caches in a folder and below it, a line each; what cannot be opened is named with the reason."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("name", "id", "dataset", "teacher"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "id")
+    for heading in ("test %", "images", "d", "dtype", "size"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if not folder.is_dir():
+        raise CacheError(
+            f"{folder} is not a folder here. Name the one that the caches are in: tspipe list caches FOLDER"
+        )
+    problems: list[str] = []
+    for path in sorted(folder.rglob("*.h5")):
+        try:
+            cache = open_cache(path)
+        except CacheError as problem:
+            problems.append(str(problem))
+            continue
+        manifest = cache.manifest
+        dataset, features = manifest["dataset"], manifest["features"]
+        texts = str(path.relative_to(folder)), cache.id[:12], dataset["name"], manifest["teacher"]["network"]
+        dtype = _DTYPES[features["dtype"]].replace("float", "f")
+        numbers = f"{sum(dataset['rows'].values()):,}", str(features["width"]), dtype, size(cache.size)
+        table.add_row(*(Text(plain(t, 40)) for t in texts), f"{_accuracy(manifest, 'test'):.2f}", *numbers)
+    out = console()
+    if table.row_count:
+        out.print(table)
+    elif not problems:
+        out.print(Text(f"There are no caches in {folder}. Make one: tspipe cache --dataset NAME"))
+    for reason in problems:
+        out.print(Text(plain(reason)))
+
+
+def show_diff(found: Diff) -> None:
+    """What differs between two caches, A and B."""
+    out = console()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "A", "B"):
+        table.add_column(heading, overflow="fold")
+    for name, one, two in found.fields:
+        table.add_row(*(Text(plain(text, 100)) for text in (name, _value(one), _value(two))))
+    if table.row_count:
+        out.print(table)
+    for split, rows in found.splits.items():
+        for line in _row_lines(rows):
+            out.print(Text(plain(f"{split}: {line}", 400)))
+    if found.same:
+        out.print("They hold the same.")
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """What `tspipe bench` found, as JSON has it: a table, the machine, and what to do."""
+    out, table = console(), Table(box=None, pad_edge=False)
+    table.add_column("")
+    for heading in ("beside", "tspipe", "ratio", "(quartiles)", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in result["lines"]:
+        spread = "({lower} to {upper})".format(**{end: _ratio(line[end]) for end in ("lower", "upper")})
+        times = (_seconds(line[way]) for way in ("floor", "ours"))
+        table.add_row(Text(plain(line["what"])), *times, _ratio(line["ratio"]), spread, str(line["n"]))
+    out.print(table)
+    out.print(
+        "\nThe left side of each line is tspipe's: an epoch with its test, the random images of a batch, a batch of a "
+        "cohort, an image in stage one. Beside it: bare steps and tests on tensors in memory, for a cohort with one "
+        "teacher pass; bare: the teacher made for inference, on decoded images; eager, live: the network as it is "
+        "built. Medians of n turns; ratios are of one turn, with their quartiles."
+    )
+    for name, value in result["facts"].items():
+        out.print(Text(plain(f"{name}: {value:.3g}")))
+    machine = result["environment"]
+    packages = ("python", "torch", "torchvision", "numpy", "h5py")
+    out.print(
+        "{device}, {threads} threads of {cores} cores, {processor}, {system}".format(**machine)
+        + "".join(f", {name} {machine[name]}" for name in packages)
+    )
+    out.print(Text(f"\n{plain(result['sentence'])}"))
+
+
+def _ratio(value: float) -> str:
+    """0.012, 0.98, 1.04, 12."""
+    return f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.2g}"
+
+
+def _seconds(value: float) -> str:
+    """A time in the unit people read: 9.87 µs, 12.3 ms, 4.56 s, 1:02:03."""
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} µs"
+    if value < 1:
+        return f"{value * 1000:.3g} ms"
+    return f"{value:.3g} s" if value < 1000 else str(timedelta(seconds=round(value)))
+
+
+def _row_lines(rows: SplitDiff) -> Iterator[str]:
+    """A split's differences in sentences."""
+    for side, keys in zip("AB", rows.only, strict=True):
+        if keys:
+            yield f"{len(keys):,} images only in {side}, first {keys[0]!r}"
+    for what, keys in (("another image", rows.edited), ("another label", rows.relabelled)):
+        if keys:
+            yield f"{len(keys):,} keys of {what}, first {keys[0]!r}"
+    if rows.moved:
+        yield f"{rows.moved:,} of {rows.common:,} common images in another order"
+    same = rows.common - len(rows.edited)
+    if rows.features is None:
+        yield "features of different widths"
+    elif rows.features:
+        yield f"features of {same:,} unchanged images differ by up to {rows.features:.2g}"
+    if rows.logits is None:
+        yield "logits of different numbers of classes"
+    elif rows.logits:
+        yield f"logits of {same:,} unchanged images differ by up to {rows.logits:.2g}, {rows.argmax:,} in their argmax"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:8])) + (", …" if len(value) > 8 else "")
+    if isinstance(value, str) and len(value) == 64:  # a SHA-256
+        return f"{value[:12]}…"
+    if isinstance(value, dict):  # a section that the other cache has not
+        return ", ".join(f"{name} {v}" for name, v in value.items())
+    return "none" if value is None else str(value)
+
+
+def _few(names: list[str], of: int, most: int = 5) -> str:
+    return ", ".join(plain(name, _NAME) for name in names[:most]) + (", …" if of > most else "")
+
+
+def _accuracy(manifest: Manifest, split: str) -> float:
+    return 100 * float(manifest["teacher"]["correct"][split]) / float(manifest["dataset"]["rows"][split])
+
+
+def _pool(random: dict[str, Any] | None) -> dict[str, str]:
+    return {"random pool": "{rows:,} images, {generator}, seed {seed}".format(**random)} if random else {}
+
+
+def _views(views: dict[str, Any] | None) -> dict[str, str]:
+    if not views:
+        return {}
+    how = "moved by up to {shift} pixels".format(**views) + (", mirrored" if views["flip"] else "")
+    return {"views": f"{views['count']:,} of each training image, {how}, seed {views['seed']}"}
+
+
+def _preprocess(fields: dict[str, Any]) -> str:
+    parts = []
+    if fields["resize"]:
+        parts.append("resize {}×{} ({})".format(*fields["resize"], fields["interpolation"]))
+    if fields["crop"]:
+        parts.append(f"centre crop {fields['crop']}")
+    parts += [f"mean {fields['mean']}", f"std {fields['std']}"]
+    return ", ".join(parts)

@@ -1,0 +1,48 @@
+"""Images that lie in files of their own, decoded when they are read."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tspipe.data.datasets import Pixels
+from tspipe.errors import DatasetError
+
+
+def decode(path: Path) -> Pixels:
+    """An image file as (H, W, 3) uint8, turned as its EXIF orientation says.
+
+    Grey becomes three equal channels, 16 bits become the upper 8, a palette its colours. Alpha is dropped, as
+    torchvision's ImageFolder does; of an animation the first frame counts. Safe to call from several threads.
+
+    Raises DatasetError naming the file: missing, truncated, no image, floating point, or larger than Pillow's
+    limit against decompression bombs.
+    """
+    try:
+        with Image.open(path) as image:
+            # Pillow only warns up to twice its limit, and warnings cannot be caught safely in threads.
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_rgb(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        reason = f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    except UnidentifiedImageError:
+        reason = "is not an image that Pillow knows"
+    except FileNotFoundError:
+        reason = "does not exist"
+    except Exception as problem:  # Pillow's decoders raise whatever a broken file makes them meet
+        detail = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        reason = f"cannot be decoded: {detail}"
+    raise DatasetError(f"{path} {reason}.")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip to 255
+        wide = np.asarray(image).astype(np.int64)  # in either byte order
+        image = Image.fromarray((wide.clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")

@@ -1,0 +1,17 @@
+"""One image: decoded, digested and preprocessed."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tspipe.data.datasets import Images
+from tspipe.data.preprocess import Preprocess
+from tspipe.errors import DatasetError
+
+
+def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Image `index` as the dataset has it and as the network gets it; an error names the image."""
+    original = images.read(index)
+    try:
+        return original, preprocess.apply(original)
+    except DatasetError as problem:
+        raise DatasetError(f"{images.keys[index]}: {problem}") from problem

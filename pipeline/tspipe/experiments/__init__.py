@@ -1,0 +1,1 @@
+"""What is built on both stages: the paper's tables, reports, benchmarks."""

@@ -1,0 +1,50 @@
+"""Paired differences and their confidence intervals."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+# 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond, the normal's with its first correction.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+HELPS, HURTS, UNDECIDED = "it helps", "it hurts", "no difference shown"
+ONE_SEED = "one seed: no interval, so no conclusion"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number per seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Their sample standard deviation; None of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def margin(self) -> float | None:
+        """Half the width of the mean's 95 % interval by Student's t; None of a single one."""
+        if self.deviation is None:
+            return None
+        freedom = len(self.values) - 1
+        t = _T[freedom - 1] if freedom <= len(_T) else 1.960 + 2.37 / freedom
+        return t * self.deviation / math.sqrt(len(self.values))
+
+    @property
+    def conclusion(self) -> str:
+        """Of differences: what their interval allows to say."""
+        if self.margin is None:
+            return ONE_SEED
+        return HELPS if self.mean > self.margin else HURTS if self.mean < -self.margin else UNDECIDED
+
+    def __sub__(self, other: "Sample") -> "Sample":
+        """The differences, seed by seed."""
+        return Sample(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))

@@ -1,0 +1,1 @@
+"""Stage one: the teacher runs once over a dataset and writes a feature cache."""

@@ -1,0 +1,274 @@
+"""Beside `tspipe verify`: is a cache of this data, does its teacher still say the same; and repair of its bytes."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+
+from tspipe.cache import SPLITS, Cache, match
+from tspipe.cache.repair import Repair
+from tspipe.cache.verify import Damage, explain
+from tspipe.data.datasets import Dataset, open_dataset
+from tspipe.data.decode import read
+from tspipe.data.image_loader import input_shape, of_cache
+from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import PoolImages
+from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
+from tspipe.extraction import blocks as rows
+from tspipe.extraction import forward
+from tspipe.models import feature_net, weights
+from tspipe.models.feature_net import FeatureNet
+from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_name
+from tspipe.models.weights import Weights
+from tspipe.recipes.schema import Recipe
+from tspipe.utils import device
+from tspipe.utils.console import console
+from tspipe.utils.device import pick_device
+from tspipe.utils.progress import progress
+
+_BY_TEACHER = {"features", "logits"}
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What a cache is compared with: the recipe's dataset in `root`, and the teacher in the file or in `weights`."""
+
+    recipe: Recipe
+    root: Path | None = None
+    weights: Weights | None = None
+
+    def dataset(self) -> Dataset:
+        """The local dataset."""
+        return open_dataset(self.recipe.dataset, self.root)
+
+
+def match_data(cache: Cache, config: VerifyConfig) -> int:
+    """Compare classes, keys, labels and the pixels of every image with the local dataset; gives how many images.
+
+    Raises CacheMismatch naming the first that differs.
+    """
+    dataset = config.dataset()
+    name, total = cache.path.name, sum(len(cache.split(split)) for split in SPLITS)
+    match.match_classes(name, cache.classes, dataset.train.classes)
+    with progress("comparing", total, "images") as advance:
+        for split in SPLITS:
+            match.match_split(
+                name,
+                split,
+                cache.split(split),
+                dataset.split(split),
+                sample=None,
+                advance=lambda count: advance(count, "comparing"),
+            )
+    return total
+
+
+class Difference(NamedTuple):
+    """How far a column is from what the teacher says now."""
+
+    largest: float
+    mean: float
+    of: float  # the largest value in the column
+
+    @classmethod
+    def between(cls, there: NDArray[np.floating], here: NDArray[np.floating]) -> "Difference":
+        """Of two arrays of one shape."""
+        apart = np.abs(there.astype(np.float64) - here)
+        return cls(float(apart.max()), float(apart.mean()), float(np.abs(there).max()))
+
+
+class Agreement(NamedTuple):
+    """What the teacher says of `images` random images, against what the file says."""
+
+    images: int
+    features: Difference
+    logits: Difference
+    changed: int  # images whose argmax is another
+    apart: int  # images of which features or logits differ by more than rounding
+
+
+def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
+    """Run the teacher again on images chosen at random: the pixels in the file, else the local dataset's.
+
+    They are of both splits, and of the random pool where there is one; of an image's views the first, the plain one.
+    """
+    dataset, preprocess = of_cache(cache, config.dataset)
+    device = pick_device(config.recipe.device)
+    teacher = _teacher(cache, config, dataset, preprocess, device)
+    sizes = cache.dimensions
+    ends = np.cumsum([sizes.images(split) for split in sizes.sections]).tolist()
+    chosen = np.random.default_rng().choice(ends[-1], min(count, ends[-1]), replace=False)
+    found, at_once = [], cache.manifest["compute"]["batch_size"]
+    for split, first, end in zip(sizes.sections, [0, *ends[:-1]], ends, strict=True):
+        mine = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
+        stored, views = cache.random if split == "random" else cache.split(split), sizes.views_of(split)
+        assert stored is not None
+        pixels_of = _pixels_of(split, cache, dataset, preprocess)
+        with progress(f"teacher, {split}", len(mine), "images") as advance:
+            for start in range(0, len(mine), at_once):  # none of a split of which nothing was chosen
+                some = mine[start : start + at_once]
+                pixels = np.stack([pixels_of(int(i)) for i in some])
+                features, logits = forward.taught(teacher, preprocess, len(some), pixels, split, 0)
+                found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
+                advance(len(some), f"teacher, {split}")
+    was_features, features, was_logits, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    agreement = Agreement(
+        len(chosen),
+        Difference.between(was_features, features),
+        Difference.between(was_logits, logits),
+        int((was_logits.argmax(1) != logits.argmax(1)).sum()),
+        int((_apart(was_features, features) | _apart(was_logits, logits)).sum()),
+    )
+    if agreement.apart:
+        last = preprocess.normalise(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
+        if draws_at_random(teacher, last):
+            raise CacheError(
+                f"{cache.path}: its teacher gives other features each time it runs, as one with dropout always on "
+                "does, so what it says now tells nothing of the file. Leave out --teacher."
+            )
+    return agreement
+
+
+def _pixels_of(split: str, cache: Cache, dataset: Dataset, preprocess: Preprocess) -> Callable[[int], NDArray[Any]]:
+    """The pixels (H, W, C) of an image of a split, or of the random pool, by its number."""
+    if split == "random":
+        pool = PoolImages.of(cache.manifest)
+        return lambda i: pool.take(i, 1)[0].transpose(1, 2, 0)
+    images = dataset.split(split)
+    return lambda i: read(images, preprocess, i)[1]
+
+
+def _apart(there: NDArray[np.floating], here: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which rows (n, d) differ by more than rounding."""
+    close: NDArray[np.bool_] = np.abs(there.astype(np.float64) - here).max(1) <= ROUNDING * np.abs(there).max()
+    return ~close
+
+
+def show(agreement: Agreement) -> None:
+    """Print it as a table; raises CacheMismatch if the teacher says something else."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("difference", "largest", "mean", "largest, relative"):
+        table.add_column(heading, justify="left" if heading == "difference" else "right")
+    for name, part in (("features", agreement.features), ("logits", agreement.logits)):
+        share = part.largest / part.of if part.of else 0.0
+        table.add_row(name, f"{part.largest:.2g}", f"{part.mean:.2g}", f"{share:.1e}")
+    out = console()
+    out.print(f"The teacher, run again on {agreement.images:,} random images, against the file:")
+    out.print(table)
+    out.print(f"Changed argmax: {agreement.changed:,} of {agreement.images:,}")
+    if agreement.apart:
+        raise CacheMismatch(
+            f"The teacher gives other features or logits than the file holds for {agreement.apart:,} of "
+            f"{agreement.images:,} images, by more than rounding. Other images or other code of its network may be "
+            "why: tspipe verify --data"
+        )
+
+
+def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
+    """Put the original bytes back: first what the rest of the file tells, then what the teacher and the dataset tell.
+
+    Raises CacheDamaged where they cannot be known again, CacheMismatch where what is computed here is not what was
+    written; that place is then left as it is.
+    """
+    if not all(part.repairable for part in damage):
+        raise CacheDamaged(explain(path, damage))
+    with Repair(path) as file:
+        for part in damage:
+            if part.data is not None:
+                file.known(part)
+        left = [part for part in damage if part.data is None]
+        names = {part.dataset for part in left}
+        if "teacher_weights" in names:
+            file.weights(_given_weights(file.cache, config))
+        if blocks := _damaged_blocks(file.cache, left):
+            _repair_blocks(file, blocks, config)
+        if "classes" in names and not file.classes(config.dataset().train.classes):
+            raise CacheMismatch(f"{path}: its classes cannot be put back, the dataset's are others.")
+
+
+def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int], set[str]]:
+    """(split, block) -> the columns that are damaged in it."""
+    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    sizes = cache.dimensions
+    for part in damage:
+        split, _, column = part.dataset.partition("_")
+        if split not in sizes.sections:
+            continue
+        for block in range(sizes.blocks(split)):
+            if sizes.column_rows(split, column, sizes.block(split, block)).start in part.rows:
+                found[split, block].add(column)
+    return found
+
+
+def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config: VerifyConfig) -> None:
+    cache, dataset = file.cache, config.dataset()
+    preprocess, compute = Preprocess.from_dict(cache.manifest["preprocess"]), cache.manifest["compute"]
+    teacher = None
+    if any(columns & _BY_TEACHER for columns in blocks.values()):
+        device.exact()
+        teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
+    with progress("repairing", len(blocks), "blocks") as advance:
+        for split in dict.fromkeys(split for split, _ in blocks):
+            mine = sorted(block for where, block in blocks if where == split)
+            ranges = [cache.dimensions.block(split, block) for block in mine]
+            if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
+                raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
+            found = rows.of_section(split, dataset, preprocess, cache.manifest, ranges)
+            for number, block in zip(mine, found, strict=True):
+                columns = block.columns
+                if teacher is not None and blocks[split, number] & _BY_TEACHER:
+                    features, logits = forward.taught(
+                        teacher, preprocess, compute["batch_size"], block.given, split, number
+                    )
+                    columns |= {"features": features, "logits": logits}
+                wrong = file.block(split, number, {name: columns[name] for name in blocks[split, number]})
+                if wrong:
+                    raise CacheMismatch(_not_the_same(file.path, split, block, wrong))
+                advance(1, "repairing")
+
+
+def _not_the_same(path: Path, split: str, block: rows.Block, wrong: list[str]) -> str:
+    rounding = "this processor or PyTorch rounds differently. Get the file again."
+    why = f"Either the images differ (tspipe verify --data), or {rounding}" if split in SPLITS else f"T{rounding[1:]}"
+    return (
+        f"{path}: {split} images {block.indices.start:,} to {block.indices.stop - 1:,} give other "
+        f"{' and '.join(sorted(wrong))} here than were written, so these are left as they are. {why}"
+    )
+
+
+def _teacher(
+    cache: Cache, config: VerifyConfig, dataset: Dataset, preprocess: Preprocess, device: torch.device
+) -> FeatureNet:
+    """The teacher in the file, else the one in `--weights`."""
+    shape = input_shape(dataset.train, preprocess)
+    data = None if cache.has_teacher else _given_weights(cache, config)
+    return load_teacher(cache, config.recipe, shape, device, data)
+
+
+def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
+    """The weights in `--weights` as the file holds them, or would; raises CacheMismatch if they are others."""
+    there = cache.manifest["teacher"]
+    if config.weights is None:
+        raise CacheError(
+            f"{cache.path}: its teacher's weights are needed. Give the file they came from, SHA-256 "
+            f"{there['file_sha256'][:12]}…: --weights FILE"
+        )
+    module, _ = feature_net.load_teacher(
+        teacher_name(cache, config.recipe),
+        len(cache.classes),
+        tuple(there["options"]["input_shape"]),
+        there["options"],
+        config.weights.tensors,
+        config.weights.source,
+    )
+    data = weights.canonical(module)
+    if hashlib.sha256(data).hexdigest() != there["weights_sha256"]:
+        raise CacheMismatch(f"{config.weights.source} is not what {cache.path.name} was made with.")
+    return data

@@ -1,0 +1,1 @@
+"""Networks, their weights, and their split into backbone and classifier."""

@@ -1,0 +1,96 @@
+"""Datasets, networks and losses by name: one file each, no registry.
+
+A name is either a file in the package's own folder (`lenet5` is `networks/lenet5.py`)
+or the path of a Python file of the user's (`./mine.py`). Files that begin with an
+underscore are shared code and have no name.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import re
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from tspipe.errors import TspipeError
+
+KINDS = {"data.datasets": "dataset", "models.networks": "network", "losses": "loss"}
+
+
+def names(folder: str) -> list[str]:
+    """The names a package (`data.datasets`, `models.networks`, `losses`) offers, sorted. Imports none of them."""
+    paths = importlib.import_module(f"tspipe.{folder}").__path__
+    return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
+
+
+def is_file(name: str) -> bool:
+    """Whether `name` names a Python file of the user's instead of one of ours."""
+    return name.endswith(".py")
+
+
+def stated_name(folder: str, name: str) -> str:
+    """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself.
+
+    Raises TspipeError for a file called as one of ours: the two could not be told apart.
+    """
+    if not is_file(name):
+        return name
+    stem = plain(Path(name).stem)
+    if stem in names(folder):
+        raise TspipeError(f"{name} has the name of a {KINDS[folder]} of tspipe's. Give the file another name.")
+    return stem
+
+
+def plain(name: str) -> str:
+    """A name of letters, digits, `_`, `.`, `+` and `-`, as manifests and file names have them."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).lstrip(".+-") or "unnamed"
+
+
+def load(folder: str, name: str, attribute: str, error: type[TspipeError]) -> ModuleType:
+    """Import the file behind a name and check that it has `attribute`; raise `error` if it cannot be."""
+    if is_file(name):
+        module = _load_file(Path(name), error)
+    elif name in (known := names(folder)):
+        module = importlib.import_module(f"tspipe.{folder}.{name}")
+    else:
+        raise error(unknown(KINDS[folder], name, known))
+    if not hasattr(module, attribute):
+        examples = folder.replace(".", "/")
+        raise error(f"{name} defines no {attribute!r}; the files in tspipe/{examples}/ are examples.")
+    return module
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name nobody knows: the names there are, the nearest first.
+
+    >>> unknown("loss", "tss", ["xent", "ts"])
+    "Unknown loss 'tss'. There are: ts, xent."
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    ordered = near + [other for other in known if other not in near]
+    return f"Unknown {kind} {name!r}. There are: {', '.join(ordered)}."
+
+
+def _load_file(path: Path, error: type[TspipeError]) -> ModuleType:
+    if not path.is_file():
+        raise error(f"There is no file {path}.")
+    # Kept in sys.modules under the path, so that objects defined in it can be pickled by worker processes.
+    name = f"tspipe_user_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"
+    if name in sys.modules:  # once a process: a file edited during a run must not change what the run trains
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise error(f"{path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        del sys.modules[name]
+        raise error(f"{path} fails when imported: {type(problem).__name__}: {problem}") from problem
+    return module

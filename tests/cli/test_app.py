@@ -1,0 +1,291 @@
+"""The commands, as typed: what they print, what they leave, and what bad input gets."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared import TEACHER, make_folder
+from tspipe.cache import Cache, open_cache
+from tspipe.models import networks, weights
+
+SET = [f"--set={setting}" for setting in TEACHER]
+
+
+def test_the_three_stages(tspipe: Callable, tmp_path: Path) -> None:
+    made = tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET)
+    assert made.code == 0
+    assert made.out.endswith("The weights are in checkpoints/digits-lenet5.safetensors\n")
+    again = tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET)
+    assert (again.code, again.out) == (0, made.out)
+    other = tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET, "--set=teacher.epochs=2")
+    assert other.code == 1
+    assert other.error == (
+        "checkpoints/digits-lenet5.safetensors holds weights of other settings. Replace them with --force, or choose "
+        "--out."
+    )
+
+    made = tspipe("cache", "--dataset", "digits", "--teacher", "lenet5")
+    assert made.code == 0
+    assert made.out.startswith("Teacher lenet5 with the weights checkpoints/digits-lenet5.safetensors (SHA-256 ")
+    assert made.out.endswith("Next: tspipe student --cache cache/digits-lenet5.h5\n")
+    cache = open_cache("cache/digits-lenet5.h5")
+
+    made = tspipe("student", "--cache", "cache/digits-lenet5.h5", "--epochs", 1, "--seeds", 1)
+    assert made.code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("digits-lenet5-")
+    assert (run / "curves.png").stat().st_size > 1000
+    assert f"Run folder: runs/{run.name}" in made.out
+    assert "The teacher calls the random images: " in made.out
+    assert all(len(line) <= 80 for line in made.out.splitlines())
+    # The same command on a finished run prints its table again.
+    again = tspipe("student", "--cache", cache.path, "--epochs", 1, "--seeds", 1)
+    assert again == made._replace(err="")
+
+
+def test_a_cache_trains_its_teacher_first_where_it_has_none(tspipe: Callable) -> None:
+    settings = [*SET, "--set=teacher.epochs=1"]
+    made = tspipe("cache", "--train-teacher", "--dataset", "digits", "--teacher", "lenet5", *settings)
+    assert made.out.splitlines()[0] == "lenet5 has no weights for digits yet, so it is trained first."
+    made = tspipe("cache", "--train-teacher", "--dataset", "digits", "--teacher", "lenet5", *settings)
+    assert made.out.startswith("Teacher lenet5 with the weights checkpoints/digits-lenet5.safetensors")
+
+
+def test_the_weights_own_preprocess_goes_before_the_recipe_and_after_set(tspipe: Callable) -> None:
+    tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET, "--set=preprocess.mean=[0.25]")
+    tspipe("cache", "--dataset", "digits", "--teacher", "lenet5", "--out", "a.h5")
+    tspipe("cache", "--dataset", "digits", "--teacher", "lenet5", "--out", "b.h5", "--set=preprocess.mean=[0.75]")
+    assert open_cache("a.h5").manifest["preprocess"]["mean"] == [0.25]
+    assert open_cache("b.h5").manifest["preprocess"]["mean"] == [0.75]
+
+
+def test_a_folder_of_images(tspipe: Callable, tmp_path: Path) -> None:
+    """A published checkpoint, a folder of pictures, and students: nothing of ours but the commands."""
+    make_folder(tmp_path / "photos" / "shapes", train=20)
+    torch.manual_seed(0)
+    torch.save({"state_dict": networks.build("lenet5", 2, (3, 16, 16)).state_dict()}, "published.pth")
+    made = tspipe("cache", "--dataset", "folder:photos/shapes", "--teacher", "lenet5", "--weights", "published.pth")
+    assert made.code == 0, made.err
+    settings = ["--epochs", 1, "--set=batch_size=10", "--random-images", 3]
+    made = tspipe("student", "--cache", "cache/shapes-lenet5.h5", "--data", "photos/shapes", *settings)
+    assert made.code == 0, made.err
+    lost = tspipe("student", "--cache", "cache/shapes-lenet5.h5", *settings, "--seeds", 2)
+    assert lost.code == 1
+    assert lost.error == (
+        "There is no train split in data/shapes: looked for data/shapes/train. The layout is train/CLASS/IMAGE and "
+        "test/CLASS/IMAGE. Name it with --data FOLDER."
+    )
+
+
+def test_fine_tuning_keeps_all_but_the_head(tspipe: Callable, tmp_path: Path) -> None:
+    make_folder(tmp_path / "shapes")
+    torch.manual_seed(0)
+    start = networks.build("lenet5", 5, (3, 16, 16))
+    weights.save(tmp_path / "start.safetensors", start, {})
+    made = tspipe(
+        "teacher", "--dataset", "folder:shapes", "--teacher", "lenet5", "--weights", "start.safetensors",
+        "--epochs", 1, "--set=teacher.lr=1e-9", "--set=teacher.batch_size=8",
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    found = weights.read(tmp_path / "checkpoints/shapes-lenet5.safetensors").tensors
+    assert found["classifier.4.weight"].shape == (2, 84)
+    for name, value in start.state_dict().items():
+        if not name.startswith("classifier.4"):
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
+
+
+def test_info(tspipe: Callable, digits: Cache) -> None:
+    shown = tspipe("info", digits.path)
+    lines = [line.rstrip() for line in shown.out.splitlines()]
+    correct = digits.manifest["teacher"]["correct"]
+    assert lines == [
+        "file        digits.h5, 661.8 KiB",
+        f"id          {digits.id[:12]}",
+        "dataset     digits, 10 classes: 0, 1, 2, 3, 4, …",
+        "images      1,000 train, 797 test",
+        "licence     CC BY 4.0",
+        "preprocess  resize 16×16 (bilinear), mean [0.305], std [0.376]",
+        f"teacher     lenet5, weights {digits.manifest['teacher']['weights_sha256'][:12]} (in the file)",
+        f"accuracy    {correct['train'] / 10:.2f} % train, {correct['test'] / 7.97:.2f} % test",
+        "features    84 × float16, logits 10 × float32",
+        "computed    cpu, float32, batches of 64",
+    ]
+
+
+@pytest.mark.parametrize("what", ["datasets", "networks", "losses", "recipes"])
+def test_list(tspipe: Callable, what: str) -> None:
+    shown = tspipe("list", what)
+    assert shown.code == 0
+    assert shown.out.splitlines() == sorted(shown.out.splitlines())
+    assert {"datasets": "cub200", "networks": "resnet56", "losses": "ts", "recipes": "cifar10"}[what] in shown.out
+
+
+@pytest.mark.parametrize("command", [[], ["teacher"], ["cache"], ["student"], ["info"], ["list"]])
+def test_help_fits_eighty_columns(tspipe: Callable, command: list[str]) -> None:
+    shown = tspipe(*command, "--help")
+    assert shown.code == 0
+    assert all(len(line) <= 80 for line in shown.out.splitlines())
+
+
+ERRORS = [
+    (
+        ["student", "--cache", "nope.h5"],
+        "There is no file nope.h5. Make the cache first: tspipe cache --dataset NAME",
+    ),
+    (["info", "."], ".: cannot be read (Is a directory)."),
+    (
+        ["cache", "--dataset", "digit"],
+        "Unknown dataset 'digit'. There are: digits, cifar10, cifar100, cub200, fashion_mnist, folder.",
+    ),
+    (
+        ["cache", "--dataset", "digits"],
+        "There are no weights for resnet20 on digits: checkpoints/digits-resnet20.safetensors does not exist. Give a "
+        "file (--weights FILE) or train it: tspipe teacher --dataset digits",
+    ),
+    (
+        ["teacher", "--dataset", "digits", "--teacher", "resnet21"],
+        "Unknown network 'resnet21'. There are: resnet32, resnet20, resnet18, alexnet, lenet5, lenet5_wide, "
+        "mobilenet_v2, ntsnet, resnet110, resnet44, resnet50, resnet56.",
+    ),
+    (
+        ["teacher", "--dataset", "digits", "--set", "epoch=3"],
+        "The recipe digits has no field 'epoch'. Did you mean 'epochs'?",
+    ),
+    (["teacher", "--dataset", "./mine.py", "--recipe", "digits"], "There is no file mine.py."),
+    (
+        ["teacher", "--dataset", "./mine.py"],
+        "There is no recipe for mine. Name one with --recipe: cifar10, cifar100, cub200, digits, fashion_mnist, "
+        "folder, strong, table1, table2_cifar10, table2_cifar100, table3, or a TOML file.",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), ERRORS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(tspipe: Callable, arguments: list[str], said: str) -> None:
+    found = tspipe(*arguments)
+    assert found.code == 1
+    assert found.error == said
+    assert found.out == ""
+    assert "Traceback" not in found.err
+
+
+def test_usage_is_exit_code_2(tspipe: Callable) -> None:
+    assert tspipe("student").code == 2
+    assert tspipe("list", "colours").code == 2
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_what_it_is(tspipe: Callable, tmp_path: Path) -> None:
+    torch.save(networks.build("resnet32", 10, (1, 16, 16)).state_dict(), "w.pt")
+    found = tspipe("cache", "--dataset", "digits", "--weights", "w.pt")
+    assert found.code == 1
+    assert found.error.startswith("w.pt does not fit resnet20: 72 keys are not in the network ")
+    assert found.error.endswith("It seems to be resnet32 with 10 classes: use --teacher resnet32")
+
+
+def test_debug_shows_the_traceback(tspipe: Callable) -> None:
+    from tspipe.errors import NotACache
+
+    with pytest.raises(NotACache):
+        tspipe("--debug", "info", "nope.h5")
+
+
+def test_text_of_a_foreign_file_is_escaped(tspipe: Callable, tmp_path: Path) -> None:
+    name = "\x1b[31mred\x07.h5"
+    (tmp_path / name).write_bytes(b"")
+    found = tspipe("info", name)
+    assert "\x1b[31m" not in found.err.replace("\x1b[31m╭", "")
+    assert "\\x1b[31mred\\x07.h5" in found.error
+
+
+MINE = """
+import numpy as np
+from tspipe.data.datasets import from_array
+
+def load(root, split):
+    draw = np.random.default_rng(["train", "test"].index(split))
+    return from_array(draw.integers(0, 256, (40, 16, 16, 1), dtype=np.uint8), draw.integers(0, 2, 40), ["a", "b"])
+"""
+
+
+def test_a_dataset_a_teacher_and_a_student_of_the_users_own(tspipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes, input_shape, hidden=5):\n"
+        "    c, h, w = input_shape\n"
+        "    layers = nn.Flatten(), nn.Linear(c * h * w, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    settings = ["--recipe", "digits", "--set=teacher.epochs=1", "--set=teacher.options.hidden=7"]
+    network = ["--teacher", "./net.py"]
+    made = tspipe("cache", "--train-teacher", "--dataset", "./mine.py", *network, *settings)
+    assert made.code == 0, made.err
+    manifest = open_cache("cache/mine-net.h5").manifest
+    assert manifest["teacher"]["network"] == "net"
+    assert made.out.endswith(
+        "Next: tspipe student --cache cache/mine-net.h5 --recipe digits --set dataset=./mine.py "
+        "--set teacher.network=./net.py\n"
+    )
+    assert manifest["teacher"]["options"] == {"hidden": 7, "input_shape": [1, 16, 16]}
+    student = ["student", "--cache", "cache/mine-net.h5", "--epochs", 1, "--seeds", 1, "--set=batch_size=20"]
+    refused = tspipe(*student)
+    assert refused.code == 1
+    assert refused.error == (
+        "cache/mine-net.h5 is of the dataset 'mine', which is not one of tspipe's. Name its file and a recipe: "
+        "--set dataset=./mine.py --recipe NAME"
+    )
+    student += ["--recipe", "digits", "--set=dataset=./mine.py"]
+    # The file names a network; only the user can say that it is this file of code.
+    refused = tspipe(*student)
+    assert refused.code == 1
+    assert refused.error == (
+        "The teacher of mine-net.h5 is 'net', which is not one of tspipe's networks. Name its file: "
+        "--set teacher.network=./net.py"
+    )
+    made = tspipe(*student, "--random-images", 0)
+    assert made.code == 0, made.err
+    made = tspipe(*student, "--set=teacher.network=./net.py", "--student", "./net.py")
+    assert made.code == 0, made.err
+
+
+def test_weights_of_another_network_say_so(tspipe: Callable, tmp_path: Path) -> None:
+    tspipe("teacher", "--dataset", "digits", *SET, "--set=teacher.epochs=1")
+    found = tspipe("cache", "--dataset", "digits", "--weights", "checkpoints/digits-lenet5.safetensors")
+    assert found.code == 1
+    assert found.error == (
+        "checkpoints/digits-lenet5.safetensors holds the weights of lenet5, not of resnet20: use --teacher lenet5"
+    )
+
+
+def test_a_file_of_the_users_with_a_name_of_ours_is_refused(tspipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "lenet5.py").write_text("def build(num_classes): ...")
+    found = tspipe("teacher", "--dataset", "digits", "--teacher", "./lenet5.py")
+    assert found.code == 1
+    assert found.error == "./lenet5.py has the name of a network of tspipe's. Give the file another name."
+
+
+def test_ctrl_c_says_that_nothing_is_lost(tspipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tspipe.training.train_teacher.train_teacher", interrupted)
+    found = tspipe("teacher", "--dataset", "digits")
+    assert found.code == 130
+    assert found.err == "Stopped. Run the same command again: what it keeps on the way is kept.\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_out_of_memory_is_a_sentence(tspipe: Callable, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def hungry(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tspipe.training.train_teacher.train_teacher", hungry)
+    found = tspipe("teacher", "--dataset", "digits")
+    assert found.code == 1
+    assert found.error.startswith("Out of memory. Stage one takes less with --set compute.batch_size=N, ")

@@ -1,0 +1,207 @@
+"""A cache beside any PyTorch dataset: every image gets its own targets, whatever the order, in any worker."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+
+import tspipe
+from shared import make_folder
+from tspipe.cache import Cache
+from tspipe.data import datasets
+from tspipe.data.preprocess import Preprocess
+from tspipe.errors import CacheMismatch, DatasetError
+from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.models import networks, weights
+from tspipe.recipes import load
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The cache of a folder of 16 + 8 images, `photos/` beside it."""
+    here = tmp_path_factory.mktemp("photos")
+    folder = make_folder(here / "photos")
+    torch.manual_seed(0)
+    weights.save(here / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
+    recipe = load.load("folder", [f"dataset=folder:{folder}", "teacher.network=lenet5"])
+    return extract(ExtractConfig(recipe, weights.read(here / "w.safetensors"), here / "photos.h5"))
+
+
+def images(photos: Cache, split: str = "train") -> ImageFolder:
+    return ImageFolder(str(photos.path.parent / "photos" / split), Preprocess.from_dict(photos.manifest["preprocess"]))
+
+
+def plain(digits: Cache) -> TensorDataset:
+    """The digits without keys."""
+    train = datasets.open_dataset("digits").train
+    return TensorDataset(torch.from_numpy(np.stack([train.read(i) for i in range(1000)])), torch.tensor(train.labels))
+
+
+class Shuffled(Dataset):
+    """The digits in another order, with keys."""
+
+    def __init__(self, order: Sequence[int]):
+        self.train = datasets.open_dataset("digits").train
+        self.order = list(order)
+        self.keys = [self.train.keys[i] for i in self.order]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, str]:
+        i = self.order[index]
+        return torch.from_numpy(self.train.read(i)), int(self.train.labels[i]), "more"
+
+
+def test_a_sample_is_image_label_features_logits(digits: Cache) -> None:
+    taught = tspipe.CachedTargets(plain(digits), digits)
+    assert len(taught) == 1000
+    image, label, features, logits = taught[7]
+    assert image.equal(plain(digits)[7][0])
+    assert label == digits.train.labels[7]
+    assert (features.shape, features.dtype) == ((84,), torch.float32)
+    assert (logits.shape, logits.dtype) == ((10,), torch.float32)
+    np.testing.assert_array_equal(features, digits.train.features[7])
+    np.testing.assert_array_equal(taught[-1][3], digits.train.logits[999])
+    with pytest.raises(IndexError):
+        taught[1000]
+
+
+def test_images_are_found_by_key_not_by_position(digits: Cache) -> None:
+    order = np.random.default_rng(0).permutation(1000)[:300]
+    taught = tspipe.CachedTargets(Shuffled(order), digits.path)
+    for i in (0, 5, 299):
+        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[i])])
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_subsets(digits: Cache, keyed: bool) -> None:
+    order = np.random.default_rng(1).permutation(1000) if keyed else np.arange(1000)
+    whole = Shuffled(order) if keyed else plain(digits)
+    part = Subset(Subset(whole, list(range(900, 100, -1))), [3, 0, 799])
+    taught = tspipe.CachedTargets(part, digits)
+    for i, index in enumerate((897, 900, 101)):
+        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[index])])
+
+
+def test_an_image_folder_has_its_paths_as_keys(photos: Cache) -> None:
+    folder = images(photos)
+    folder.samples.reverse()
+    taught = tspipe.CachedTargets(folder, photos)
+    assert photos.train.keys[15] == b"b/07.png"
+    np.testing.assert_array_equal(taught[0][2], photos.train.features[15])
+    # What the transform made of the image is what the teacher saw.
+    network = networks.build("lenet5", 2, (3, 16, 16))
+    network.load_state_dict(weights.parse(photos.teacher_weights(), "w"))
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(taught[0][0][None])[0], taught[0][3], rtol=1e-4, atol=1e-5)
+
+
+def test_the_test_split(photos: Cache) -> None:
+    taught = tspipe.CachedTargets(images(photos, "test"), photos, "test")
+    np.testing.assert_array_equal(taught[6][2], photos.test.features[6])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])  # a forkserver's workers get the dataset as spawned ones do
+def test_workers_of_every_kind(photos: Cache, method: str) -> None:
+    taught = tspipe.CachedTargets(images(photos), photos)
+    loader = DataLoader(taught, batch_size=6, num_workers=1 + (method == "fork"), multiprocessing_context=method)
+    found = [torch.cat(parts) for parts in zip(*loader, strict=True)]
+    assert found[0].shape == (16, 3, 16, 16)
+    assert found[1].tolist() == photos.train.labels.tolist()
+    np.testing.assert_array_equal(found[2], photos.train.features)
+    np.testing.assert_array_equal(found[3], photos.train.logits)
+
+
+def test_it_pickles_small(digits: Cache) -> None:
+    dataset = plain(digits)
+    taught = tspipe.CachedTargets(dataset, digits)
+    assert len(pickle.dumps(taught)) - len(pickle.dumps(dataset)) < 1000
+    again = pickle.loads(pickle.dumps(taught))
+    np.testing.assert_array_equal(again[3][2], digits.train.features[3])
+
+
+def test_a_cache_replaced_meanwhile_is_noticed(photos: Cache, digits: Cache, tmp_path: Path) -> None:
+    path = tmp_path / "photos.h5"
+    path.write_bytes(photos.path.read_bytes())
+    data = pickle.dumps(tspipe.CachedTargets(images(photos), path))
+    path.write_bytes(digits.path.read_bytes())
+    with pytest.raises(CacheMismatch) as refused:
+        pickle.loads(data)[0]
+    assert str(refused.value) == f"{path} was replaced by another cache meanwhile. Start again."
+
+
+def test_another_label_names_the_image(digits: Cache) -> None:
+    dataset = plain(digits)
+    dataset.tensors[1][12] = (dataset.tensors[1][12] + 1) % 10
+    taught = tspipe.CachedTargets(dataset, digits)
+    there, here = int(digits.train.labels[12]), int(dataset.tensors[1][12])
+    with pytest.raises(CacheMismatch) as refused:
+        taught[12]
+    assert str(refused.value) == (
+        f"digits.h5: image 12 has label {here} in the dataset, {there} in the cache (row 12). Give the dataset the "
+        "cache was made from, or check_labels=False."
+    )
+    assert tspipe.CachedTargets(dataset, digits, check_labels=False)[12][1] == here
+
+
+def test_what_does_not_fit_is_said_at_once(digits: Cache, photos: Cache) -> None:
+    def said(error: type[Exception], *arguments: object, **options: object) -> str:
+        with pytest.raises(error) as refused:
+            tspipe.CachedTargets(*arguments, **options)
+        return str(refused.value)
+
+    assert said(CacheMismatch, Subset(plain(digits), [0]), photos) == (
+        "photos.h5 has 16 train images, the dataset 1,000 and no keys to find them by. Give them: "
+        "CachedTargets(…, keys=[…])"
+    )
+    assert said(CacheMismatch, Shuffled([5]), photos) == (
+        "photos.h5 has no train image '5', which the dataset has at index 0."
+    )
+    assert said(DatasetError, plain(digits), digits, keys=["0"]) == "1 keys for 1,000 images."
+    assert said(DatasetError, plain(digits), digits, "val") == "There is no split 'val': give train or test."
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets([1] * 16, photos)[2]
+    assert str(refused.value) == "dataset[2] is no (image, label)."
+
+
+def test_importing_the_reader_loads_no_torch() -> None:
+    program = "import sys, tspipe; tspipe.open_cache; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
+def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Cache) -> None:
+    order = np.random.default_rng(2).permutation(1000)
+    parts = [Subset(Shuffled(order), list(range(600, 1000))), Subset(Shuffled(order), list(range(600)))]
+    taught = tspipe.CachedTargets(ConcatDataset(parts), digits)
+    for i, index in ((0, 600), (399, 999), (400, 0), (999, 599)):
+        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[index])])
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(ConcatDataset([Shuffled(order[:500]), plain(digits)]), digits)
+    assert str(refused.value) == "Some of the concatenated datasets have keys and some have not. Give all: keys=[…]"
+
+
+@pytest.mark.parametrize("label", ["3", (1, 0), torch.tensor([0.0, 1.0]), None])
+def test_a_label_that_is_no_class_number(photos: Cache, label: object) -> None:
+    dataset = [("image", label)] * 16
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(dataset, photos)[3]
+    assert str(refused.value) == (
+        "The label of image 3 is no class number, so it cannot be compared with the cache's. Where that is meant: "
+        "CachedTargets(…, check_labels=False)"
+    )
+    assert tspipe.CachedTargets(dataset, photos, check_labels=False)[3][1] is label
+
+
+def test_a_dataset_without_a_length(photos: Cache) -> None:
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(iter([]), photos)
+    assert str(refused.value) == "CachedTargets takes a map-style dataset, one with a length and dataset[i]."

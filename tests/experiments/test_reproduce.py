@@ -1,0 +1,221 @@
+"""The paper's tables as jobs: what they run, what they find finished, and what they refuse before hours have passed."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shared import make_folder, untouched
+from tspipe.cache import Cache, open_cache
+from tspipe.errors import NetworkError, RecipeError
+from tspipe.experiments import reproduce as job
+from tspipe.experiments.reproduce import TableConfig, parts, reproduce, shortened
+from tspipe.recipes import load
+from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
+from tspipe.training.run_folder import RunFolder
+
+TINY = (
+    "teacher.network=lenet5", "teacher.epochs=1", "teacher.batch_size=4", "batch_size=8", "random_images=3",
+    "students.lenet5_wide.options.maps=[4,4]", "students.lenet5_wide.options.hidden=8",
+)  # fmt: skip
+TABLE1 = TableConfig("table1", epochs=2, seeds=1, dataset="folder:photos", settings=TINY)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small folder of images that stands for CIFAR-10, in an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return make_folder(tmp_path / "photos", 16, 8)
+
+
+def test_a_table_from_nothing_to_its_numbers_and_again(photos: Path) -> None:
+    (run,) = reproduce(TABLE1)
+    assert run.config["arms"] == [ALONE, TAUGHT, RANDOM]
+    assert list(run.config["students"]) == ["lenet5_wide"]
+    assert len(run.rows()) == 2 * 3
+    paper = run.read_json("summary.json")["paper"]
+    assert paper["accuracy"] == {"lenet5_wide": {ALONE: 0.78, TAUGHT: 0.8136, RANDOM: 0.8149}}
+    assert paper["differs"] == [
+        "folder:photos stands for cifar10",
+        "the teacher is lenet5, the paper's resnet56",
+        "2 epochs, not 200, and the learning rate's schedule in proportion",
+        *(f"--set {setting}" for setting in TINY),
+    ]
+    made = [path for folder in ("checkpoints", "cache", run.path) for path in Path(folder).iterdir()]
+    assert Path("cache/photos-lenet5.h5") in made
+    before = {path: untouched(path) for path in made}
+    (again,) = reproduce(TABLE1)
+    assert again.path == run.path
+    assert {path: untouched(path) for path in made} == before
+
+
+def test_a_killed_table_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the cache: it is not made again, and what comes of it is what an undisturbed table gives."""
+    train = job.train_students
+
+    def stopped(*_: object) -> RunFolder:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "train_students", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(TABLE1)
+    monkeypatch.setattr(job, "train_students", train)
+    before = untouched(Path("cache/photos-lenet5.h5"))
+    (run,) = reproduce(TABLE1)
+    assert untouched(Path("cache/photos-lenet5.h5")) == before
+    assert run.finished
+
+
+def test_a_run_that_stage_two_had_finished_is_set_beside_the_paper(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was finished for other numbers of the paper; `tspipe student` knows of none."""
+    monkeypatch.setattr(job, "_set_beside", lambda *_: None)
+    (run,) = reproduce(replace(TABLE1, epochs=1))
+    assert "paper" not in run.read_json("summary.json")
+    monkeypatch.undo()
+    monkeypatch.chdir(photos.parent)
+    for settings in (TINY, (*TINY, "checkpoint_seconds=5")):
+        reproduce(replace(TABLE1, epochs=1, settings=settings))
+        assert run.read_json("summary.json")["paper"]["differs"][3:] == [f"--set {text}" for text in settings]
+
+
+def test_a_cache_without_its_teachers_weights_is_not_made_again(photos: Path) -> None:
+    """Training a teacher for hours would end in another cache than the one that lies there."""
+    reproduce(TABLE1)
+    for file in Path("checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(RecipeError) as refused:
+        reproduce(TABLE1)
+    assert str(refused.value) == (
+        "cache/photos-lenet5.h5 is there, and the weights of its lenet5 are not. Take it as it is, --cache "
+        "cache/photos-lenet5.h5, or name the weights: --weights FILE"
+    )
+    (run,) = reproduce(replace(TABLE1, cache=Path("cache/photos-lenet5.h5")))
+    assert run.finished
+
+
+def test_a_dataset_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "import numpy as np\n"
+        "from tspipe.data.datasets import from_array\n\n\n"
+        "def load(root, split):\n"
+        "    draw = np.random.default_rng(len(split))\n"
+        "    pixels = draw.integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)\n"
+        "    return from_array(pixels, draw.integers(0, 2, 32), ['a', 'b'])\n"
+    )
+    (run,) = reproduce(replace(TABLE1, dataset="cifar10=./mine.py"))
+    assert run.read_json("summary.json")["paper"]["differs"][0] == "mine stands for cifar10"
+    assert Path("cache/mine-lenet5.h5").exists()
+
+
+def test_strong_and_a_pool_have_caches_of_their_own(photos: Path) -> None:
+    wanted = replace(TABLE1, arms=("taught",), recipe="strong", settings=(*TINY, "views.count=3"))
+    (run,) = reproduce(wanted)
+    assert open_cache(Path("cache/photos-lenet5-views3.h5")).manifest["views"]["count"] == 3
+    how = run.config["students"]["lenet5_wide"]
+    assert (how["optimizer"], how["lr"], how["lr_milestones"]) == ("sgd", 0.01, [1, 1, 2])
+    differs = run.read_json("summary.json")["paper"]["differs"]
+    assert "the recipe strong" in differs
+    assert "students see 3 views of each training image, moved and mirrored" in differs
+    assert {row["arm"] for row in run.rows()} == {TAUGHT}
+
+
+def test_a_pool_is_made_where_random_images_come_from_one(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "POOL", 10)
+    (run,) = reproduce(replace(TABLE1, arms=("random",), settings=(*TINY, "random_source=pool")))
+    cache = open_cache(Path("cache/photos-lenet5-pool10.h5"))
+    assert cache.manifest["random"]["rows"] == 10
+    assert run.config["random_source"] == "pool"
+
+
+def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part knows how many images the others train on, so that the time left is that of the table."""
+    jobs = []
+    monkeypatch.setattr(job, "_cache", lambda *_: digits.path)
+    monkeypatch.setattr(job, "train_students", lambda wanted, _group: jobs.append(wanted))
+    monkeypatch.setattr(job, "_set_beside", lambda *_: None)
+    reproduce(TableConfig("table2", students=("lenet5",), epochs=3, seeds=2))
+    assert [wanted.around for wanted in jobs] == [(0, 6000), (6000, 0)]
+    assert [wanted.recipe.paper.title for wanted in jobs] == ["Table 2, CIFAR-10", "Table 2, CIFAR-100"]
+    assert [wanted.recipe.epochs for wanted in jobs] == [3, 3]
+
+
+def test_which_parts() -> None:
+    assert [part.dataset for part in parts(TableConfig("table2"))] == ["cifar10", "cifar100"]
+    (part,) = parts(TableConfig("table2", dataset="cifar100"))
+    assert (part.name, part.dataset) == ("table2_cifar100", "cifar100")
+    (part,) = parts(TableConfig("table2", dataset="cifar10=folder:photos"))
+    assert (part.name, part.dataset) == ("table2_cifar10", "folder:photos")
+    assert parts(TableConfig("table3", dataset="folder:birds"))[0].dataset == "folder:birds"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (TableConfig("table4"), "Unknown table 'table4'. There are: table3, table2, table1."),
+        (
+            TableConfig("table2", dataset="folder:photos"),
+            "table2 has a part on each of cifar10 and cifar100, and --dataset is of one. Say which: "
+            "--dataset cifar10=folder:photos",
+        ),
+        (
+            TableConfig("table2", weights=Path("w.pt")),
+            "table2 has a part on each of cifar10 and cifar100, and --weights is of one. Say which: --dataset cifar10",
+        ),
+        (
+            TableConfig("table2", dataset="cub200=folder:birds"),
+            "table2 is not on cub200. It is on: cifar10, cifar100.",
+        ),
+        (TableConfig("table3", arms=("random",)), "table3 has no arm 'random'. There are: alone, own, taught."),
+        (
+            TableConfig("table1", settings=("loss=tss",)),
+            "Unknown loss 'tss'. There are: ts, kd, vid, xent.",
+        ),
+        (
+            TableConfig("table1", students=("lenet5", "lenet5")),
+            "Two students are called lenet5. Give each once, and files different names.",
+        ),
+        (TableConfig("table1", arms=("alone", "own")), "table1 has no arm 'own'. There are: alone, taught, random."),
+    ],
+    ids=lambda value: "",
+)
+def test_what_there_is_not(wanted: TableConfig, said: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        reproduce(wanted)
+    assert str(refused.value) == said
+
+
+def test_an_unknown_student_is_refused_before_the_teacher_runs() -> None:
+    with pytest.raises(NetworkError, match=r"^Unknown network 'lenet6'\. There are: lenet5, "):
+        reproduce(TableConfig("table1", students=("lenet6",)))
+
+
+def test_a_shorter_schedule_is_in_proportion() -> None:
+    paper = shortened(load.load("table2_cifar10"), 20)
+    assert (paper.epochs, paper.lr_drop_every) == (20, 5)
+    assert paper.optimisation("alexnet").lr_drop_every == 5
+    strong = shortened(load.load("table1,strong"), 20)
+    assert strong.optimisation("lenet5_wide").lr_milestones == [6, 12, 16]
+    assert shortened(load.load("table1,strong"), 1).optimisation("lenet5_wide").lr_milestones == [1, 1, 1]
+    birds = shortened(load.load("table3"), 50)
+    assert (birds.optimisation("mobilenet_v2").lr_drop_every, birds.alone.lr_drop_every) == (25, None)
+    assert shortened(birds, 50).model_dump() == birds.model_dump()
+    assert OWN in job.arms_of(TableConfig("table3"), birds)
+
+
+def test_on_the_command_line(tspipe: Callable, photos: Path) -> None:
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    found = tspipe(
+        "reproduce", "table1", "--dataset", "folder:photos", "--arms", "alone,taught", "--epochs", 1, *settings
+    )
+    assert (found.code, found.error) == (0, "")
+    assert "Table 1: lenet5_wide; alone; taught; 1 epoch, 1 seed\n" in found.out
+    assert "  not as in the paper: folder:photos stands for cifar10\n" in found.out
+    (page,) = Path("runs").glob("*/report.html")
+    assert found.out.endswith(f"Report: {page} (figures beside it)\n")
+    assert "81.36" in page.read_text()
+    refused = tspipe("reproduce", "table1", "--arms", "own")
+    assert (refused.code, refused.error) == (1, "table1 has no arm 'own'. There are: alone, taught, random.")

@@ -1,0 +1,201 @@
+"""What a run comes to: means, deviations, intervals, and what they allow to say beside the paper."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from made_runs import ALONE, PAPER, RANDOM, TAUGHT, make_run
+from tspipe.errors import ReportError
+from tspipe.experiments.results import open_run, read
+from tspipe.experiments.statistics import Sample
+from tspipe.experiments.tables import accuracies, beside_paper, differences, paper_notes, verdicts
+from tspipe.training.arms import OWN
+
+
+def test_last_best_and_seconds(tmp_path: Path) -> None:
+    found = read(make_run(tmp_path / "run", {ALONE: [[0.5, 0.7, 0.6], [0.4, 0.5, 0.8]]}))
+    (result,) = found.results
+    assert result.accuracy == {"last": Sample((0.6, 0.8)), "best": Sample((0.7, 0.8))}
+    assert [sample.values for sample in result.curve] == [(0.5, 0.4), (0.7, 0.5), (0.6, 0.8)]
+    assert result.seconds == 2.5
+    assert found.duration == "3 epochs, 2 seeds"
+
+
+def test_images_held_back_choose_the_epoch(tmp_path: Path) -> None:
+    """The first of equals; the test set has no say."""
+    run = make_run(
+        tmp_path / "run", {ALONE: [[0.5, 0.7, 0.9], [0.4, 0.6, 0.8]]}, columns={"val_accuracy": [0.1, 0.3, 0.3]}
+    )
+    (result,) = read(run).results
+    assert result.accuracy["chosen"].values == (0.7, 0.6)
+
+
+def test_losses_of_one_arm_are_results_of_their_own(tmp_path: Path) -> None:
+    made = {
+        ALONE: [[0.5], [0.5]],
+        TAUGHT: [[0.6], [0.7]],
+        (TAUGHT, "kd"): [[0.4], [0.3]],
+        (RANDOM, "vid"): [[0.5], [0.6]],
+    }
+    found = read(make_run(tmp_path / "run", made))
+    assert [(result.name, result.accuracy["last"].values) for result in found.results] == [
+        ("alone", (0.5, 0.5)),
+        ("taught", (0.6, 0.7)),
+        ("taught, kd", (0.4, 0.3)),
+        ("taught + random, vid", (0.5, 0.6)),
+    ]
+    assert verdicts(found) == [
+        "lenet5, taught: +15.00 (-48.53 to +78.53), no difference shown",
+        "lenet5, taught, kd: -15.00 (-78.53 to +48.53), no difference shown",
+        "lenet5, taught + random, vid: +5.00 (-58.53 to +68.53), no difference shown",
+    ]
+
+
+def test_a_run_written_before_there_were_several_losses(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {ALONE: [[0.5]], TAUGHT: [[0.6]]})
+    rows = [{name: value for name, value in row.items() if name != "loss"} for row in run.rows()]
+    run.keep(rows)
+    assert [result.name for result in read(run).results] == ["alone", "taught"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 31, 32, 60])
+def test_the_interval_is_students(n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(n).normal(size=n)
+    low, high = stats.t.interval(0.95, n - 1, values.mean(), values.std(ddof=1) / math.sqrt(n))
+    sample = Sample(tuple(values))
+    assert sample.margin == pytest.approx((high - low) / 2, rel=2e-3)
+    assert sample.mean == pytest.approx((high + low) / 2)
+
+
+@pytest.mark.parametrize(
+    ("taught", "said"),
+    [
+        ([0.62, 0.61, 0.63], "lenet5, taught: +2.00 (+2.00 to +2.00), it helps"),
+        ([0.58, 0.56, 0.58], "lenet5, taught: -2.67 (-4.10 to -1.23), it hurts"),
+        ([0.62, 0.57, 0.62], "lenet5, taught: +0.33 (-4.84 to +5.50), no difference shown"),
+    ],
+)
+def test_verdicts(tmp_path: Path, taught: list[float], said: str) -> None:
+    run = make_run(tmp_path / "run", {ALONE: [[0.60], [0.59], [0.61]], TAUGHT: [[a] for a in taught]})
+    assert verdicts(read(run)) == [said]
+
+
+def test_one_seed_allows_no_conclusion(tmp_path: Path) -> None:
+    found = read(make_run(tmp_path / "run", {ALONE: [[0.60]], TAUGHT: [[0.61]]}, paper=PAPER))
+    assert verdicts(found) == ["lenet5, taught: +1.00 (one seed: no interval, so no conclusion)"]
+    assert found.comparisons[0].agreement == "not shown"
+
+
+def test_over_the_student_alone_under_a_schedule_of_its_own(tmp_path: Path) -> None:
+    """As for CUB-200-2011, where the paper gives the student alone another learning rate."""
+    found = read(make_run(tmp_path / "run", {ALONE: [[0.60]], (OWN, "xent"): [[0.63]], TAUGHT: [[0.61]]}))
+    assert [(row[1], row[2], row[3][:5]) for row in differences(found).rows] == [
+        ("alone, own schedule", "alone", "+3.00"),
+        ("taught", "alone", "+1.00"),
+        ("taught", "alone, own schedule", "-2.00"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("taught", "said"),
+    [([0.62, 0.61, 0.63], "agrees"), ([0.58, 0.56, 0.58], "disagrees"), ([0.62, 0.57, 0.62], "not shown")],
+)
+def test_beside_the_paper(tmp_path: Path, taught: list[float], said: str) -> None:
+    made = {ALONE: [[0.60], [0.59], [0.61]], TAUGHT: [[a] for a in taught], (TAUGHT, "kd"): [[0.5]] * 3}
+    made[(TAUGHT, "xent")] = [[0.5]] * 3
+    found = read(make_run(tmp_path / "run", made, paper=PAPER))
+    ours = f"{100 * (sum(taught) / 3 - 0.6):+.2f}"
+    alone, learnt, other = beside_paper(found).rows  # other losses are not the paper's
+    assert alone == ["lenet5", "alone", "60.00 ± 1.00", "78.00", "", "", ""]
+    assert learnt[:2] + learnt[3:] == ["lenet5", "taught", "81.36", ours, "+3.36", said]
+    assert other == ["Wu and Gu [26]", "", "", "80.40", "", "", ""]
+    assert list(paper_notes(found)) == [
+        "arXiv 2005.00393, Table 1. It gives the best test accuracy of any epoch, so ours beside it is the best, too. "
+        "Not shown: our interval holds zero, or there is one seed.",
+        "Not as in the paper: 1 epoch, not 200.",
+    ]
+
+
+def test_the_ratio_of_the_losses(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {TAUGHT: [[0.5, 0.5]]}, columns={"mse": [46.0, 1.0], "xent": [2.3, 1.0]})
+    assert read(run).ratios == ["lenet5, taught, epoch 1: mse 46 / xent 2.3 = 20: try --set mse_weight=auto"]
+    auto = make_run(tmp_path / "auto", {TAUGHT: [[0.5]]}, columns={"mse": 46.0, "xent": 2.3}, mse_weight=0.1)
+    auto.config["mse_weight"] = "auto"
+    assert read(auto).ratios == ["lenet5, taught, epoch 1: mse 46 / xent 2.3 = 20"]
+
+
+def test_the_table_says_what_the_run_was(tmp_path: Path) -> None:
+    table = accuracies(read(make_run(tmp_path / "run", {ALONE: [[0.60], [0.62]]})))
+    assert table.title == "cifar10: 1 epoch, 2 seeds"
+    assert table.rows == [
+        ["resnet56", "teacher", "83.20", "", "853,018", ""],
+        ["lenet5", "alone", "61.00 ± 1.41", "61.00 ± 1.41", "62,006", "2.50"],
+    ]
+
+
+def test_what_is_no_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    run = make_run(tmp_path / "run", {ALONE: [[0.6]]})
+    (run.path / "summary.json").unlink()
+    for path, message in (
+        (
+            tmp_path / "photos",
+            f"{tmp_path}/photos is not a run folder: it has no config.json. Name one that tspipe student wrote, "
+            "in runs/.",
+        ),
+        (run.path, f"The run in {run.path} is not finished. Run the command that began it again: it goes on."),
+    ):
+        with pytest.raises(ReportError) as problem:
+            open_run(path)
+        assert str(problem.value) == message
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("config.json", "[]", "list indices must be integers or slices, not str"),
+        ("config.json", '{"config": {"seeds": 0, "epochs": 1}, "environment": {}}',
+         "seeds: input should be greater than or equal to 1"),
+        ("config.json", '{"config": {"seeds": 2, "epochs": 1}, "environment": {}}',
+         "lenet5, alone, xent has no row for each of 1 epochs of 2 seeds"),
+        ("summary.json", "{}", "dataset: field required"),
+        ("summary.json", "no JSON", "Expecting value: line 1 column 1 (char 0)"),
+        ("metrics.csv", "", "there are no rows"),
+        ("metrics.csv", "seed,epoch\n0,1\n", "there is no 'arm'"),
+        ("config.json", '{"config": {"seeds": 1, "epochs": 1000000000}, "environment": {}}',
+         "lenet5, alone, xent has no row for each of 1000000000 epochs of 1 seeds"),
+        ("random_labels.json", '{"bird": "many"}', "invalid literal for int() with base 10: 'many'"),
+        ("random_labels.json", '{"bird": 0}', "a class without images is counted"),
+    ],
+)  # fmt: skip
+def test_files_that_stage_two_did_not_write(tmp_path: Path, file: str, text: str, reason: str) -> None:
+    path = make_run(tmp_path / "run", {ALONE: [[0.6]]}).path
+    (path / file).write_text(text)
+    with pytest.raises(ReportError) as problem:
+        read(open_run(path))
+    blamed = path / ("metrics.csv" if "no row" in reason else file)
+    assert str(problem.value) == (
+        f"{blamed} is not as tspipe student writes it: {reason}. Train the run again, with another --out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("seconds_training", "long", "'long' is no number"),
+        ("mse", 10**400, "int too large to convert to float"),
+    ],
+)
+def test_columns_are_numbers(tmp_path: Path, column: str, value: object, reason: str) -> None:
+    columns = {"mse": 1.0, "xent": 1.0, column: value}
+    with pytest.raises(ReportError, match=reason):
+        read(make_run(tmp_path / "run", {TAUGHT: [[0.6]]}, columns=columns))
+
+
+def test_accuracies_are_fractions(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", {ALONE: [[60.0]]}).path
+    with pytest.raises(ReportError, match=r"metrics.csv is not as tspipe student writes it: 60.0 is not an accuracy"):
+        read(open_run(path))

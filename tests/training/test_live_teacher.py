@@ -1,0 +1,85 @@
+"""The teacher over random images: ahead of the students, and yet what it would say in turn."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tspipe.data.preprocess import Preprocess
+from tspipe.models.feature_net import FeatureNet
+from tspipe.training.live_teacher import LiveTeacher
+
+SHAPE = (3, 8, 8)
+GREY = Preprocess((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+class Backbone(nn.Module):
+    """Means of the channels; says when it has been called for the n-th time."""
+
+    def __init__(self, *, draws: bool = False):
+        super().__init__()
+        self.draws, self.calls, self.called = draws, 0, [threading.Event() for _ in range(20)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.called[self.calls].set()
+        self.calls += 1
+        features = images.mean((2, 3))
+        return nn.functional.dropout(features, 0.5, training=True) if self.draws else features
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One core more than PyTorch uses."""
+    monkeypatch.setattr("tspipe.training.live_teacher.cores", lambda: torch.get_num_threads() + 1)
+
+
+def live(backbone: Backbone) -> LiveTeacher:
+    torch.manual_seed(0)
+    return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), GREY, 5, SHAPE, torch.device("cpu"))
+
+
+def test_it_runs_a_batch_ahead() -> None:
+    backbone = Backbone()
+    teacher = live(backbone)
+    before = backbone.calls
+    batches = teacher.batches(0, 0, range(3))
+    next(batches)
+    assert backbone.called[before + 1].wait(60), "the second batch, which nobody has asked for yet"
+    assert len(list(batches)) == 2
+    assert backbone.calls == before + 3
+
+
+def test_it_runs_in_turn_where_no_core_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tspipe.training.live_teacher.cores", torch.get_num_threads)
+    backbone = Backbone()
+    teacher = live(backbone)
+    before = backbone.calls
+    batches = teacher.batches(0, 0, range(3))
+    next(batches)
+    assert not backbone.called[before + 1].wait(0.2)
+    assert len(list(batches)) == 2
+
+
+def test_ahead_it_says_what_it_says_in_turn() -> None:
+    for backbone in (Backbone(), Backbone(draws=True)):
+        teacher, found = live(backbone), []
+        for images, said in teacher.batches(7, 2, range(4, 7)):
+            torch.rand(1000)  # the students draw too
+            found.append((images, *said))
+        for number, tensors in zip(range(4, 7), found, strict=True):
+            images, said = teacher.batch(7, 2, number)
+            assert images.shape == (5, *SHAPE)
+            assert all(torch.equal(a, b) for a, b in zip(tensors, (images, *said), strict=True))
+        assert not torch.equal(found[0][1], found[1][1])
+
+
+def test_what_it_says_can_be_learned_from() -> None:
+    _, said = live(Backbone()).batch(0, 0, 0)
+    student = torch.ones(5, 3, requires_grad=True)
+    (student * said.features).sum().backward()  # refused of tensors that inference mode made
+    assert torch.equal(student.grad, said.features)
+
+
+def test_no_batches_at_all() -> None:
+    assert list(live(Backbone()).batches(0, 0, range(0))) == []

@@ -1,0 +1,81 @@
+"""What a learner counts: the same, however many steps are counted at once, by one process or several."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tspipe.training.metrics import Tally, together
+
+STEPS = 150  # more than are counted at once
+
+
+def steps(first: int = 0, stop: int = STEPS) -> list[tuple[int, Tensor, float, Tensor, Tensor]]:
+    """Numbers, loss terms, weights, logits and labels."""
+    draw = torch.Generator().manual_seed(0)
+    made = [
+        (
+            step,
+            torch.rand(2, generator=draw),
+            1.0 + step % 3,
+            torch.rand(5, 4, generator=draw),
+            torch.randint(4, (5,), generator=draw),
+        )
+        for step in range(STEPS)
+    ]
+    return made[first:stop]
+
+
+def counted(some: list[tuple[int, Tensor, float, Tensor, Tensor]]) -> Tally:
+    tally = Tally(2, torch.device("cpu"))
+    for step in some:
+        tally.add(*step)
+    return tally
+
+
+def test_it_counts_what_a_plain_loop_counts() -> None:
+    found, sums, right = counted(steps()).row(["mse", "xent"]), [0.0, 0.0], 0
+    for _, terms, weight, logits, labels in steps():
+        sums = [total + weight * term for total, term in zip(sums, terms.tolist(), strict=True)]
+        right += sum(int(row.argmax()) == label for row, label in zip(logits, labels, strict=True))
+    images = 5 * STEPS
+    assert found == {
+        "train_accuracy": right / images,
+        "mse": pytest.approx(sums[0] / images, rel=1e-5),
+        "xent": pytest.approx(sums[1] / images, rel=1e-5),
+    }
+
+
+@pytest.mark.parametrize("bad", [[], [0], [63], [64], [149], [70, 71], [3, 140]])
+@pytest.mark.parametrize("left_out", [set(), {2, 65, 66}])
+def test_the_first_loss_that_is_no_number(bad: list[int], left_out: set[int]) -> None:
+    some = [step for step in steps() if step[0] not in left_out]
+    for step, terms, *_ in some:
+        if step in bad:
+            terms[step % 2] = math.nan if step % 4 < 2 else math.inf
+    assert int(counted(some).bad_step) == min(bad, default=-1)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 64, 100])
+def test_to_the_last_bit_it_goes_on_where_it_was_packed(stop: int) -> None:
+    resumed = counted([])
+    resumed.unpack(counted(steps(0, stop)).pack())
+    for step in steps(stop):
+        resumed.add(*step)
+    whole = counted(steps()).pack()
+    assert resumed.pack().keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.pack().items())
+
+
+def test_several_processes_count_as_one() -> None:
+    some = steps()
+    for number, *_, labels in some:
+        labels[:] = number % 4
+    some[90][1][0] = some[20][1][0] = math.inf
+    tally = counted([])
+    tally.unpack(together([counted(some[i::3]).pack() for i in range(3)]))
+    whole = counted(some)
+    assert tally.row(["mse", "xent"])["train_accuracy"] == whole.row(["mse", "xent"])["train_accuracy"]
+    assert (int(tally.bad_step), int(tally.pack()["rows"])) == (20, 5 * STEPS)
+    torch.testing.assert_close(tally.sums, whole.sums)

@@ -1,0 +1,85 @@
+"""A teacher is trained once: a kill loses nothing, and nobody's weights are overwritten."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import Zygote
+from shared import TEACHER
+from tspipe.errors import DatasetError, TrainingError
+from tspipe.models import weights
+from tspipe.recipes import load
+from tspipe.training import checkpoint
+from tspipe.training.train_teacher import TeacherConfig, checkpoint_path, train_teacher
+
+
+def config(out: Path, *overrides: str) -> TeacherConfig:
+    return TeacherConfig(load.load("digits", [*TEACHER, *overrides]), out=out)
+
+
+def test_the_file_says_what_it_is(teacher: Path) -> None:
+    found = weights.read(teacher)
+    assert found.metadata["dataset"] == "digits"
+    assert found.metadata["network"] == "lenet5"
+    assert found.metadata["preprocess"] == (
+        '{"crop": null, "interpolation": "bilinear", "mean": [0.305], "resize": [16, 16], "std": [0.376]}'
+    )
+    assert 0.5 < float(found.metadata["accuracy"]) < 1  # three epochs: far from chance, far from done
+
+
+def test_views_change_what_is_learned_and_are_the_same_again(tmp_path: Path) -> None:
+    files = []
+    for name, shift in (("a", 2), ("b", 2), ("c", 0)):
+        made = train_teacher(config(tmp_path / name, f"teacher.shift={shift}", "teacher.epochs=1"))
+        files.append(weights.read(made.path).tensors["features.0.weight"])
+    assert files[0].equal(files[1])
+    assert not files[0].equal(files[2])
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digits-lenet5.safetensors"
+    part = tmp_path / "digits-lenet5.safetensors.part"
+    settings = [f"--set={setting}" for setting in [*TEACHER, "checkpoint_seconds=0"]]
+    draw, positions = random.Random(0), []
+    for _ in range(5):
+        zygote.run("teacher", "--dataset", "digits", "--out", out, *settings, seconds=draw.uniform(0.1, 0.6))
+        if found := checkpoint.load_checkpoint(part):
+            positions.append((found[1]["epoch"], found[1]["batch"]))
+    assert positions == sorted(positions)
+    assert zygote.run("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
+    assert out.read_bytes() == teacher.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name]
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as refused:
+        train_teacher(config(tmp_path / "x.safetensors", "teacher.lr=1e30", "checkpoint_seconds=0"))
+    assert str(refused.value) == (
+        "The teacher's loss is no longer a number in epoch 1. The last checkpoint is kept. "
+        "A smaller learning rate may help: --set teacher.lr=1e+29"
+    )
+    # What was begun is not thrown away for other settings.
+    with pytest.raises(TrainingError) as refused:
+        train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=1"))
+    assert str(refused.value) == (
+        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Give those to go on with it, or delete it "
+        "to begin again."
+    )
+    made = train_teacher(replace(config(tmp_path / "x.safetensors", "teacher.epochs=1"), force=True))
+    assert made.path.exists()
+
+
+def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as refused:
+        train_teacher(config(tmp_path / "x", "teacher.batch_size=1001"))
+    assert str(refused.value) == (
+        "digits has 1,000 training images, too few for a batch of 1001. Give a smaller one: "
+        "--set teacher.batch_size=250"
+    )
+
+
+def test_checkpoint_names() -> None:
+    assert checkpoint_path("folder:birds", "torchvision:resnet18").name == "birds-torchvision-resnet18.safetensors"
+    assert checkpoint_path("cifar10", "./mine.py").name == "cifar10-mine.safetensors"

@@ -1,0 +1,453 @@
+"""Stage two: what a cohort shares, what a run leaves, and that a kill changes nothing."""
+
+import json
+import platform
+import re
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared import untouched
+from tspipe.cache import Cache
+from tspipe.data import datasets, random_images
+from tspipe.data.preprocess import Preprocess
+from tspipe.errors import (
+    CacheError,
+    CacheMismatch,
+    DatasetError,
+    NetworkError,
+    RecipeError,
+    TrainingError,
+)
+from tspipe.models import feature_net, networks
+from tspipe.models.teacher import load_teacher
+from tspipe.recipes import load
+from tspipe.training import batches, checkpoint, learner
+from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
+from tspipe.training.arms import arms as arms_of
+from tspipe.training.config import StudentConfig
+from tspipe.training.run_folder import RunFolder
+from tspipe.training.trainer import train_students
+from tspipe.utils import threads as overlap
+from tspipe.utils.rng import seed_torch
+
+ARMS = (ALONE, TAUGHT, RANDOM)
+SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
+
+
+def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = ARMS) -> StudentConfig:
+    facts = {"preprocess": cache.manifest["preprocess"]}
+    return StudentConfig(load.load("digits", [*SMALL, *overrides], facts=facts), cache, arms, out=out)
+
+
+def weights_of(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.path.glob("student-*.safetensors"))}
+
+
+def metrics_of(run: RunFolder) -> list[dict[str, object]]:
+    """All metrics but the seconds."""
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
+
+
+@pytest.fixture(scope="module")
+def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Three arms, two seeds, two epochs."""
+    return train_students(config(digits, tmp_path_factory.mktemp("runs") / "run", "seeds=2"))
+
+
+def test_a_batch_gives_its_memory_to_the_next(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is used the next is made, in the memory of the last: more memory is slower, by 2 % of a small step."""
+    made: list[weakref.ref[Tensor]] = []
+    normalise = Preprocess.normalise
+
+    def watched(self: Preprocess, images: Tensor) -> Tensor:
+        assert sum(ref() is not None for ref in made) <= 1
+        found = normalise(self, images)
+        made.append(weakref.ref(found))
+        return found
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., object], /, *arguments: object) -> Future[object]:
+            future: Future[object] = Future()
+            future.set_result(work(*arguments))
+            return future
+
+    monkeypatch.setattr(overlap, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(Preprocess, "normalise", watched)
+    train_students(config(digits, tmp_path / "run", "epochs=1", arms=(ALONE, TAUGHT)))
+    assert len(made) > 10
+
+
+def test_what_a_run_leaves(run: RunFolder, digits: Cache) -> None:
+    names = {path.name for path in run.path.iterdir()}
+    students = {
+        f"student-lenet5-{arm}-seed{s}.safetensors" for arm in ("alone", "taught", "taught-random") for s in (0, 1)
+    }
+    assert names == {"config.json", "metrics.csv", "random_labels.json", "summary.json"} | students
+    found = run.read_json("config.json")
+    assert found["config"]["cache"] == digits.id
+    assert found["environment"]["threads"] == 1
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = re.findall(r"^model name\s*: (.+)$", described, re.MULTILINE)
+    assert found["environment"]["processor"] in (models or [platform.processor() or platform.machine()])
+    assert found["environment"]["torch"] == metadata.version("torch")
+    assert sum(run.read_json("random_labels.json").values()) == 1000
+    rows = run.rows()
+    assert [(row["seed"], row["epoch"], row["arm"]) for row in rows] == [
+        (seed, epoch, arm) for seed in (0, 1) for epoch in (1, 2) for arm in ARMS
+    ]
+    assert list(rows[0]) == [
+        "seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy", "mse", "xent",
+        "seconds_training", "seconds_testing", "seconds_teacher",
+    ]  # fmt: skip
+    assert all(row["mse"] == "" for row in rows if row["arm"] == ALONE)
+
+
+def test_a_saved_student_gives_the_accuracy_of_its_last_row(run: RunFolder, digits: Cache) -> None:
+    row = next(r for r in run.rows() if (r["seed"], r["epoch"], r["arm"]) == (1, 2, TAUGHT))
+    path = run.path / "student-lenet5-taught-seed1.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["tspipe"])
+    shape, width = tuple(json.loads(facts["input_shape"])), int(facts["width"])
+    student = networks.build(facts["network"], 10, shape, json.loads(facts["options"]))
+    student = feature_net.student_of(student, "student", width, 10, torch.zeros(2, *shape))
+    student.load_state_dict(safetensors.torch.load_file(path))
+    preprocess = Preprocess.from_dict(json.loads(facts["preprocess"]))
+    test = datasets.open_dataset("digits").test
+    pixels = torch.from_numpy(np.stack([preprocess.apply(test.read(i)) for i in range(len(test))])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        guesses = student.eval()(preprocess.normalise(pixels)).logits.argmax(1)
+    assert (guesses.numpy() == test.labels).mean() == row["test_accuracy"]
+
+
+def test_the_same_config_gives_the_same_weights(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    again = train_students(config(digits, tmp_path / "again", "seeds=2"))
+    assert weights_of(again) == weights_of(run)
+    assert metrics_of(again) == metrics_of(run)
+
+
+def test_an_arm_does_not_depend_on_the_arms_beside_it(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    alone = train_students(config(digits, tmp_path / "one", arms=(TAUGHT,)))
+    ((name, weights),) = weights_of(alone).items()
+    assert weights == weights_of(run)[name]
+
+
+@pytest.mark.parametrize(
+    ("field", "arms", "loss"), [("precision", (ALONE, TAUGHT), "xent"), ("live_precision", (RANDOM,), "mse")]
+)
+def test_bfloat16_is_another_run_that_learns_about_the_same(
+    field: str, arms: tuple[str, ...], loss: str, run: RunFolder, digits: Cache, tmp_path: Path
+) -> None:
+    rounded = train_students(config(digits, tmp_path / "run", f"{field}=bfloat16", arms=arms))
+    assert rounded.config[field] == "bfloat16"
+    assert not {"precision", "live_precision"} & {*run.config}, "or runs begun before these settings would not go on"
+    exact = {row["arm"]: row for row in run.rows() if (row["seed"], row["epoch"]) == (0, 2)}
+    for row in rounded.rows()[-len(arms) :]:
+        assert row[loss] != exact[row["arm"]][loss]
+        assert row["xent"] == pytest.approx(exact[row["arm"]]["xent"], rel=0.05)
+
+
+def test_a_finished_run_is_left_as_it_is(run: RunFolder, digits: Cache) -> None:
+    before = {path: untouched(path) for path in run.path.iterdir()}
+    assert train_students(config(digits, run.path, "seeds=2")).path == run.path
+    assert {path: untouched(path) for path in run.path.iterdir()} == before
+
+
+def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
+    """One epoch of the method, written as one would without tspipe, in the arm that has everything."""
+    found = train_students(config(digits, tmp_path / "run", "epochs=1", arms=(RANDOM,)))
+    preprocess = Preprocess.from_dict(digits.manifest["preprocess"])
+    images = datasets.open_dataset("digits").train
+    pixels = torch.from_numpy(np.stack([preprocess.apply(images.read(i)) for i in range(1000)])).permute(0, 3, 1, 2)
+    features, labels = torch.from_numpy(digits.train.features.load()).float(), torch.from_numpy(images.labels)
+    teacher = load_teacher(digits, load.load("digits"), (1, 16, 16), torch.device("cpu"))
+    seed_torch(0, "weights")
+    student = networks.build("lenet5", 10, (1, 16, 16))
+    student = feature_net.student_of(student, "lenet5", 84, 10, torch.zeros(2, 1, 16, 16))
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
+    for number, rows in enumerate(batches.order(0, 0, 1000, 100)):
+        random = preprocess.normalise(random_images.uniform(0, 0, number, 7, (1, 16, 16)))
+        with torch.no_grad():
+            random_features, random_logits = teacher(random)
+        g, z = student(torch.cat([preprocess.normalise(pixels[rows]), random]))
+        mse = F.mse_loss(g, torch.cat([features[rows], random_features]))
+        loss = mse + F.cross_entropy(z, torch.cat([labels[rows], random_logits.argmax(1)]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    saved = safetensors.torch.load_file(found.path / "student-lenet5-taught-random-seed0.safetensors")
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
+    def start(arm: str, seed: int) -> dict[str, torch.Tensor]:
+        made = learner.Learner("lenet5", arm, seed, load.load("digits"), 84, 10, (1, 16, 16), torch.device("cpu"))
+        return made.network.state_dict()
+
+    first = start(ALONE, 0)
+    assert all(value.equal(first[name]) for arm in ARMS for name, value in start(arm, 0).items())
+    assert not any(value.equal(first[name]) for name, value in start(ALONE, 1).items())
+
+
+def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, tmp_path: Path) -> None:
+    def weights(student: str, forward: str) -> dict[str, torch.Tensor]:
+        settings = [f"student={student}", f"random_forward={forward}", "epochs=1", "batch_size=500"]
+        found = train_students(config(digits, tmp_path / f"{student}-{forward}", *settings, arms=(RANDOM,)))
+        return safetensors.torch.load_file(found.path / f"student-{student}-taught-random-seed0.safetensors")
+
+    for student, same in (("lenet5", True), ("resnet20", False)):
+        one, two = (weights(student, forward) for forward in ("concatenated", "separate"))
+        assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one) == same
+
+
+def test_arms_of_a_command() -> None:
+    def arms(compare: bool, *overrides: str) -> tuple[str, ...]:
+        return arms_of(compare, load.load("digits", overrides))
+
+    assert arms(False) == (RANDOM,)
+    assert arms(False, "random_images=0") == (TAUGHT,)
+    assert arms(True) == ARMS
+    assert arms(True, "random_images=0") == (ALONE, TAUGHT)
+    assert arms(True, "alone.lr=1e-4") == (ALONE, OWN, TAUGHT, RANDOM)
+
+
+def test_the_student_alone_may_have_a_schedule_of_its_own(digits: Cache, tmp_path: Path) -> None:
+    """With the settings of the other arms in it, it is the student alone to the last bit."""
+    both = (ALONE, OWN)
+    same = train_students(config(digits, tmp_path / "same", "alone.lr=0.001", "lr=0.001", arms=both))
+    other = train_students(config(digits, tmp_path / "other", "alone.lr=0.01", "lr=0.001", arms=both))
+    names = [f"student-lenet5-{arm}-seed0.safetensors" for arm in ("alone", "alone-own-schedule")]
+    one, two = ([safetensors.torch.load_file(run.path / name) for name in names] for run in (same, other))
+    last = "head.weight"
+    assert one[0][last].equal(one[1][last])
+    assert two[0][last].equal(one[0][last])
+    assert not two[1][last].equal(one[0][last])
+    assert other.config["alone"] == {"lr": 0.01}
+
+
+def test_rows_read_from_the_file_teach_what_loaded_rows_teach(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+    small = train_students(config(digits, tmp_path / "small", "memory=1", arms=(TAUGHT,)))
+    ((name, weights),) = weights_of(small).items()
+    assert weights == weights_of(run)[name]
+
+
+def position(out: Path) -> dict[str, int] | None:
+    found = checkpoint.load_checkpoint(out / "checkpoint.safetensors")
+    return found and found[1]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as refused:
+        train_students(config(digits, tmp_path / "nan", "lr=1e30", "checkpoint_seconds=0", arms=(TAUGHT,)))
+    assert str(refused.value) == (
+        "The loss of lenet5-taught-seed0 is no longer a number: epoch 1, step 2. The last checkpoint is kept. "
+        "A smaller learning rate may help: --set students.lenet5.lr=1e+29"
+    )
+    assert position(tmp_path / "nan") == {"seed": 0, "epoch": 0, "batch": 1}
+
+
+def test_too_few_images_for_a_batch(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as refused:
+        train_students(config(digits, tmp_path / "x", "batch_size=1001"))
+    assert str(refused.value) == (
+        "digits has 1,000 training images, too few for a batch of 1001. Give a smaller one: --set batch_size=250"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_preprocess_is_refused(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(config(digits, tmp_path / "x", "preprocess.resize=[32,32]"))
+    assert str(refused.value) == (
+        "digits.h5 was made with preprocess.resize = [16, 16], not [32, 32]: its targets belong to those pixels. "
+        "Leave the setting out, or make another cache with it."
+    )
+
+
+def test_another_dataset_is_refused(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tspipe.data.datasets.digits.TRAIN", 999)
+    with pytest.raises(CacheMismatch) as refused:
+        train_students(config(digits, tmp_path / "x"))
+    assert str(refused.value) == (
+        "digits.h5 is not of this data (1,000 images in the cache, 999 here): at train index 999, the cache has '999', "
+        "the dataset nothing. Give the data the cache was made from (--data), or make the cache again "
+        "(tspipe cache --force)."
+    )
+
+
+def test_the_folder_of_another_run_is_refused(run: RunFolder, digits: Cache) -> None:
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, run.path, "seeds=2", "epochs=3"))
+    assert str(refused.value) == (
+        f"{run.path} is the folder of another run: epochs is 2 there and 3 here. Choose another --out."
+    )
+
+
+def test_a_student_that_does_not_take_the_images(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(NetworkError) as refused:
+        train_students(config(digits, tmp_path / "x", "student=torchvision:resnet18"))
+    assert str(refused.value).startswith("torchvision:resnet18 takes images of 3 channels, these have 1. ")
+
+
+def test_a_users_own_student(digits: Cache, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(256, num_classes))\n"
+    )
+    found = train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
+    assert (found.path / "student-mine-taught-seed0.safetensors").exists()
+    mine.write_text(mine.read_text() + "# another version\n")
+    with pytest.raises(RecipeError, match="files"):
+        train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
+
+
+def test_the_teacher_of_a_cache_without_weights(digits: Cache, tmp_path: Path) -> None:
+    bare = replace(digits, _weights=None)
+    found = train_students(config(bare, tmp_path / "taught", arms=(TAUGHT,)))
+    assert not (found.path / "random_labels.json").exists()
+
+
+def test_a_run_goes_on_with_the_threads_it_was_begun_with(digits: Cache, tmp_path: Path) -> None:
+    """Sums are split among threads, so another number of them would end with other weights."""
+    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    with pytest.raises(TrainingError):
+        train_students(wanted)
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    written["environment"]["threads"] = 2
+    (tmp_path / "run/config.json").write_text(json.dumps(written))
+    try:
+        with pytest.raises(TrainingError):
+            train_students(wanted)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_two_students_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, tmp_path / "x", 'student=["lenet5","lenet5"]'))
+    assert str(refused.value) == "Two students are called lenet5. Give each once, and files different names."
+
+
+def test_two_learners_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
+    """The taught arm's with a loss `random`, and that of random images with the paper's."""
+    mine = tmp_path / "random.py"
+    mine.write_text(LOSS)
+    with pytest.raises(RecipeError) as refused:
+        train_students(config(digits, tmp_path / "x", f'loss=["ts","{mine}"]'))
+    assert str(refused.value) == (
+        "Two learners are called lenet5-taught-random-seed0. Give each once, and files different names."
+    )
+
+
+def test_random_images_need_the_teacher(digits: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheError) as refused:
+        train_students(config(replace(digits, _weights=None), tmp_path / "x"))
+    assert str(refused.value) == (
+        "digits.h5 does not carry its teacher, so nothing can label random images. Train without them: "
+        "--random-images 0"
+    )
+
+
+LOSS = """
+import torch.nn.functional as F
+from torch import Tensor
+from torch import nn
+
+class Loss(nn.Module):
+    needs = frozenset({"logits"})
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Linear(1, 1)  # a loss may learn too
+
+    def forward(self, student, target):
+        assert target.features.shape[1] == 0  # what it does not need is not loaded
+        mine, its = student.logits.log_softmax(1), target.logits.log_softmax(1)
+        kl = F.kl_div(mine, its, reduction="batchmean", log_target=True)
+        return {"kl": kl, "scale": (self.scale.weight**2).sum()}
+"""
+
+
+def test_a_loss_of_the_users_own(digits: Cache, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(LOSS)
+    found = train_students(config(digits, tmp_path / "run", f"loss={tmp_path}/mine.py"))
+    rows = [row for row in found.rows() if row["arm"] == RANDOM]
+    assert rows[-1]["kl"] < rows[0]["kl"]
+    assert rows[-1]["scale"] < rows[0]["scale"]
+    assert "xent" in found.rows()[0]
+
+
+def test_a_teacher_whose_code_changed_is_noticed(
+    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in another network: the live features would not be those of the file."""
+    from torch import nn
+
+    from tspipe.models.networks import lenet5
+
+    whole = lenet5.build
+
+    def other(num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+        network = whole(num_classes, input_shape)
+        network.features[1] = nn.Tanh()
+        return network
+
+    monkeypatch.setattr(lenet5, "build", other)
+    with pytest.raises(CacheMismatch, match="gives other features than the file holds, by up to"):
+        train_students(config(digits, tmp_path / "run"))
+
+
+def test_a_run_does_not_go_on_on_another_device(digits: Cache, tmp_path: Path) -> None:
+    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    with pytest.raises(TrainingError):
+        train_students(wanted)
+    text = (tmp_path / "run/config.json").read_text()
+    (tmp_path / "run/config.json").write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(RecipeError) as refused:
+        train_students(wanted)
+    assert str(refused.value) == (
+        f"{tmp_path}/run was begun on cuda and this is cpu: its numbers would be of both. Choose another --out."
+    )
+
+
+def test_a_run_goes_on_on_another_device_of_its_kind(
+    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each of torchrun's processes does, on its own GPU: only the first had begun on number 0."""
+    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        monkeypatch.setattr("tspipe.training.trainer.pick_device", lambda _, device=device: device)
+        with pytest.raises(TrainingError):
+            train_students(wanted)
+    assert json.loads((tmp_path / "run/config.json").read_text())["environment"]["device"] == "cpu"
+
+
+def test_half_a_line_of_metrics_is_no_line(run: RunFolder, tmp_path: Path) -> None:
+    text = (run.path / "metrics.csv").read_text()
+    for cut in (1, 5, 30):
+        (tmp_path / "metrics.csv").write_text(text[:-cut])
+        assert RunFolder(tmp_path, {}, {}).rows() == run.rows()[:-1]
+
+
+def test_settings_of_a_student_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(RecipeError) as refused:
+        load.load("digits", ["students.lenett.lr=9"])
+    assert str(refused.value) == (
+        "The recipe digits: Unknown student 'lenett'. There are: lenet5, alexnet, lenet5_wide, mobilenet_v2, ntsnet, "
+        "resnet110, resnet18, resnet20, resnet32, resnet44, resnet50, resnet56."
+    )
+    assert load.load("digits", ["student=./mine.py", "students.mine.lr=9"]).optimisation("./mine.py").lr == 9

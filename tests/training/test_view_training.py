@@ -1,0 +1,388 @@
+"""Views: what students see is what the teacher saw, to the last bit; and nothing else is taken for it."""
+
+import contextlib
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import Result
+from forging import forge, refusal
+from shared import interrupted_at, small, spoil
+from tspipe.cache import Cache, CacheWriter, open_cache
+from tspipe.data import views
+from tspipe.data.preprocess import Preprocess, shift_and_flip
+from tspipe.errors import CacheError, CacheMismatch, RecipeError
+from tspipe.experiments import bench
+from tspipe.extraction import blocks as rows
+from tspipe.extraction import extract as stage
+from tspipe.extraction import forward
+from tspipe.extraction.extract import extract
+from tspipe.models.teacher import load_teacher, run_teacher
+from tspipe.recipes import load
+from tspipe.training import batches, learner
+from tspipe.training.arms import ALONE, RANDOM, TAUGHT
+from tspipe.training.config import StudentConfig
+from tspipe.training.run_folder import RunFolder
+from tspipe.training.trainer import Run, train_students
+from tspipe.utils.distributed import Group
+
+Tspipe = Callable[..., Result]
+V = 3
+VIEWS = [f"views.count={V}", "views.shift=3", "features.dtype=float32"]
+CROP = ["preprocess.resize=[20,20]", "preprocess.crop=16"]
+STUDENT = ["epochs=2", "seeds=1", "batch_size=4", "random_images=2"]
+
+
+def stage_two(cache: Cache, folder: Path, *overrides: str, arms: tuple[str, ...] = (TAUGHT,)) -> StudentConfig:
+    """Of a cache that `small` describes; the run folder is new with each number of overrides."""
+    facts = {"preprocess": cache.manifest["preprocess"], **views.facts(cache.manifest)}
+    recipe = load.load("folder", [f"dataset=folder:{folder}", *STUDENT, *overrides], facts=facts)
+    return StudentConfig(recipe, cache, arms, out=folder.parent / f"run{len(overrides)}")
+
+
+def students(run: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.path.glob("student-*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def cropped(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """16 training images of 20×20 pixels in blocks of 4, cropped to 16×16; beside it lies its folder of images."""
+    return extract(small(tmp_path_factory.mktemp("views") / "shapes", *VIEWS, *CROP))
+
+
+def words(seed: int, purpose: str, number: int, block: int) -> Iterator[int]:
+    """What Python's own Mersenne Twister gives from the state that cache/README.md describes."""
+    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), number, block])
+    state = entropy.generate_state(624, np.uint32)
+    twister = random.Random()
+    twister.setstate((3, (2**31, *state[1:].tolist(), 623), None))
+    while True:
+        yield twister.getrandbits(32)
+
+
+@given(
+    seed=st.integers(0, 5),
+    count=st.integers(2, 5),
+    shift=st.integers(0, 9),
+    flip=st.booleans(),
+    block=st.integers(0, 3),
+)
+def test_views_are_drawn_as_the_format_says(seed: int, count: int, shift: int, flip: bool, block: int) -> None:
+    draw, expected = words(seed, "cached views", 0, block), []
+    assert zlib.crc32(b"cached views") == 1_604_584_741
+    for _ in range(7):
+        expected.append([0, 0, 0])
+        for _ in range(count - 1):
+            dy, dx, mirrored = (next(draw) for _ in range(3))
+            expected.append([dy % (2 * shift + 1) - shift, dx % (2 * shift + 1) - shift, mirrored % 2 if flip else 0])
+    manifest = {"count": count, "shift": shift, "flip": flip, "seed": seed}
+    found = views.of_block(manifest, range(block * 7, block * 7 + 7), 7)
+    assert found.dtype == np.int16
+    assert found.tolist() == expected
+
+
+def test_a_cache_says_what_its_views_are(cropped: Cache) -> None:
+    assert cropped.manifest["views"] == {"count": V, "flip": True, "seed": 0, "shift": 3}
+    assert cropped.train.views is not None
+    assert (cropped.train.views.shape, cropped.train.views.dtype) == ((16 * V, 3), np.dtype("<i2"))
+    assert (cropped.train.features.shape, cropped.train.logits.shape) == ((16 * V, 84), (16 * V, 2))
+    stored = cropped.train.views.load().reshape(16, V, 3)
+    assert not stored[:, 0].any()
+    assert {*np.unique(stored[:, 1:, :2]).tolist()} == set(range(-3, 4))
+    assert {*stored[:, 1:, 2].ravel().tolist()} == {0, 1}
+    assert cropped.test.views is None
+    assert (cropped.test.features.shape, cropped.test.checksums.shape) == ((8, 84), (2, 5, 32))
+
+
+def test_the_first_view_and_the_test_split_are_as_without_views(cropped: Cache) -> None:
+    folder = cropped.path.parent / "shapes"
+    plain = extract(replace(small(folder, "features.dtype=float32", *CROP), out=folder.parent / "plain.h5"))
+    assert plain.test.checksums.load().tobytes() == cropped.test.checksums.load().tobytes()
+    assert plain.manifest["teacher"] == cropped.manifest["teacher"]
+    np.testing.assert_allclose(cropped.train.features[::V], plain.train.features.load(), rtol=1e-5, atol=1e-6)
+
+
+class Noted:
+    """What the teacher saw and what students see, as the networks get it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.taught: list[torch.Tensor] = []
+        self.batches: list[batches.Batch] = []
+        batch, step = rows.Replayed.batch, learner.Learner.step
+
+        def seen(*arguments: Any) -> torch.Tensor:
+            self.taught.append(batch(*arguments).clone())
+            return self.taught[-1]
+
+        def learnt(this: Any, batch: batches.Batch, number: int) -> None:
+            self.batches.append(batch)
+            step(this, batch, number)
+
+        monkeypatch.setattr(rows.Replayed, "batch", seen)
+        monkeypatch.setattr(learner.Learner, "step", learnt)
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "limits"),
+    [(CROP, False, []), (CROP, False, ["memory=1"]), ([], True, []), ([], True, ["memory=1"])],
+    ids=["local images, held", "decoded each epoch", "pixels of the cache", "read each epoch"],
+)
+def test_students_see_what_the_teacher_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], images: bool, limits: list[str]
+) -> None:
+    """Bit for bit, in every arm; and the live teacher says of it what the cache says, to float32's rounding."""
+    noted, arms, folder = Noted(monkeypatch), (ALONE, TAUGHT, RANDOM), tmp_path / "shapes"
+    cache = extract(replace(small(folder, *VIEWS, *settings, "compute.batch_size=5"), images=images))
+    saw = torch.cat(noted.taught)
+    assert (saw.shape, saw.dtype) == ((16 * V, 3, 16, 16), torch.uint8)
+    if images:  # stage two then needs no others
+        folder.rename(tmp_path / "away")
+    train_students(stage_two(cache, folder, *limits, arms=arms))
+    preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
+    teacher = load_teacher(cache, load.load("folder"), (3, 16, 16), torch.device("cpu"))
+    seen: list[list[int]] = []
+    for epoch in range(2):
+        draw = words(0, "views", epoch, 0)
+        seen.append([next(draw) % V for _ in range(16)])
+        for batch in batches.order(0, epoch, 16, 4):
+            at = [i * V + seen[epoch][i] for i in batch.tolist()]
+            for _ in arms:
+                found = noted.batches.pop(0)
+                assert found.images.equal(preprocess.normalise(saw[at]))
+                assert found.target.labels.tolist() == cache.train.labels[batch].tolist()
+            np.testing.assert_array_equal(found.target.features, cache.train.features[at])
+            said = run_teacher(teacher, found.images)
+            torch.testing.assert_close(said.features, torch.from_numpy(cache.train.features[at]), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(said.logits, torch.from_numpy(cache.train.logits[at]), rtol=1e-5, atol=1e-6)
+    assert noted.batches == []
+    assert seen[0] != seen[1]
+
+
+def test_a_view_is_a_crop_from_elsewhere_in_the_image(cropped: Cache) -> None:
+    """Of an image that has room around the crop nothing comes in at the edges."""
+    preprocess = Preprocess.from_dict(cropped.manifest["preprocess"])
+    image = np.random.default_rng(0).integers(1, 256, (20, 20, 3), dtype=np.uint8)
+    given = torch.from_numpy(preprocess.before_views.apply(image)).permute(2, 0, 1)[None]
+    for dy, dx, flip in ((0, 0, 0), (2, -1, 0), (-2, 2, 1)):
+        found = preprocess.replay(given, torch.tensor([[dy, dx, flip]]))[0].permute(1, 2, 0).numpy()
+        wanted = image[2 - dy : 18 - dy, 2 - dx : 18 - dx]
+        if flip:  # it is the moved image that is mirrored, whole
+            wanted = image[2 - dy : 18 - dy, ::-1][:, 2 + dx : 18 + dx]
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(preprocess.replay(given)[0].permute(1, 2, 0), preprocess.apply(image))
+
+
+def test_killed_and_by_any_number_of_processes_it_is_the_same_file(
+    cropped: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = replace(small(cropped.path.parent / "shapes", *VIEWS, *CROP), out=tmp_path / "again.h5")
+    job, write_block, written = stage._prepare(wanted), CacheWriter.write_block, 0
+    every = {split: list(range(job.dimensions.blocks(split))) for split in ("train", "test")}
+    with job.writer(2) as writer:
+        stage._write_share(writer, job, every, Group(2, 3))
+
+    def killed(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:  # the first is taken from the other process
+            raise KeyboardInterrupt
+        write_block(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract(wanted)
+    assert extract(wanted).path.read_bytes() == cropped.path.read_bytes()
+
+
+def test_progress_counts_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, unit: str, done: int) -> Iterator[Any]:
+        assert (total, unit, done) == (16 * V + 8, "views", 0)
+        yield lambda count, what: shown.append(count)
+
+    monkeypatch.setattr(stage, "progress", progress)
+    extract(small(tmp_path / "shapes", *VIEWS))
+    assert shown == [4 * V] * 4 + [4] * 2
+
+
+def test_a_feature_beyond_float16_names_the_image_of_the_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = forward.taught
+
+    def loud(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        features, logits = taught(*arguments)
+        if arguments[-2:] == ("train", 1):
+            features[2 * V + 1] = 1e6
+        return features, logits
+
+    monkeypatch.setattr(forward, "taught", loud)
+    with pytest.raises(CacheError) as refused:
+        extract(small(tmp_path / "shapes", *VIEWS[:2]))
+    assert str(refused.value) == (
+        "The teacher's features of 'a/06.png' reach beyond 65,504, the largest float16. "
+        "Store them as float32: --set features.dtype=float32"
+    )
+
+
+def test_pixels_that_are_cropped_cannot_be_kept_for_views(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        extract(replace(small(tmp_path / "shapes", *VIEWS, *CROP), images=True))
+    assert str(refused.value) == (
+        "--images keeps pixels that are cropped, and the crop takes away what views need. Leave out --images, the "
+        "views (--set views.count=0), or the crop (--set preprocess.crop=none)."
+    )
+    assert not (tmp_path / "shapes.h5.part").exists()
+    cache = extract(replace(small(tmp_path / "shapes", *VIEWS), images=True))  # somebody else's file may claim it
+    forge(cache.path, lambda manifest: manifest["preprocess"].update(crop=8))
+    assert refusal(cache.path) == "its images are cropped, which has taken away what its views need."
+
+
+DAMAGE = [
+    [("train_views", 4), ("train_labels", 15)],
+    [("train_features", 5 * V), ("train_features", 16 * V - 1), ("train_logits", 0), ("train_views", 14 * V)],
+    [("test_features", 7), ("train_checksums", 1)],
+]
+
+
+@pytest.mark.parametrize("places", DAMAGE)
+def test_repair_makes_the_views_again(
+    tspipe: Tspipe, cropped: Cache, tmp_path: Path, places: list[tuple[str, int]]
+) -> None:
+    path, folder = tmp_path / "copy.h5", cropped.path.parent / "shapes"
+    path.write_bytes(cropped.path.read_bytes())
+    spoil(path, *places)
+    assert tspipe("verify", path, folder).code == 1
+    found = tspipe("verify", "--repair", path, folder)
+    assert (found.code, found.error) == (0, "")
+    assert path.read_bytes() == cropped.path.read_bytes()
+    found = tspipe("verify", path, folder, "--data", "--teacher", 24)
+    assert (found.code, found.error) == (0, "")
+    assert found.out.endswith("Changed argmax: 0 of 24\n")
+
+
+def test_damaged_views_are_named_with_their_rows(tspipe: Tspipe, cropped: Cache, tmp_path: Path) -> None:
+    path = tmp_path / "copy.h5"
+    path.write_bytes(cropped.path.read_bytes())
+    spoil(path, ("train_views", 4 * V))
+    assert tspipe("verify", path).says(
+        f"{path} is not what was written: train_views, rows 12 to 23. Get the file again, or put back what was there: "
+        f"tspipe verify --repair {path}"
+    )
+
+
+def test_other_views_than_the_caches_are_refused(cropped: Cache) -> None:
+    folder = cropped.path.parent / "shapes"
+    for field, there, here in (("shift", 3, 2), ("count", 3, 0), ("flip", True, False)):
+        with pytest.raises(CacheMismatch) as refused:
+            train_students(stage_two(cropped, folder, f"views.{field}={here}".lower(), arms=(ALONE,)))
+        assert str(refused.value) == (
+            f"shapes.h5 was made with views.{field} = {there}, not {here}: its targets belong to those views. Leave "
+            "the setting out, or make another cache with it."
+        )
+    assert not (folder.parent / "run1").exists()
+
+
+def test_views_that_no_target_belongs_to_are_refused_where_an_arm_is_taught(tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    cache = extract(small(folder))
+    for arms in ((TAUGHT,), (ALONE, RANDOM)):
+        with pytest.raises(CacheMismatch) as refused:
+            train_students(stage_two(cache, folder, "views.count=8", arms=arms))
+        assert str(refused.value) == (
+            "shapes.h5 has no views: its targets are of the images as they are, and a taught student that sees them "
+            "moved or mirrored would learn what the teacher says of others. Make the cache again with views (tspipe "
+            "cache --views 8 --force), or train without: --set views.count=0"
+        )
+    assert not (tmp_path / "run1").exists()
+
+
+def test_students_alone_may_have_fresh_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn again each epoch; what the settings say of how many there are does not matter then."""
+    noted, folder = Noted(monkeypatch), tmp_path / "shapes"
+    cache = extract(small(folder, *CROP))
+    run = train_students(stage_two(cache, folder, "views.count=8", "views.shift=2", arms=(ALONE,)))
+    assert run.config["views"] == {"flip": True, "shift": 2}
+    preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
+    whole = [preprocess.before_views.apply(np.asarray(pixels)) for pixels in images_of(folder)]
+    pixels = torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2)
+    for epoch in range(2):
+        draw = words(0, "views", epoch, 0)
+        drawn = torch.tensor([[next(draw) % 5 - 2, next(draw) % 5 - 2, next(draw) % 2] for _ in range(16)])
+        moved = shift_and_flip(pixels, drawn)[:, :, 2:18, 2:18]
+        for batch in batches.order(0, epoch, 16, 4):
+            assert noted.batches.pop(0).images.equal(preprocess.normalise(moved[batch]))
+    assert noted.batches == []
+
+
+def images_of(folder: Path) -> list[Any]:
+    from PIL import Image
+
+    return [Image.open(path) for path in sorted((folder / "train").rglob("*.png"))]
+
+
+def test_a_run_says_which_views_it_shows(cropped: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within an epoch, it goes on with the same views."""
+    folder = cropped.path.parent / "shapes"
+    wanted = replace(stage_two(cropped, folder, "checkpoint_seconds=0"), out=tmp_path / "killed")
+    whole = train_students(replace(wanted, out=tmp_path / "whole"))
+    assert whole.config["views"] == {"count": V, "flip": True, "shift": 3}
+    taken = interrupted_at(monkeypatch, 3, 7)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_students(wanted)
+    assert students(train_students(wanted)) == students(whole)
+    assert len(taken) == 2 * 4 + 2
+
+
+def test_processes_that_split_a_batch_share_its_views(cropped: Cache, tmp_path: Path) -> None:
+    wanted = stage_two(cropped, cropped.path.parent / "shapes", "batch_size=5")
+
+    def batches_of(group: Group) -> list[batches.Batch]:
+        run = Run(wanted, RunFolder(tmp_path, {}, {}), torch.device("cpu"), group)
+        return [batch for _, batch in run.batches(0, 1, slice(1, None))]
+
+    for whole, *parts in zip(batches_of(Group()), *(batches_of(Group(rank, 2)) for rank in range(2)), strict=True):
+        assert [len(part.images) for part in parts] == [3, 2]
+        assert torch.cat([part.images for part in parts]).equal(whole.images)
+        assert torch.cat([part.target.features for part in parts]).equal(whole.target.features)
+    empty = Preprocess((0.5,), (0.5,), crop=3).replay(torch.empty(0, 1, 4, 4), torch.empty(0, 3))
+    assert empty.shape == (0, 1, 3, 3)
+
+
+def test_on_the_command_line(tspipe: Tspipe, tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    small(folder)
+    settings = ["--set=compute.block_rows=4", "--weights", folder / "w.safetensors", "--teacher", "lenet5"]
+    made = tspipe("cache", "--dataset", f"folder:{folder}", "--views", 2, "--out", "x.h5", *settings)
+    assert (made.code, made.error) == (0, "")
+    said = "views       2 of each training image, moved by up to 4 pixels, mirrored, seed 0"
+    assert said in made.out
+    assert said in tspipe("info", f"file://{tmp_path}/x.h5").out
+    assert open_cache("x.h5").manifest["views"] == {"count": 2, "flip": True, "seed": 0, "shift": 4}
+    again = tspipe("cache", "--dataset", f"folder:{folder}", "--out", "x.h5", *settings)
+    assert again.error == (
+        "x.h5 is another cache: views is count 2, flip True, seed 0, shift 4 there and None here. Move it away, "
+        "replace it (tspipe cache --force) or write another (--out)."
+    )
+    made = tspipe("student", "--cache", "x.h5", "--data", folder, *(f"--set={s}" for s in STUDENT))
+    assert (made.code, made.error) == (0, "")
+
+
+def test_the_benchmark_takes_a_cache_of_views(cropped: Cache, tmp_path: Path) -> None:
+    measured = bench.Bench(replace(stage_two(cropped, cropped.path.parent / "shapes"), out=None), 0.1, tmp_path)
+    measured._targets()
+    measured._stage_one()
+    assert [line.what.split(" / ")[0] for line in measured.lines] == [
+        "rows held", "rows read", "stage one", "stage one", "stage one, files",
+    ]  # fmt: skip

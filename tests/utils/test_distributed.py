@@ -1,0 +1,106 @@
+"""A process's place among others: groups of real processes, devices, cores."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tspipe.errors import RecipeError
+from tspipe.utils import distributed
+from tspipe.utils.device import pick_device
+from tspipe.utils.distributed import ALONE, group
+from tspipe.utils.threads import cores
+from zygote import places
+
+PROGRAM = """
+import os, pathlib, sys
+from tspipe.utils.distributed import group
+from tspipe.errors import OtherProcessFailed
+
+with group() as found:
+    print(found)
+    print(found.broadcast({"from": found.rank}), found.gather(f"of {found.rank}"))
+    with found.first():
+        with open(sys.argv[1], "a") as file:
+            file.write(f"{found.rank}")
+    found.barrier()
+    print(pathlib.Path(sys.argv[1]).read_text())
+    if found.rank == 1:
+        os._exit(3)
+    try:
+        found.barrier()
+    except OtherProcessFailed as problem:
+        print(problem)
+"""
+
+
+def test_a_group_of_two(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, tmp_path / "order"],
+            env={**os.environ, **place},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for place in places(2)
+    ]
+    said = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    both = "{'from': 0} ['of 0', 'of 1']"
+    assert said[0] == [
+        "Group(rank=0, size=2)", both, "01", "Rank 0 stops: another process has failed, or cannot be reached."
+    ]  # fmt: skip
+    assert said[1] == ["Group(rank=1, size=2)", both, "01"]
+    assert [process.returncode for process in started] == [0, 3]
+
+
+def test_a_process_alone() -> None:
+    with group() as found:
+        assert found is ALONE
+        assert (found.broadcast("x"), found.gather("x")) == ("x", ["x"])
+        found.barrier()
+        with found.first():
+            pass
+
+
+def test_a_size_without_an_address_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with group() as found:
+        assert found is ALONE
+
+
+def test_torchruns_job_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in places(1)[0].items():
+        monkeypatch.setenv(name, value)
+    with group() as found:
+        assert found is ALONE
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device(wanted) == torch.device("cuda")
+    assert current == [], "a process alone may have chosen it"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(wanted) == torch.device("cuda:1")
+    assert current == [1]
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RecipeError) as refused:
+        pick_device(wanted)
+    assert str(refused.value) == ("This machine has 2 GPUs, one a process: start torchrun with --nproc-per-node 2")
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert cores() == 1
