@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tspipe.cache import open_cache
-from tspipe.recipes.load import recipe_of
+from tspipe.recipes.load import recipe_for_cache
 from tspipe.training.arms import TAUGHT
 from tspipe.training.checkpoint import Position
 from tspipe.training.config import StudentConfig
@@ -83,7 +83,7 @@ def resnet18() -> tuple[float, float]:
     """Operations a second of its training steps, data handling and all, and the seconds of one."""
     cache = open_cache(CACHE)
     overrides = [f"device={DEVICE}", "precision=bfloat16", "compile=true", "random_images=0", "batch_size=128"]
-    recipe, _ = recipe_of(CACHE, cache.manifest, None, overrides, {"student": ["resnet18"]})
+    recipe, _ = recipe_for_cache(CACHE, cache.manifest, None, overrides, {"student": ["resnet18"]})
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(DEVICE)
         run = Run(StudentConfig(recipe, cache, (TAUGHT,)), RunFolder(Path(folder), {}, {}), device)

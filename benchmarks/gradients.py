@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tspipe.cache import open_cache
 from tspipe.losses import Target
-from tspipe.recipes.load import recipe_of
+from tspipe.recipes.load import recipe_for_cache
 from tspipe.training.arms import RANDOM
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
@@ -34,7 +34,7 @@ def gradient(network: torch.nn.Module, loss: torch.nn.Module, images: Tensor, ta
 def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None:
     """Print a line for the real images and one for the random ones."""
     cache = open_cache(Path(file))
-    chosen, _ = recipe_of(file, cache.manifest, recipe, ["random_source=pool"], {"student": [student]})
+    chosen, _ = recipe_for_cache(file, cache.manifest, recipe, ["random_source=pool"], {"student": [student]})
     with tempfile.TemporaryDirectory() as folder:
         run = Run(
             StudentConfig(chosen, cache, (RANDOM,), Path(data)), RunFolder(Path(folder), {}, {}), torch.device("cpu")

@@ -11,7 +11,7 @@ from tspipe.models import networks, weights
 from tspipe.models.feature_net import (
     FeatureNet,
     fold_batch_norms,
-    frozen,
+    freeze,
     load_teacher,
     split,
     student_of,
@@ -132,7 +132,7 @@ def test_the_frozen_teacher_is_the_plain_one(name: str) -> None:
     plain = split(module, name, PROBE)
     with torch.no_grad():
         features, logits = plain(images)
-        teacher = frozen(nn.Sequential(plain.backbone, plain.head), name, SHAPE, torch.device("cpu"))
+        teacher = freeze(nn.Sequential(plain.backbone, plain.head), name, SHAPE, torch.device("cpu"))
         found = teacher(images)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules())
     assert not teacher.training
@@ -170,7 +170,7 @@ def test_what_cannot_be_traced_is_folded_part_by_part(by_place: bool) -> None:
     module = Branching(by_place=by_place).eval()
     expected = module(PROBE).detach()
     with torch.no_grad():
-        teacher = frozen(copy.deepcopy(module), "module", SHAPE, torch.device("cpu"))
+        teacher = freeze(copy.deepcopy(module), "module", SHAPE, torch.device("cpu"))
         torch.testing.assert_close(teacher(PROBE).logits, expected, rtol=1e-4, atol=1e-5)
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules()) is by_place
     fold_batch_norms(module)
@@ -187,7 +187,7 @@ def test_loading_a_teacher_gives_the_options_its_weights_show() -> None:
     options = {"input_shape": list(SHAPE), "shortcut": "A"}
     loaded, seen = load_teacher("resnet20", 10, SHAPE, options, module.state_dict(), "w.pt")
     assert seen == {"input_shape": [3, 32, 32], "shortcut": "B"}
-    assert weights.canonical(loaded) == weights.canonical(module)
+    assert weights.canonical_bytes(loaded) == weights.canonical_bytes(module)
 
 
 def test_width() -> None:
@@ -228,7 +228,7 @@ def test_what_cannot_be_folded_is_left(module: nn.Module) -> None:
     images = torch.rand(4, *SHAPE)
     expected = module(images).detach()
     with torch.no_grad():
-        found = frozen(module, "module", SHAPE, torch.device("cpu"))(images).logits
+        found = freeze(module, "module", SHAPE, torch.device("cpu"))(images).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

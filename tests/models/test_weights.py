@@ -197,13 +197,13 @@ def test_load_into_copies_and_needs_no_counters():
 
 def test_load_into_refuses_before_it_copies():
     target = networks.build("lenet5", 10, (1, 16, 16))
-    before = weights.canonical(target)
+    before = weights.canonical_bytes(target)
     tensors = {key: value + 1 for key, value in target.state_dict().items() if key != "classifier.4.bias"}
     assert refusal(weights.load_into, target, tensors, "lenet5", "w.pt") == (
         "w.pt does not fit lenet5: 1 key of the network is not in the weights (classifier.4.bias). "
         "Name the network that they belong to: --teacher NAME"
     )
-    assert weights.canonical(target) == before
+    assert weights.canonical_bytes(target) == before
 
 
 def test_weights_of_a_deeper_network():
@@ -285,19 +285,19 @@ def test_the_published_resnet56_fits():
 def test_canonical_bytes_depend_on_the_weights_alone():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
-    data = weights.canonical(network)
+    data = weights.canonical_bytes(network)
     assert same(safetensors.torch.load(data), network.state_dict())
-    assert weights.canonical(network.to(memory_format=torch.channels_last)) == data
+    assert weights.canonical_bytes(network.to(memory_format=torch.channels_last)) == data
     assert int.from_bytes(data[:8], "little") and b"__metadata__" not in data
     with torch.no_grad():
         network[0].bias[0] += 1
-    assert weights.canonical(network) != data
+    assert weights.canonical_bytes(network) != data
 
 
 def test_canonical_writes_tied_weights_twice():
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     network[1].weight = network[0].weight
-    assert same(safetensors.torch.load(weights.canonical(network)), network.state_dict())
+    assert same(safetensors.torch.load(weights.canonical_bytes(network)), network.state_dict())
 
 
 @pytest.mark.parametrize("form", ["module", "tensors"])
@@ -311,7 +311,7 @@ def test_save_and_read(tmp_path, form):
     assert read.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [file.name for file in path.parent.iterdir()] == ["w.safetensors"]
     with safe_open(path, "pt") as file:
-        assert weights.stated(file.metadata()) == metadata
+        assert weights.unpack_metadata(file.metadata()) == metadata
 
 
 def test_save_is_deterministic(tmp_path, state):
@@ -347,4 +347,4 @@ def test_save_replaces_and_leaves_the_old_file_when_it_fails(tmp_path, state, mo
 
 @pytest.mark.parametrize("metadata", [None, {}, {"tspipe": "no json"}, {"tspipe": "[1]"}, {"tspipe": '{"a":1}'}])
 def test_stated_leaves_metadata_of_others_as_it_is(metadata):
-    assert weights.stated(metadata) == (metadata or {})
+    assert weights.unpack_metadata(metadata) == (metadata or {})

@@ -30,13 +30,13 @@ def test_every_recipe_loads(name):
 
 @pytest.mark.parametrize("name", datasets.names())
 def test_every_dataset_has_a_recipe(name):
-    assert load.of_dataset(name) == name
+    assert load.default_recipe(name) == name
 
 
 def test_recipe_of_a_dataset():
-    assert load.of_dataset("folder:some/birds") == "folder"
+    assert load.default_recipe("folder:some/birds") == "folder"
     with pytest.raises(RecipeError) as problem:
-        load.of_dataset("./mine.py")
+        load.default_recipe("./mine.py")
     assert str(problem.value) == (
         f"There is no recipe for mine. Name one with --recipe: {', '.join(load.names())}, or a TOML file."
     )
@@ -254,8 +254,8 @@ def test_strong_lies_upon_the_recipe_of_the_dataset_or_of_a_table():
     assert strong.optimisation("resnet18").lr == 0.1
     assert strong.optimisation("alexnet", alone=True) == strong.optimisation("alexnet")
     table = load.load("table3,strong")
-    assert (table.paper.title, table.optimizer, table.alone) == ("Table 3", "sgd", recipe.Own())
-    assert load.load("table3").alone != recipe.Own()
+    assert (table.paper.title, table.optimizer, table.alone) == ("Table 3", "sgd", recipe.Overrides())
+    assert load.load("table3").alone != recipe.Overrides()
 
 
 def test_a_recipe_that_is_its_own_base(tmp_path):

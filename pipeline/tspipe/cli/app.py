@@ -61,9 +61,9 @@ def teacher(
 
     start = weight_files.read(weights) if weights else None
     flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs}
-    name = recipe or recipes.of_dataset(dataset)
+    name = recipe or recipes.default_recipe(dataset)
     chosen = recipes.load(name, settings or (), flags)
-    if start and start.metadata.get("network") == networks.stated_name(chosen.teacher.network):
+    if start and start.metadata.get("network") == networks.recorded_name(chosen.teacher.network):
         chosen = recipes.load(name, settings or (), flags, teachers.facts(start))
     teachers.train_and_say(TeacherConfig(chosen, data, start, out, force, download))
 
@@ -105,7 +105,7 @@ def cache(
     from tspipe.training.train_teacher import TeacherConfig
     from tspipe.utils import distributed
 
-    name = recipe or recipes.of_dataset(dataset)
+    name = recipe or recipes.default_recipe(dataset)
     flags = {"dataset": dataset, "teacher.network": teacher, "views.count": views}
     with distributed.group() as group:
         with group.first():
@@ -154,7 +154,7 @@ def student(
     """Stage two: train students against a cache."""
     from tspipe.cache import open_cache
     from tspipe.experiments import report
-    from tspipe.recipes.load import recipe_of
+    from tspipe.recipes.load import recipe_for_cache
     from tspipe.training import trainer as train_students
     from tspipe.training.arms import arms as arms_of
     from tspipe.training.config import StudentConfig
@@ -165,7 +165,7 @@ def student(
     with distributed.group() as group:
         with group.first():
             opened = open_cache(local(cache))
-            chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, flags)
+            chosen, usual = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
             arms = arms_of(compare, chosen)
         config = StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
         run = train_students.train_students(config, group)
@@ -229,11 +229,11 @@ def bench(
     from tspipe.cli.render import show_bench
     from tspipe.experiments import bench as stage
     from tspipe.experiments import bench_result
-    from tspipe.recipes.load import recipe_of
+    from tspipe.recipes.load import recipe_for_cache
     from tspipe.training.config import StudentConfig
 
     opened = open_cache(local(cache))
-    chosen, usual = recipe_of(cache, opened.manifest, recipe, settings, {"student": student or None})
+    chosen, usual = recipe_for_cache(cache, opened.manifest, recipe, settings, {"student": student or None})
     result = bench_result.as_json(stage.bench(StudentConfig(chosen, opened, data=data or usual), seconds))
     if json_:
         print(json.dumps(result, indent=2))

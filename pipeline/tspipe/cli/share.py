@@ -51,7 +51,7 @@ def verify(
     """Is every byte of a cache what was written?"""
     from tspipe.cache import open_cache
     from tspipe.cache.inspect import inspect
-    from tspipe.recipes.load import recipe_of
+    from tspipe.recipes.load import recipe_for_cache
     from tspipe.utils.console import size
 
     damage = _find_damage(file)
@@ -62,7 +62,7 @@ def verify(
         from tspipe.models import weights as weight_files
 
         manifest = inspect(file, identified=False).manifest
-        chosen, usual = recipe_of(str(file), manifest, recipe, settings, {})
+        chosen, usual = recipe_for_cache(str(file), manifest, recipe, settings, {})
         config = stage.VerifyConfig(chosen, folder or usual, weight_files.read(weights) if weights else None)
     while damage:
         stage.repair(file, damage, config)

@@ -124,7 +124,7 @@ class Bench:
 
     def _student(self, name: str) -> None:
         """An epoch of a taught student, beside bare steps and bare tests on tensors in memory; and the loop without."""
-        run, what = self.run, networks.stated_name(name)
+        run, what = self.run, networks.recorded_name(name)
         size, test_size = self.config.recipe.batch_size, self.config.recipe.test_batch_size
         run.live = None
         learner = self._learner(name, TAUGHT)  # for all ways: two alike may differ by 4 %, by where their weights lie
@@ -303,7 +303,9 @@ class Bench:
     def _plain_teacher(self) -> FeatureNet:
         shape = self.run.train_pixels.shape
         module, name = build_teacher(self.config.cache, self.config.recipe, shape)
-        return feature_net.split(module.eval().requires_grad_(False), name, feature_net.noise(shape)).to(self.device)
+        return feature_net.split(module.eval().requires_grad_(False), name, feature_net.probe_images(shape)).to(
+            self.device
+        )
 
     def _compare(self, what: str, floor: Way, ours: Way, share: float = 1) -> None:
         """A line of the table."""
@@ -354,7 +356,7 @@ class Bench:
         """What to do about it."""
         if not self.live:
             return "The file carries no teacher, or no random images are asked for, so only cached targets were timed."
-        name = networks.stated_name(self.config.recipe.student[0])
+        name = networks.recorded_name(self.config.recipe.student[0])
         faster = self.facts[f"{name}: cached epoch, times faster than live"]
         steps = (
             self.facts["teacher: seconds of a pass over random images"]

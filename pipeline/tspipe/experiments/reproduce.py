@@ -15,8 +15,8 @@ from tspipe.errors import RecipeError
 from tspipe.extraction.extract import ExtractConfig, cache_path, extract
 from tspipe.models import networks
 from tspipe.recipes import load
-from tspipe.recipes.load import recipe_of
-from tspipe.recipes.schema import Own, Paper, Recipe
+from tspipe.recipes.load import recipe_for_cache
+from tspipe.recipes.schema import Overrides, Paper, Recipe
 from tspipe.training import arms
 from tspipe.training import teacher_weights as teachers
 from tspipe.training.config import StudentConfig, check_names
@@ -79,7 +79,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
             arms_of(config, chosen)
             check_names(chosen)
             for student in chosen.student:
-                networks.check(student)
+                networks.check_exists(student)
             for loss in chosen.loss:
                 losses.build(loss, {"width": 1}, chosen.loss_options(loss))
     caches = [config.cache or _cache(config, part, group) for part in found]
@@ -166,7 +166,7 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
 
 def _usual_teacher(part: Part) -> str:
     """The network whose cache of this dataset bears the dataset's name alone."""
-    own = part.name if is_file(part.dataset) else load.of_dataset(part.dataset)
+    own = part.name if is_file(part.dataset) else load.default_recipe(part.dataset)
     return load.load(own, flags={"dataset": part.dataset}).teacher.network
 
 
@@ -184,7 +184,9 @@ def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
     """What stage two is asked for."""
     flags: dict[str, Any] = {"student": list(config.students) or None, "seeds": config.seeds}
     flags |= {"dataset": part.dataset} if is_file(part.dataset) else {}
-    chosen, usual = recipe_of(str(cache.path), cache.manifest, _recipe(config, part), list(config.settings), flags)
+    chosen, usual = recipe_for_cache(
+        str(cache.path), cache.manifest, _recipe(config, part), list(config.settings), flags
+    )
     paper = load.load(part.name)
     differs = _differences(config, part, chosen, paper, cache)
     chosen = shortened(chosen, config.epochs or chosen.epochs)
@@ -220,7 +222,7 @@ def _differences(config: TableConfig, part: Part, chosen: Recipe, paper: Recipe,
 def shortened(chosen: Recipe, epochs: int) -> Recipe:
     """The recipe with another number of epochs, and what its learning rates do after some of them in proportion."""
 
-    def scaled(how: Recipe | Own) -> dict[str, int | list[int] | None]:
+    def scaled(how: Recipe | Overrides) -> dict[str, int | list[int] | None]:
         every, milestones = how.lr_drop_every, how.lr_milestones
         return {
             "lr_drop_every": every and max(1, round(every * epochs / chosen.epochs)),

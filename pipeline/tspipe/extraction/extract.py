@@ -59,7 +59,7 @@ class ExtractConfig:
 
 def cache_path(dataset: str, teacher: str, usual: str) -> Path:
     """`cache/<dataset>.h5` for the usual teacher, that of the recipe, `cache/<dataset>-<teacher>.h5` for another."""
-    other = "" if teacher == usual else f"-{networks.stated_name(teacher).replace(':', '-')}"
+    other = "" if teacher == usual else f"-{networks.recorded_name(teacher).replace(':', '-')}"
     return Path("cache") / f"{stem(dataset)}{other}.h5"
 
 
@@ -113,8 +113,8 @@ def _prepare(config: ExtractConfig) -> Job:
         name, classes, shape, recipe.teacher.options, config.weights.tensors, config.weights.source
     )
     options["input_shape"] = list(shape)
-    stored = weights.canonical(module)
-    teacher = feature_net.frozen(module, name, shape, device)
+    stored = weights.canonical_bytes(module)
+    teacher = feature_net.freeze(module, name, shape, device)
     plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
     dimensions = _dimensions(plan, dataset, len(stored), (*shape[1:], shape[0]) if config.images else None)
     return Job(config, dataset, teacher, stored, plan, dimensions)
@@ -269,7 +269,7 @@ def _plan(
         "teacher": {
             "correct": None,
             "file_sha256": config.weights.sha256,
-            "network": networks.stated_name(recipe.teacher.network),
+            "network": networks.recorded_name(recipe.teacher.network),
             "options": options,
             "weights_sha256": weights_sha256,
         },

@@ -25,7 +25,7 @@ from tspipe.extraction import blocks as rows
 from tspipe.extraction import forward
 from tspipe.models import feature_net, weights
 from tspipe.models.feature_net import FeatureNet
-from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_name
+from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_network
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.utils import device
@@ -261,14 +261,14 @@ def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
             f"{there['file_sha256'][:12]}…: --weights FILE"
         )
     module, _ = feature_net.load_teacher(
-        teacher_name(cache, config.recipe),
+        teacher_network(cache, config.recipe),
         len(cache.classes),
         tuple(there["options"]["input_shape"]),
         there["options"],
         config.weights.tensors,
         config.weights.source,
     )
-    data = weights.canonical(module)
+    data = weights.canonical_bytes(module)
     if hashlib.sha256(data).hexdigest() != there["weights_sha256"]:
         raise CacheMismatch(f"{config.weights.source} is not what {cache.path.name} was made with.")
     return data

@@ -27,9 +27,9 @@ def names() -> list[str]:
     return plugins.names("losses")
 
 
-def stated_name(name: str) -> str:
+def recorded_name(name: str) -> str:
     """The name that tables state: a user's `./mine.py` is `mine`, every other name is itself."""
-    return plugins.stated_name("losses", name)
+    return plugins.recorded_name("losses", name)
 
 
 def build(name: str, offered: Mapping[str, Any], options: Mapping[str, Any] = {}) -> nn.Module:

@@ -200,13 +200,13 @@ def _build(name: str, num_classes: int, input_shape: tuple[int, int, int], optio
     return networks.build(name, num_classes, input_shape, own)
 
 
-def frozen(module: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
+def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
     """A loaded teacher as the (features, logits) it gives: in eval mode, never to be trained, made for inference.
 
     Batch norms are folded into the convolutions before them, and convolutions run channels-last. Features stay
     within 1e-4 of the plain network's, max|Δ| / max|f|, on a probe of noise; where they would not, nothing is folded.
     """
-    probe = noise(input_shape)
+    probe = probe_images(input_shape)
     network = split(module.eval().requires_grad_(False), name, probe)
     folded = FeatureNet(fold_batch_norms(network.backbone), network.head).eval()
     if _same_features(network, folded, probe):
@@ -225,7 +225,7 @@ def _same_features(plain: FeatureNet, folded: FeatureNet, probe: Tensor) -> bool
     return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
-def noise(input_shape: tuple[int, int, int]) -> Tensor:
+def probe_images(input_shape: tuple[int, int, int]) -> Tensor:
     """A probe of two images (2, C, H, W), always the same, that tells functions apart which agree on zeros."""
     return torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
 

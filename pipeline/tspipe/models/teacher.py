@@ -23,7 +23,7 @@ def load_teacher(
     Raises NetworkError when they do not fit the network, CacheMismatch when the network does not fit the rows.
     """
     module, name = build_teacher(cache, recipe, input_shape, data)
-    network = feature_net.frozen(module, name, input_shape, device)
+    network = feature_net.freeze(module, name, input_shape, device)
     if network.width != cache.dimensions.width:
         raise CacheMismatch(
             f"{cache.path.name}: its teacher gives {network.width} features, its rows have {cache.dimensions.width}."
@@ -35,7 +35,7 @@ def build_teacher(
     cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], data: bytes | None = None
 ) -> tuple[nn.Module, str]:
     """The plain network of a cache's teacher with its weights, on the CPU, and its name; raises as `load_teacher`."""
-    name, options = teacher_name(cache, recipe), cache.manifest["teacher"]["options"]
+    name, options = teacher_network(cache, recipe), cache.manifest["teacher"]["options"]
     check_input_shape(cache, input_shape)
     source = f"the teacher's weights in {cache.path.name}"
     count = feature_net.count_parameters(name, len(cache.classes), input_shape, options)
@@ -57,11 +57,11 @@ def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
         )
 
 
-def teacher_name(cache: Cache, recipe: Recipe) -> str:
+def teacher_network(cache: Cache, recipe: Recipe) -> str:
     """The network of the cache's teacher: tspipe's own or torchvision's; a user's file only if the recipe names it."""
     name: str = cache.manifest["teacher"]["network"]
     own = recipe.teacher.network
-    if plugins.is_file(own) and networks.stated_name(own) == name:
+    if plugins.is_file(own) and networks.recorded_name(own) == name:
         return own
     if name not in networks.names() and not name.startswith("torchvision:"):
         raise NetworkError(
@@ -103,10 +103,10 @@ def draws_at_random(teacher: FeatureNet, images: Tensor) -> bool:
     return bool((first - second).abs().max() > ROUNDING * first.abs().max())
 
 
-def teacher_parameters(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> int | None:
+def count_teacher_parameters(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> int | None:
     """How many weights the cache's teacher has; None of one that cannot be built here."""
     options = cache.manifest["teacher"]["options"]
     try:
-        return feature_net.count_parameters(teacher_name(cache, recipe), len(cache.classes), input_shape, options)
+        return feature_net.count_parameters(teacher_network(cache, recipe), len(cache.classes), input_shape, options)
     except NetworkError:
         return None

@@ -62,7 +62,7 @@ def read(path: Path) -> Weights:
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors" or _is_safetensors(data):
         tensors = parse(data, str(path))
-        metadata = stated(_header(data).get("__metadata__"))
+        metadata = unpack_metadata(_header(data).get("__metadata__"))
     else:
         tensors = _state_dict(_load_pickle(data, path))
     tensors = _without_prefix(tensors, "module.")
@@ -109,7 +109,7 @@ def parse(data: bytes, source: str) -> dict[str, Tensor]:
         raise NetworkError(_damaged(source)) from problem
 
 
-def stated(metadata: Mapping[str, str] | None) -> dict[str, str]:
+def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """A safetensors file's metadata; where `save` wrote the file, what `save` was given."""
     metadata = dict(metadata or {})
     try:
@@ -172,7 +172,7 @@ def _check_types(module: nn.Module, tensors: Mapping[str, Tensor], network: str,
         raise NetworkError(f"{source} does not fit {network}: {problem}. Save them as float32.")
 
 
-def canonical(module: nn.Module) -> bytes:
+def canonical_bytes(module: nn.Module) -> bytes:
     """A module's state dict as safetensors without metadata: equal weights give equal bytes."""
     return _bytes(module.state_dict(), None)
 

@@ -27,7 +27,7 @@ def names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def of_dataset(spec: str) -> str:
+def default_recipe(spec: str) -> str:
     """The recipe a dataset has when none is named: that of its name.
 
     Raises DatasetError for an unknown dataset, RecipeError for one without a recipe.
@@ -89,7 +89,7 @@ def _fields(name: str, dataset: str | None, above: tuple[str, ...] = ()) -> dict
             raise RecipeError(f"The recipe {part} is not TOML: {problem}.") from None
         base = own.pop("base", None)
         if not fields and base is None and dataset and "dataset" not in own:
-            base = of_dataset(dataset)
+            base = default_recipe(dataset)
         if not isinstance(base, str | None):
             raise RecipeError(f"The recipe {part} has a base that is no name: {base!r}.")
         if base in (*above, part):
@@ -156,7 +156,7 @@ def _known_fields() -> list[str]:
     return [*(field for section in sections for field in section.model_fields), *Preprocess.__dataclass_fields__]
 
 
-def recipe_of(
+def recipe_for_cache(
     file: str, manifest: dict[str, Any], recipe: str | None, settings: list[str] | None, flags: dict[str, Any]
 ) -> tuple["Recipe", Path]:
     """The recipe for a cache's dataset, preprocess and views, and where that dataset usually lies."""
@@ -170,5 +170,7 @@ def recipe_of(
             f"--set dataset=./{dataset}.py --recipe NAME"
         )
     facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
-    chosen = recipes.load(recipe or recipes.of_dataset(dataset), settings or (), {"dataset": dataset, **flags}, facts)
+    chosen = recipes.load(
+        recipe or recipes.default_recipe(dataset), settings or (), {"dataset": dataset, **flags}, facts
+    )
     return chosen, Path("data") / datasets.stem(dataset)

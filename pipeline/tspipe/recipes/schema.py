@@ -12,7 +12,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import Generator
 from tspipe.data.views import Views
 from tspipe.utils.plugins import names as plugin_names
-from tspipe.utils.plugins import stated_name, unknown
+from tspipe.utils.plugins import recorded_name, unknown
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -67,7 +67,7 @@ class Compute(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
-class Own(Section):
+class Overrides(Section):
     """What differs from the recipe's optimisation; None means as there."""
 
     optimizer: Literal["adam", "sgd"] | None = None
@@ -79,7 +79,7 @@ class Own(Section):
     weight_decay: float | None = Field(None, ge=0)
 
 
-class Student(Own):
+class Student(Overrides):
     """What one student has of its own."""
 
     options: dict[str, Any] = {}
@@ -106,7 +106,9 @@ class Recipe(Optimisation):
     views: Views = Views()
     student: list[str] = Field(["lenet5"], min_length=1, description="the students trained when none is named")
     students: dict[str, Student] = {}
-    alone: Own = Field(Own(), description="of the student alone, which --compare then trains in this way, too")
+    alone: Overrides = Field(
+        Overrides(), description="of the student alone, which --compare then trains in this way, too"
+    )
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=2, description="batch norm needs two")
     loss: list[str] = Field(["ts"], min_length=1, description="of the taught arms: names, or paths of Python files")
@@ -163,7 +165,7 @@ class Recipe(Optimisation):
 
     @model_validator(mode="after")
     def _known_losses(self) -> Self:
-        known = {*plugin_names("losses"), *(stated_name("losses", name) for name in self.loss)}
+        known = {*plugin_names("losses"), *(recorded_name("losses", name) for name in self.loss)}
         for name in self.losses:
             if name not in known:
                 raise ValueError(unknown("loss", name, known))
@@ -171,7 +173,7 @@ class Recipe(Optimisation):
 
     def loss_options(self, loss: str) -> dict[str, Any]:
         """The options this loss is built with."""
-        return self.losses.get(stated_name("losses", loss), {})
+        return self.losses.get(recorded_name("losses", loss), {})
 
     def student_options(self, student: str) -> dict[str, Any]:
         """The options this student's network is built with."""
@@ -185,4 +187,4 @@ class Recipe(Optimisation):
 
 
 def _stated(network: str) -> str:
-    return stated_name("models.networks", network)
+    return recorded_name("models.networks", network)

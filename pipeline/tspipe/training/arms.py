@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from tspipe.models import networks
-from tspipe.recipes.schema import Own, Recipe
+from tspipe.recipes.schema import Overrides, Recipe
 
 ALONE, OWN, TAUGHT, RANDOM = ARMS = ("alone", "alone, own schedule", "taught", "taught + random")
 UNTAUGHT = (ALONE, OWN)
@@ -16,7 +16,7 @@ def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
     Where a paper fits the student alone in another way than the taught one, it is trained in both: `alone` differs from
     the taught arms in the loss only, `alone, own schedule` is the paper's.
     """
-    there = {ALONE: True, OWN: recipe.alone != Own(), TAUGHT: True, RANDOM: recipe.random_images > 0}
+    there = {ALONE: True, OWN: recipe.alone != Overrides(), TAUGHT: True, RANDOM: recipe.random_images > 0}
     chosen = ARMS if compare else (RANDOM if there[RANDOM] else TAUGHT,)
     return tuple(arm for arm in chosen if there[arm])
 
@@ -29,7 +29,7 @@ def losses_of(arm: str, chosen: Sequence[str]) -> Sequence[str]:
 def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
     """What files call a learner."""
     other = "" if arm in UNTAUGHT or loss == "ts" else f"-{loss}"
-    return f"{networks.stated_name(student)}-{re.sub('[^a-z]+', '-', arm)}{other}-seed{seed}".replace(":", "-")
+    return f"{networks.recorded_name(student)}-{re.sub('[^a-z]+', '-', arm)}{other}-seed{seed}".replace(":", "-")
 
 
 def taught(chosen: Sequence[str]) -> bool:

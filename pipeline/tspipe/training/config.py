@@ -36,7 +36,7 @@ def check_names(recipe: Recipe) -> None:
     """Raise RecipeError where students, losses or learners could not be told apart by name."""
     students, used = (
         [stated(name) for name in names]
-        for stated, names in ((networks.stated_name, recipe.student), (losses.stated_name, recipe.loss))
+        for stated, names in ((networks.recorded_name, recipe.student), (losses.recorded_name, recipe.loss))
     )
     learners = [
         learner_name(student, arm, loss, 0) for student in students for arm in ARMS for loss in losses_of(arm, used)

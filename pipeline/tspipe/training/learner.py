@@ -85,7 +85,7 @@ class Learner:
         loss: str = "ts",
     ):
         self.student, self.arm, self.seed, self.device = student, arm, seed, device
-        self.loss_name = losses.stated_name(loss := "xent" if arm in UNTAUGHT else loss)
+        self.loss_name = losses.recorded_name(loss := "xent" if arm in UNTAUGHT else loss)
         seed_torch(seed, "loss weights")
         self.loss = losses.build(loss, {**recipe.model_dump(), "width": width}, recipe.loss_options(loss)).to(device)
         self.how = recipe.optimisation(student, alone=arm == OWN)
@@ -93,7 +93,7 @@ class Learner:
         # The same seed for every arm: they begin as the same network.
         seed_torch(seed, "weights")
         module = networks.build(student, num_classes, input_shape, options)
-        probe = feature_net.noise(input_shape)
+        probe = feature_net.probe_images(input_shape)
         network = feature_net.student_of(module, student, width, num_classes, probe)
         network.precision = getattr(torch, recipe.precision)
         # Channels-last, as the pixels come: 5 to 30 % faster than channels-first for all of the paper's students.

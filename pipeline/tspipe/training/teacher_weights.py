@@ -62,7 +62,7 @@ def train_and_say(config: TeacherConfig) -> None:
 def check_network(found: Weights, network: str) -> None:
     """Weights that tspipe wrote say of which network they are; raises NetworkError for another."""
     stated = found.metadata.get("network")
-    if "identity" in found.metadata and stated != networks.stated_name(network):
+    if "identity" in found.metadata and stated != networks.recorded_name(network):
         raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
 
 

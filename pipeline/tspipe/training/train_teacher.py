@@ -54,7 +54,7 @@ class TrainedTeacher:
 
 def checkpoint_path(dataset: str, network: str) -> Path:
     """`checkpoints/<dataset>-<network>.safetensors`; a user's `./mine.py` is `mine`."""
-    return Path("checkpoints") / f"{stem(dataset)}-{networks.stated_name(network).replace(':', '-')}.safetensors"
+    return Path("checkpoints") / f"{stem(dataset)}-{networks.recorded_name(network).replace(':', '-')}.safetensors"
 
 
 def find_checkpoint(dataset: str, network: str) -> Path | None:
@@ -138,7 +138,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
             "classes": json.dumps(list(dataset.train.classes)),
             "dataset": dataset.name,
             "identity": identity,
-            "network": networks.stated_name(how.network),
+            "network": networks.recorded_name(how.network),
             "options": json.dumps(options, sort_keys=True),
             "preprocess": json.dumps(recipe.preprocess.as_dict(), sort_keys=True),
         }
@@ -176,7 +176,7 @@ def _with_new_head(
 ) -> dict[str, Tensor]:
     """A file's weights, the last layer's being the network's own where the file's are for other classes."""
     own = network.state_dict()
-    path, _ = feature_net.last_linear(network, recipe.teacher.network, feature_net.noise(shape))
+    path, _ = feature_net.last_linear(network, recipe.teacher.network, feature_net.probe_images(shape))
     head = [key for key in own if key.rpartition(".")[0] == path and key in tensors]
     if any(tensors[key].shape[1:] != own[key].shape[1:] for key in head):
         return tensors

@@ -23,7 +23,7 @@ from tspipe.errors import DatasetError, RecipeError, TrainingError
 from tspipe.losses import Target
 from tspipe.models import networks, weights
 from tspipe.models.output import Output
-from tspipe.models.teacher import check_teacher, load_teacher, teacher_parameters
+from tspipe.models.teacher import check_teacher, count_teacher_parameters, load_teacher
 from tspipe.training import batches, checkpoint, evaluation
 from tspipe.training.arms import OWN, RANDOM, losses_of, taught
 from tspipe.training.batches import Batch
@@ -371,7 +371,7 @@ class Run:
             "cache": cache.id,
             "classes": json.dumps(cache.classes),
             "input_shape": json.dumps(self.train_pixels.shape),
-            "network": networks.stated_name(learner.student),
+            "network": networks.recorded_name(learner.student),
             "options": json.dumps(self.config.recipe.student_options(learner.student), sort_keys=True),
             "preprocess": json.dumps(self.preprocess.as_dict(), sort_keys=True),
             "width": str(cache.dimensions.width),
@@ -387,7 +387,7 @@ class Run:
             "teacher": {
                 "network": manifest["teacher"]["network"],
                 "test_accuracy": correct / rows,
-                "parameters": teacher_parameters(self.config.cache, self.config.recipe, self.train_pixels.shape),
+                "parameters": count_teacher_parameters(self.config.cache, self.config.recipe, self.train_pixels.shape),
             },
             "parameters": self.parameters,
             **({"mse_weight": self.recipe.mse_weight} if self.config.recipe.mse_weight == "auto" else {}),

@@ -32,7 +32,7 @@ def is_file(name: str) -> bool:
     return name.endswith(".py")
 
 
-def stated_name(folder: str, name: str) -> str:
+def recorded_name(folder: str, name: str) -> str:
     """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself.
 
     Raises TspipeError for a file called as one of ours: the two could not be told apart.

@@ -54,7 +54,7 @@ def test_adapt_reads_the_published_forms(tmp_path, prefix, wrap, renamed, shortc
     assert options == {"shortcut": shortcut}
     again = build(**options)
     weights.load_into(again, tensors, "resnet20", "resnet20.th")
-    assert weights.canonical(again) == weights.canonical(network)
+    assert weights.canonical_bytes(again) == weights.canonical_bytes(network)
     assert networks.adapt("resnet20", tensors) == (tensors, options)
 
 

@@ -21,7 +21,7 @@ def test_its_sizes_and_g() -> None:
     network = networks.build("lenet5_wide", 10, SHAPE)
     assert sum(parameter.numel() for parameter in network.parameters()) == 6_785_930
     assert network.classifier[2].in_features == 2048
-    student = feature_net.student_of(network, "lenet5_wide", 64, 10, feature_net.noise(SHAPE))
+    student = feature_net.student_of(network, "lenet5_wide", 64, 10, feature_net.probe_images(SHAPE))
     assert student.backbone[1].in_features == 128 * 5 * 5
     assert [student.backbone[1].out_features, student.head.in_features] == [64, 64]
     other = networks.build("lenet5_wide", 10, SHAPE, {"maps": [2, 3], "hidden": 4, "keep": 0.5})

@@ -221,7 +221,7 @@ def test_wrong_options(name, options, message):
 def test_a_users_file_that_takes_only_the_number_of_classes(tmp_path):
     path = user_file(tmp_path, "def build(num_classes):\n    return nn.LazyLinear(num_classes)\n")
     assert networks.build(path, 4, SMALL).out_features == 4
-    assert networks.stated_name(path) == "mine"
+    assert networks.recorded_name(path) == "mine"
     assert refusal(path, 4, SMALL, {"depth": 2}) == f"{path} has no option 'depth'. It has none."
 
 
@@ -274,4 +274,4 @@ def test_a_users_file_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet56", "torchvision:resnet18"])
 def test_stated_name(name):
-    assert networks.stated_name(name) == name
+    assert networks.recorded_name(name) == name

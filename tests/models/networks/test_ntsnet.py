@@ -12,7 +12,7 @@ from torch import nn
 from plain_regions import resized, suppressed
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
-from tspipe.models.feature_net import fold_batch_norms, frozen, noise, split
+from tspipe.models.feature_net import fold_batch_norms, freeze, probe_images, split
 from tspipe.models.networks import ntsnet
 from tspipe.models.networks.ntsnet import build, complete, ranking_loss
 
@@ -227,7 +227,7 @@ def test_the_proposals_learn():
 def test_split():
     network, images = small(), torch.rand(3, *SHAPE)
     expected = network.outputs(images)
-    found = split(network, "ntsnet", noise(SHAPE))
+    found = split(network, "ntsnet", probe_images(SHAPE))
     assert found.width == 5 * 32 * WIDTH
     features, logits = found(images)
     torch.testing.assert_close(features, expected.features, rtol=1e-4, atol=1e-5)
@@ -248,7 +248,7 @@ def test_as_a_frozen_teacher_it_has_no_batch_norms():
     network, images = small(), torch.rand(3, *SHAPE)
     with torch.no_grad():
         expected = network(images)
-        teacher = frozen(network, "ntsnet", SHAPE, torch.device("cpu"))
+        teacher = freeze(network, "ntsnet", SHAPE, torch.device("cpu"))
         assert not any(isinstance(layer, nn.BatchNorm2d) for layer in teacher.modules())
         torch.testing.assert_close(teacher(images).logits, expected, rtol=1e-3, atol=1e-4)
 
@@ -300,7 +300,7 @@ def test_published_files_load_as_they_are(tmp_path, wrap):
     torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "nts.ckpt")
     tensors, options = networks.adapt("ntsnet", weights.read(tmp_path / "nts.ckpt").tensors)
     weights.load_into(again, tensors, "ntsnet", "nts.ckpt")
-    assert options == {} and weights.canonical(again) == weights.canonical(network)
+    assert options == {} and weights.canonical_bytes(again) == weights.canonical_bytes(network)
 
 
 def test_training_can_start_from_imagenet_weights():
@@ -351,4 +351,4 @@ def test_wrong_numbers_of_parts_are_refused(concatenated, parts):
 
 def test_images_of_another_size_than_it_was_built_for_are_refused_by_name():
     with pytest.raises(NetworkError, match=r"ntsnet does not take images of \(3, 96, 96\)"):
-        split(small(), "ntsnet", noise((3, 96, 96)))
+        split(small(), "ntsnet", probe_images((3, 96, 96)))

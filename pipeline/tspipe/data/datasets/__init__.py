@@ -87,7 +87,7 @@ def parse(spec: str, data: Path | None = None) -> tuple[ModuleType, str, Path | 
         return module, f"folder:{plugins.plain(path.absolute().name)}", path
     if folder:
         raise DatasetError(f"{kind} is a dataset of its own and takes no path; use --data {folder}.")
-    return module, plugins.stated_name("data.datasets", kind), None
+    return module, plugins.recorded_name("data.datasets", kind), None
 
 
 def stem(name: str) -> str:

@@ -29,12 +29,12 @@ def names() -> list[str]:
     return plugins.names("models.networks")
 
 
-def stated_name(name: str) -> str:
+def recorded_name(name: str) -> str:
     """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself."""
-    return plugins.stated_name("models.networks", name)
+    return plugins.recorded_name("models.networks", name)
 
 
-def check(name: str) -> None:
+def check_exists(name: str) -> None:
     """Raise NetworkError unless there is a network of this name, or a file of the user's that defines one."""
     _defined(name, "build")
 
@@ -50,7 +50,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
 
     Raises NetworkError: unknown name or option, or images that the network cannot take.
     """
-    stated_name(name)  # refuses a file that no cache could tell from one of ours
+    recorded_name(name)  # refuses a file that no cache could tell from one of ours
     if name.startswith(_TORCHVISION):
         return _build_torchvision(name, num_classes, input_shape, options)
     function = plugins.load("models.networks", name, "build", NetworkError).build
