@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tspipe.cache import open_cache
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.training.arms import TAUGHT
+from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Position
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder, environment
-from tspipe.training.trainer import Run
+from tspipe.training.trainer import Trainer, open_trainer
 
 CACHE, EPOCHS, DEVICE = [*sys.argv[1:], *("200", "cuda")[len(sys.argv) - 2 :]]
 TURNS, STEPS = (7, 20) if DEVICE == "cuda" else (1, 1)
@@ -74,9 +75,9 @@ def convolving() -> float:
     return best
 
 
-def endless(run: Run, learner: Any) -> Iterator[int]:
+def endless(trainer: Trainer, batches: BatchSource, learner: Any) -> Iterator[int]:
     while True:
-        yield from run.steps([learner], Position())
+        yield from trainer.steps([learner], batches, Position())
 
 
 def resnet18() -> tuple[float, float]:
@@ -86,11 +87,12 @@ def resnet18() -> tuple[float, float]:
     recipe, _ = recipe_for_cache(CACHE, cache.manifest, None, overrides, {"student": ["resnet18"]})
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(DEVICE)
-        run = Run(StudentConfig(recipe, cache, (TAUGHT,)), RunFolder(Path(folder), {}, {}), device)
-        (learner,) = run.cohort(0)
-        (_, batch), *_ = run.batches(0, 0, slice(1))
+        trainer = open_trainer(StudentConfig(recipe, cache, (TAUGHT,)), RunFolder(Path(folder), {}, {}), device)
+        batches = BatchSource(trainer.data, trainer.targets, None, trainer.partition, recipe.batch_size)
+        (learner,) = trainer.cohort(0)
+        (_, batch), *_ = batches.epoch(0, 0, slice(1))
         counted = operations(lambda: sum(part.sum() for part in learner.network(batch.images)).backward())
-        steps = endless(run, learner)
+        steps = endless(trainer, batches, learner)
         one = seconds(lambda: [next(steps) for _ in range(STEPS)]) / STEPS
     return counted / one, one
 

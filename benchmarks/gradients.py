@@ -19,9 +19,10 @@ from tspipe.cache import open_cache
 from tspipe.losses import Target
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.training.arms import RANDOM
+from tspipe.training.batches import BatchSource
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
-from tspipe.training.trainer import Run
+from tspipe.training.trainer import open_trainer
 
 
 def gradient(network: torch.nn.Module, loss: torch.nn.Module, images: Tensor, target: Target) -> tuple[float, Tensor]:
@@ -36,19 +37,20 @@ def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None
     cache = open_cache(Path(file))
     chosen, _ = recipe_for_cache(file, cache.manifest, recipe, ["random_source=pool"], {"student": [student]})
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(
+        trainer = open_trainer(
             StudentConfig(chosen, cache, (RANDOM,), Path(data)), RunFolder(Path(folder), {}, {}), torch.device("cpu")
         )
-    (learner,) = run.cohort(0)
+    (learner,) = trainer.cohort(0)
+    source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, chosen.batch_size)
     for path in weights:
         learner.network.load_state_dict(safetensors.torch.load_file(path))
     found: dict[str, list[tuple[float, Tensor]]] = {"real": [], "random": []}
-    for _, batch in run.batches(0, 0, slice(12)):
+    for _, batch in source.epoch(0, 0, slice(12)):
         assert batch.random is not None
         parts = {"real": (batch.images, batch.target), "random": batch.random}
         whole = sum(len(images) for images, _ in parts.values())
         for name, (images, target) in parts.items():
-            loss, vector = gradient(learner.network, learner.loss, images, target)
+            loss, vector = gradient(learner.network, learner.model.loss, images, target)
             found[name].append((loss, vector * len(images) / whole))
     squares = {name: sum(float(vector.square().sum()) for _, vector in of) for name, of in found.items()}
     for name, of in found.items():

@@ -47,8 +47,8 @@ def read(path: Path, batches: int) -> None:
     before = resident()
     needs = frozenset({"features", "labels"})
     columns = {"features": cache.train.features}
-    targets = teaching.Targets(columns, torch.from_numpy(cache.train.labels), needs, BOUND, torch.device("cpu"))
-    order = batches.order(0, 0, len(cache.train), BATCH)[: batches or None]
+    targets = teaching.TargetLoader(columns, torch.from_numpy(cache.train.labels), needs, BOUND, torch.device("cpu"))
+    order = batches.shuffled_batches(0, 0, len(cache.train), BATCH)[: batches or None]
     start, rows = time.perf_counter(), 0
     for target in targets.batches(order):
         rows += len(target.features)
@@ -82,7 +82,7 @@ def main() -> None:
         make(path, count, width)
         print(f"{path.stat().st_size / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s")
     print(f"An epoch of {count:,} × {width} float16, batches of {BATCH}, {BOUND / 2**20:.0f} MiB allowed")
-    for ahead, batches in ((0, MOST // 10), (teaching.AHEAD, MOST), (teaching.AHEAD, 0)):
+    for ahead, batches in ((0, MOST // 10), (teaching.READ_AHEAD, MOST), (teaching.READ_AHEAD, 0)):
         cold(path)
         print(f"told {ahead} batches ahead, {batches or 'all'} batches: ", end="", flush=True)
         subprocess.run([sys.executable, __file__, "read", path, str(ahead), str(batches)], check=True)
@@ -90,8 +90,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "read":
-        teaching.AHEAD = int(sys.argv[3])
-        if not teaching.AHEAD:
+        teaching.READ_AHEAD = int(sys.argv[3])
+        if not teaching.READ_AHEAD:
             Column.advise = lambda self, rows: None  # type: ignore[method-assign]
         read(Path(sys.argv[2]), int(sys.argv[4]))
     else:

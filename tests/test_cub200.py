@@ -22,8 +22,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
 from tspipe.recipes import load
-from tspipe.training import checkpoint, train_teacher
-from tspipe.training import trainer as train_students
+from tspipe.training import checkpoint, metrics_log, train_teacher
 
 Tspipe = Callable[..., Result]
 SMALL = ["--set=preprocess.resize=[40,40]", "--set=preprocess.crop=32"]  # in place of 600 and 448
@@ -151,15 +150,16 @@ def test_without_weights_it_says_where_to_get_them(tspipe: Tspipe, archive: Path
     assert refused.code == 1
     assert not Path("checkpoints").exists()
     recipe_ = load.load("cub200", ["teacher.options.width=2", "preprocess.resize=[40,40]", "preprocess.crop=32"])
-    count = train_teacher._flops(recipe_, datasets.open_dataset("cub200", archive).train) * 18 * 140
+    count = train_teacher._flops_per_image(recipe_, datasets.open_dataset("cub200", archive).train) * 18 * 140
     assert 1e10 < count < 1e13
     assert refused.says(
-        "There are no weights for ntsnet on cub200: checkpoints/cub200-ntsnet.safetensors does not exist. Published "
-        "ones are at https://github.com/nicolalandro/ntsnet-cub200/releases/tag/0.2: give them with --weights FILE, in "
-        f"make WEIGHTS=FILE. Or train it: tspipe teacher --dataset cub200 --data {archive} --set "
-        "'preprocess.resize=[40,40]' --set preprocess.crop=32 --set teacher.options.width=2 --download. That is "
-        f"{count:.1e} floating-point operations (140 epochs of 18 images): {count / 1e13 / 3600:.1f} hours for a GPU "
-        f"that does 10 TFLOP/s, {count / 1e11 / 86400:.0f} days for a processor that does 0.1."
+        "There are no weights for ntsnet on cub200: checkpoints/cub200-ntsnet.safetensors does not exist. They "
+        "are published at https://github.com/nicolalandro/ntsnet-cub200/releases/tag/0.2: give the file with --weights "
+        "FILE, or to make as WEIGHTS=FILE. Or train the teacher: tspipe teacher --dataset cub200 "
+        f"--data {archive} --set "
+        "'preprocess.resize=[40,40]' --set preprocess.crop=32 --set teacher.options.width=2 --download. That takes "
+        f"{count:.1e} floating-point operations (140 epochs of 18 images): {count / 1e13 / 3600:.1f} hours on a GPU "
+        f"at 10 TFLOP/s, {count / 1e11 / 86400:.0f} days on a CPU at 0.1 TFLOP/s."
     )
 
 
@@ -169,7 +169,7 @@ def test_the_cost_of_training_at_full_size() -> None:
     one = np.zeros((448, 448, 3), np.uint8)
     images = datasets.from_array(one[None], np.array([0]), [str(i) for i in range(200)])
     by_hand = 3 * 2 * 4.09e9 * (4 + 6)
-    assert train_teacher._flops(chosen, images) == pytest.approx(by_hand, rel=0.02)
+    assert train_teacher._flops_per_image(chosen, images) == pytest.approx(by_hand, rel=0.02)
 
 
 def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_dropout_always_on_gives_the_same_file_again(
         f"{cache.path}: its teacher gives other features each time it runs, as one with dropout always on does, so "
         "what it says now tells nothing of the file. Leave out --teacher."
     )
-    monkeypatch.setattr(train_students, "_LABELLED", 4)
+    monkeypatch.setattr(metrics_log, "_LABELLED", 4)
     student = ["--student", "lenet5", *STUDENT, "--random-images", "2"]
     taught = tspipe("student", "--cache", "a.h5", "--data", archive, *student)
     assert (taught.code, taught.error) == (0, "")
@@ -287,7 +287,7 @@ def test_killed_training_goes_on(zygote: Zygote, archive: Path, tmp_path: Path) 
     for _ in range(2):
         run = zygote.run(*start, "--out", killed, seconds=draw.uniform(0.5, 2))
         assert run.killed or run.code == 0, run.lines
-        if found := checkpoint.load_checkpoint(killed.with_name(killed.name + ".part")):
+        if found := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0).load():
             positions.append((found[1]["epoch"], found[1]["batch"]))
     assert positions == sorted(positions)
     assert zygote.run(*start, "--out", killed).code == 0
@@ -302,8 +302,8 @@ def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypa
     with pytest.raises(NetworkError) as refused:
         train_teacher.train_teacher(train_teacher.TeacherConfig(chosen, archive, out=tmp_path / "x.safetensors"))
     assert str(refused.value) == (
-        "resnet50-0676ba61.pth, with which training ntsnet begins, does not fit it as it is built here. Begin with "
-        "random weights: --set teacher.pretrained=false"
+        "resnet50-0676ba61.pth, from which the training of ntsnet starts, does not fit the network as it is "
+        "built here. Start from random weights: --set teacher.pretrained=false"
     )
 
 
@@ -311,7 +311,7 @@ def test_random_crops(archive: Path) -> None:
     chosen = load.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
     y, x = torch.meshgrid(torch.arange(40), torch.arange(41), indexing="ij")
     images = torch.stack([y, x]).to(torch.uint8)[None].repeat(500, 1, 1, 1)
-    crops = train_teacher._augmented(images, chosen, epoch=0, batch=0)
+    crops = train_teacher._augment(images, chosen, epoch=0, batch=0)
     assert crops.shape == (500, 2, 32, 32)
     corners = {tuple(crop[:, 0, 0].tolist()) for crop in crops}
     assert {y for y, _ in corners} == set(range(9))
@@ -319,5 +319,5 @@ def test_random_crops(archive: Path) -> None:
     for crop in crops:
         top, left = crop[:, 0, 0].tolist()
         assert torch.equal(crop, images[0, :, top : top + 32, left : left + 32])
-    assert torch.equal(train_teacher._augmented(images, chosen, epoch=0, batch=0), crops)
-    assert not torch.equal(train_teacher._augmented(images, chosen, epoch=1, batch=0), crops)
+    assert torch.equal(train_teacher._augment(images, chosen, epoch=0, batch=0), crops)
+    assert not torch.equal(train_teacher._augment(images, chosen, epoch=1, batch=0), crops)

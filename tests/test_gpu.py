@@ -15,10 +15,11 @@ from tspipe.cache import Cache
 from tspipe.extraction.extract import extract
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, RANDOM, TAUGHT
+from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Position
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
-from tspipe.training.trainer import Run, train_students
+from tspipe.training.trainer import open_trainer, train_students
 
 pytestmark = pytest.mark.skipif(not GPU, reason="wants a GPU: make test-gpu")
 ARMS = (ALONE, TAUGHT, RANDOM)
@@ -64,15 +65,16 @@ def test_students_learn_as_on_the_cpu(settings: list[str], near: float, pool: Ca
 
 @pytest.mark.parametrize("source", ["live", "pool"])
 def test_nothing_waits_for_the_gpu_within_an_epoch(source: str, pool: Cache, tmp_path: Path) -> None:
-    run = Run(
+    trainer = open_trainer(
         config(pool, None, f"device={GPU}", f"random_source={source}", "checkpoint_seconds=1000"),
         RunFolder(tmp_path, {}, {}),
         torch.device(str(GPU)),
     )
-    learners = run.cohort(0)
-    for _ in run.steps(learners, Position()):  # the first epoch loads kernels and fills what is kept
+    learners = trainer.cohort(0)
+    batches = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
+    for _ in trainer.steps(learners, batches, Position()):  # the first epoch loads kernels and fills what is kept
         pass
-    steps = run.steps(learners, Position(epoch=1))
+    steps = trainer.steps(learners, batches, Position(epoch=1))
     next(steps)  # the order of an epoch goes over at its beginning
     with never_waiting():
         assert len(list(steps)) == 9

@@ -91,7 +91,7 @@ def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
             runs, before = runs + 1, (0, 0, 0)
             continue
         kills += run.killed
-        if found := checkpoint.load_checkpoint(killed / "checkpoint.safetensors"):
+        if found := checkpoint.Checkpointer(killed / "checkpoint.safetensors", 0).load():
             now = tuple(found[1][name] for name in ("seed", "epoch", "batch"))
             assert now >= before  # nothing done is done again
             before = now

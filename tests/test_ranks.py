@@ -35,7 +35,7 @@ def test_torchrun_writes_the_file_of_one_process(tspipe: Callable[..., Result], 
     assert one.code == 0, one.err
     assert (tmp_path / "two.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
     first, accuracy, *rest = two.stdout.splitlines()
-    assert first == "lenet5 has no weights for folder:shapes yet, so it is trained first."
+    assert first == "There are no weights for lenet5 on folder:shapes yet, so the teacher is trained first."
     assert accuracy.startswith("Test accuracy ")
     assert rest == one.out.replace("one.h5", "two.h5").splitlines()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "one.h5", "shapes", "two.h5"]

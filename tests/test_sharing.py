@@ -9,7 +9,7 @@ import torch
 
 from conftest import Run, Zygote
 from tspipe.cache import Cache
-from tspipe.training.partition import Sharing
+from tspipe.training.partition import SplitBatches, choose_partition
 from tspipe.utils.distributed import Group
 
 SETTINGS = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7", "checkpoint_seconds=0"]
@@ -110,7 +110,7 @@ def test_a_loss_that_is_no_number_is_said_once(zygote: Zygote, digits: Cache, tm
     found = train(zygote, digits, tmp_path / "run", "--set=lr=1e30", ranks=2)
     assert found.code == 1
     assert sum("Error" in line for line in found.lines) == 1
-    assert "Thelossoflenet5-taught-random-seed0isnolongeranumber:epoch1,step" in found.error
+    assert "Thelossoflenet5-taught-random-seed0isnotfiniteinepoch1,step" in found.error
     assert "Rank 1 stops: another process has failed, or cannot be reached." in found.lines
 
 
@@ -136,12 +136,12 @@ def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_p
 )
 def test_who_trains_what(size: int, cohort: str, shares: list[str]) -> None:
     """Rank 0 has the last arm, which has the random images whose labels it counts."""
-    found = ["".join(Sharing(Group(rank, size), len(cohort)).mine(cohort)) for rank in range(size)]
+    found = ["".join(choose_partition(Group(rank, size), len(cohort)).local_learners(cohort)) for rank in range(size)]
     assert found == shares
 
 
 def test_a_batch_is_split_whole() -> None:
     rows = torch.arange(178)
-    parts = [Sharing(Group(rank, 4), 1).part(rows) for rank in range(4)]
+    parts = [SplitBatches(Group(rank, 4)).local_rows(rows) for rank in range(4)]
     assert torch.equal(torch.cat(parts), rows)
     assert {len(part) for part in parts} == {44, 45}

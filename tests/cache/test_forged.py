@@ -14,7 +14,7 @@ from tspipe.cache import open_cache
 from tspipe.cache.layout import decode_manifest, encode_manifest
 from tspipe.cli.render import show_cache
 from tspipe.errors import NotACache
-from tspipe.training.summary import shares
+from tspipe.training.summary import label_shares
 from tspipe.utils.console import plain
 
 
@@ -206,8 +206,8 @@ def test_a_cache_full_of_hostile_text_is_shown_in_one_screen(cache: Path, capsys
 
 
 def test_long_names_are_shown_short(cache: Path) -> None:
-    assert shares({"x" * 4096: 3, HOSTILE: 1}) == (
-        f"The teacher calls the random images: {'x' * 30} … {'x' * 30} (75%), {plain(HOSTILE, 60)} (25%)"
+    assert label_shares({"x" * 4096: 3, HOSTILE: 1}) == (
+        f"The teacher's labels for random images: {'x' * 30} … {'x' * 30} (75%), {plain(HOSTILE, 60)} (25%)"
     )
 
 

@@ -38,7 +38,7 @@ def test_the_three_stages(tspipe: Callable, tmp_path: Path) -> None:
     assert run.name.startswith("digits-lenet5-")
     assert (run / "curves.png").stat().st_size > 1000
     assert f"Run folder: runs/{run.name}" in made.out
-    assert "The teacher calls the random images: " in made.out
+    assert "The teacher's labels for random images: " in made.out
     assert all(len(line) <= 80 for line in made.out.splitlines())
     # The same command on a finished run prints its table again.
     again = tspipe("student", "--cache", cache.path, "--epochs", 1, "--seeds", 1)
@@ -48,7 +48,7 @@ def test_the_three_stages(tspipe: Callable, tmp_path: Path) -> None:
 def test_a_cache_trains_its_teacher_first_where_it_has_none(tspipe: Callable) -> None:
     settings = [*SET, "--set=teacher.epochs=1"]
     made = tspipe("cache", "--train-teacher", "--dataset", "digits", "--teacher", "lenet5", *settings)
-    assert made.out.splitlines()[0] == "lenet5 has no weights for digits yet, so it is trained first."
+    assert made.out.splitlines()[0] == "There are no weights for lenet5 on digits yet, so the teacher is trained first."
     made = tspipe("cache", "--train-teacher", "--dataset", "digits", "--teacher", "lenet5", *settings)
     assert made.out.startswith("Teacher lenet5 with the weights checkpoints/digits-lenet5.safetensors")
 
@@ -142,7 +142,7 @@ ERRORS = [
     (
         ["cache", "--dataset", "digits"],
         "There are no weights for resnet20 on digits: checkpoints/digits-resnet20.safetensors does not exist. Give a "
-        "file (--weights FILE) or train it: tspipe teacher --dataset digits",
+        "file (--weights FILE) or train the teacher: tspipe teacher --dataset digits",
     ),
     (
         ["teacher", "--dataset", "digits", "--teacher", "resnet21"],

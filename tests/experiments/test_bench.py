@@ -12,22 +12,25 @@ import torch
 from conftest import Result
 from shared import small
 from tspipe.cache import Cache
-from tspipe.experiments import baselines as floors
-from tspipe.experiments import bench
+from tspipe.experiments import bench, stage_one_bench, turns
+from tspipe.experiments.baselines import as_way, bare_steps, joined
+from tspipe.experiments.turns import Timer, Way
 from tspipe.extraction.extract import extract
+from tspipe.models.feature_net import FeatureNet
+from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
 from tspipe.training.arms import RANDOM, TAUGHT
+from tspipe.training.batches import BatchSource
 from tspipe.training.config import StudentConfig
+from tspipe.training.live_teacher import LiveTeacher
+from tspipe.training.run_folder import RunFolder
+from tspipe.training.trainer import Trainer, open_trainer
 
 LINES = [
-    "rows held / index_select",
-    "rows read / h5py",
     "lenet5 epoch / bare",
     "lenet5 epoch / live",
-    "random images / eager",
     "cohort of 2 / bare",
     "stage one / bare",
-    "stage one / eager",
 ]
 
 
@@ -39,37 +42,43 @@ def config(cache: Cache) -> StudentConfig:
 def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
     settings = [f"--set={setting}" for setting in ("batch_size=100", "random_images=5")]
     command = ["bench", "--cache", digits.path, "--seconds", "1", *settings]
-    found = json.loads(tspipe(*command, "--json").out)
-    assert found["cache"] == digits.id
-    assert found["environment"]["threads"] == 1
-    assert [line["what"] for line in found["lines"]] == LINES
-    for line in found["lines"]:
+    result = json.loads(tspipe(*command, "--json").out)
+    assert result["cache"] == digits.id
+    assert result["environment"]["threads"] == 1
+    assert [line["what"] for line in result["lines"]] == LINES
+    for line in result["lines"]:
         assert min(line["floor"], line["ours"]) > 0
         assert line["lower"] <= line["ratio"] <= line["upper"]
-        assert bench._LEAST <= line["n"] <= bench._MOST
-    facts = found["facts"]
-    assert facts["teacher: max|Δ|/max|f| from the plain network"] < 1e-4
+        assert turns._MIN_TURNS <= line["n"] <= turns._MAX_TURNS
+    facts = result["facts"]
     steps = facts["teacher: seconds of a pass over random images"] / facts["lenet5: seconds of a taught step"]
     faster = facts["lenet5: cached epoch, times faster than live"]
     beginning = (
-        f"With this teacher and lenet5 a cached epoch is {faster:.3g} × faster than one with the teacher in the loop; "
-        f"random images live cost {steps:.2g} student steps a batch: "
+        f"With this teacher and lenet5, a cached epoch is {faster:.3g} × faster than one with the teacher in the loop. "
+        f"Live random images cost {steps:.2g} student steps per batch: "
     )
-    assert found["sentence"].startswith(beginning)
+    assert result["sentence"].startswith(beginning)
 
     shown = tspipe(*command).out
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "torch " + torch.__version__.split("+")[0] in shown
 
 
+def open_bench(config: StudentConfig, folder: Path) -> Trainer:
+    recipe = config.recipe.model_copy(update={"random_source": "live"})
+    config = replace(config, arms=(TAUGHT, RANDOM), recipe=recipe)
+    return open_trainer(config, RunFolder(folder, {}, {}), torch.device("cpu"))
+
+
 def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Path) -> None:
-    """Bare steps end with the weights that `Run.learn` gives, or the comparison would be of two things."""
-    measured = bench.Bench(config(digits), 1, tmp_path)
-    ours, bare = ([measured._learner("lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
-    floors.taken(measured._learn(ours, ""))(3)
-    batches = [batch for _, batch in measured.run.batches(0, 0, slice(3))]
-    floors.taken(floors.bare_steps(bare[0], ((batch.images, batch.target) for batch in batches)))(3)
-    floors.taken(floors.bare_steps(bare[1], map(floors.joined, batches)))(3)
+    """Bare steps end with the same weights as training, or the comparison would be of two things."""
+    trainer = open_bench(config(digits), tmp_path)
+    ours, bare = ([bench._learner(trainer, "lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
+    source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
+    as_way(bench._endless_steps(trainer, ours, source))(3)
+    batches = [batch for _, batch in source.epoch(0, 0, slice(3))]
+    as_way(bare_steps(bare[0], ((batch.images, batch.target) for batch in batches)))(3)
+    as_way(bare_steps(bare[1], map(joined, batches)))(3)
     for one, two in zip(ours, bare, strict=True):
         for name, value in one.network.state_dict().items():
             torch.testing.assert_close(two.network.state_dict()[name], value, rtol=1e-5, atol=1e-7)
@@ -78,10 +87,10 @@ def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Pa
 def test_without_a_teacher_only_targets_are_timed(digits: Cache, tmp_path: Path) -> None:
     chosen = config(digits)
     recipe = chosen.recipe.model_copy(update={"random_images": 0})
-    found = bench.bench(StudentConfig(recipe, digits), seconds=1)
-    assert [line.what for line in found.lines] == LINES[:3]
-    assert found.sentence == (
-        "The file carries no teacher, or no random images are asked for, so only cached targets were timed."
+    result = bench.bench(StudentConfig(recipe, digits), seconds=1)
+    assert [line.what for line in result.lines] == LINES[:1]
+    assert result.sentence == (
+        "The file has no teacher, or no random images are used, so only cached targets were timed."
     )
 
 
@@ -91,11 +100,11 @@ def test_seconds_are_a_number(tspipe: Callable[..., Result]) -> None:
 
 @pytest.mark.parametrize(("seconds", "turns", "slow", "fast"), [(1, 11, 1, 1), (110, 16, 1, 5), (4000, 101, 6, 26)])
 def test_turns_are_short_and_of_one_length(
-    seconds: int, turns: int, slow: int, fast: int, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: int, turns: int, slow: int, fast: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, done = 0.0, []
 
-    def way(length: float) -> floors.Way:
+    def way(length: float) -> Way:
         def do(count: int) -> None:
             nonlocal now
             now += count * length
@@ -103,11 +112,9 @@ def test_turns_are_short_and_of_one_length(
 
         return do
 
-    measured = bench.Bench(config(digits), 1, tmp_path)
-    measured.seconds = seconds / 2
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    found = measured._turns({"slow": way(3.25), "fast": way(0.75)})
-    assert found == {"slow": [3.25] * turns, "fast": [0.75] * turns}
+    times = Timer(torch.device("cpu"), seconds / 2).turns({"slow": way(3.25), "fast": way(0.75)})
+    assert times == {"slow": [3.25] * turns, "fast": [0.75] * turns}
     assert set(done[4:]) == {(3.25, slow), (0.75, fast)}
     assert {length for length, _ in done[4::2]} == {3.25, 0.75}, "neither is always the first"
 
@@ -116,40 +123,46 @@ def test_turns_are_short_and_of_one_length(
 def test_files_are_decoded_also_for_a_cache_with_pixels(
     images: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanted = replace(small(tmp_path / "shapes"), images=images)
-    cache = extract(wanted)
+    extraction = replace(small(tmp_path / "shapes"), images=images)
+    cache = extract(extraction)
     assert cache is not None
-    chosen = wanted.recipe.model_copy(update={"batch_size": 4, "random_images": 2})
-    here = StudentConfig(chosen, cache, data=wanted.data)
-    assert bench.bench(here, seconds=1).lines[-1].what == "stage one, files / eager"
+    chosen = extraction.recipe.model_copy(update={"batch_size": 4, "random_images": 2})
+    local = StudentConfig(chosen, cache, data=extraction.data)
+    assert bench.bench(local, seconds=1).lines[-1].what == "stage one, files / bare"
     assert "files" not in capsys.readouterr().err
     (tmp_path / "shapes").rename(tmp_path / "elsewhere")
     if images:
-        assert [line.what for line in bench.bench(here, seconds=1).lines] == LINES
-        said = (
+        assert [line.what for line in bench.bench(local, seconds=1).lines] == LINES
+        message = (
             f"Stage one is not timed from files. There is no train split in {tmp_path}/shapes: looked for "
             f"{tmp_path}/shapes/train. The layout is train/CLASS/IMAGE and test/CLASS/IMAGE. "
             "Name it with --data FOLDER."
         )
-        assert "".join(capsys.readouterr().err.split()) == said.replace(" ", "")  # lines may end anywhere
+        assert "".join(capsys.readouterr().err.split()) == message.replace(" ", "")  # lines may end anywhere
 
 
 def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path) -> None:
-    """As it runs, also where the live teacher is to compute in bfloat16."""
-    chosen, seen = config(digits), set[torch.dtype]()
+    """As it runs, even where the live teacher computes in bfloat16."""
+    chosen, precisions = config(digits), set[torch.dtype]()
     recipe = chosen.recipe.model_copy(update={"live_precision": "bfloat16"})
-    measured = bench.Bench(replace(chosen, recipe=recipe), 1, tmp_path)
-    assert measured.live is not None
-    teacher = measured.live.teacher
-    assert teacher.precision == torch.bfloat16
-    teacher.register_forward_hook(lambda *_: seen.add(teacher.precision))
-    measured._stage_one()
-    assert seen == {torch.float32}
+    trainer = open_bench(replace(chosen, recipe=recipe), tmp_path)
+    assert isinstance(trainer.random, LiveTeacher)
+    assert trainer.random.teacher.precision == torch.bfloat16
+
+    def watched(*args: object) -> FeatureNet:
+        teacher = load_teacher(*args)  # type: ignore[arg-type]
+        teacher.register_forward_hook(lambda *_: precisions.add(teacher.precision))
+        return teacher
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_one_bench, "load_teacher", watched)
+        stage_one_bench.measure(trainer, Timer(torch.device("cpu"), 0.1))
+    assert precisions == {torch.float32}
 
 
 def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:
     assert [line.what for line in bench.bench(config(pool), seconds=1).lines] == [
-        *LINES[:5],
+        *LINES[:2],
         "random images, pool / live",
-        *LINES[5:],
+        *LINES[2:],
     ]

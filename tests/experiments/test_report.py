@@ -150,7 +150,7 @@ def test_the_terminal_shows_a_finished_run_in_eighty_columns(
         "61.00 ± 1.00",
         "Test accuracy in %, mean ± sample deviation; best is chosen by the test set.",
         "lenet5, taught: +2.67 (+1.23 to +4.10), it helps",
-        "The teacher calls the random images: bird (75%), cat (25%)",
+        "The teacher's labels for random images: bird (75%), cat (25%)",
         f"Run folder: {run.path} (metrics.csv, curves.png, students)",
     ):
         assert part.replace(" ", "") in words

@@ -138,7 +138,7 @@ def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.Monk
     monkeypatch.setattr(job, "train_students", lambda wanted, _group: jobs.append(wanted))
     monkeypatch.setattr(job, "_set_beside", lambda *_: None)
     reproduce(TableConfig("table2", students=("lenet5",), epochs=3, seeds=2))
-    assert [wanted.around for wanted in jobs] == [(0, 6000), (6000, 0)]
+    assert [wanted.progress_offset for wanted in jobs] == [(0, 6000), (6000, 0)]
     assert [wanted.recipe.paper.title for wanted in jobs] == ["Table 2, CIFAR-10", "Table 2, CIFAR-100"]
     assert [wanted.recipe.epochs for wanted in jobs] == [3, 3]
 
@@ -176,7 +176,7 @@ def test_which_parts() -> None:
         ),
         (
             TableConfig("table1", students=("lenet5", "lenet5")),
-            "Two students are called lenet5. Give each once, and files different names.",
+            "Two students are named lenet5. Name each once, and give files different names.",
         ),
         (TableConfig("table1", arms=("alone", "own")), "table1 has no arm 'own'. There are: alone, taught, random."),
     ],

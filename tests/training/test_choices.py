@@ -13,10 +13,11 @@ from tspipe.data import random_images
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, RANDOM, TAUGHT
+from tspipe.training.batches import BatchSource
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
-from tspipe.training.targets import weighted
-from tspipe.training.trainer import Run, train_students
+from tspipe.training.targets import resolve_mse_weight
+from tspipe.training.trainer import open_trainer, train_students
 
 SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
 
@@ -37,14 +38,14 @@ def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:
         (ALONE, "xent"), (TAUGHT, "ts"), (TAUGHT, "kd"), (TAUGHT, "vid"), (RANDOM, "ts"), (RANDOM, "kd"),
         (RANDOM, "vid"),
     ]  # fmt: skip
-    found = weights_of(both)
-    assert {name for name in found if "alone" not in name} == {
+    result = weights_of(both)
+    assert {name for name in result if "alone" not in name} == {
         f"lenet5-taught{arm}{loss}-seed0.safetensors" for arm in ("", "-random") for loss in ("", "-kd", "-vid")
     }
     for loss in ("ts", "kd", "vid"):
         single = weights_of(train_students(config(digits, tmp_path / loss, f"loss={loss}")))
-        assert single == {name: found[name] for name in single}
-    assert len(set(found.values())) == len(found)
+        assert single == {name: result[name] for name in single}
+    assert len(set(result.values())) == len(result)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -75,7 +76,7 @@ def test_without_a_compiler(digits: Cache, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RecipeError) as refused:
         train_students(config(digits, tmp_path / "run", "compile=true"))
     assert str(refused.value) == (
-        "compile=true needs a C++ compiler, and there is none here (g++, clang++). Install one, or leave the setting "
+        "compile=true needs a C++ compiler (g++ or clang++), and none is installed. Install one, or leave the setting "
         "out."
     )
     assert not (tmp_path / "run").exists()
@@ -91,40 +92,41 @@ def test_options_of_a_loss(digits: Cache, tmp_path: Path) -> None:
 
 
 def test_a_validation_split_chooses_and_is_not_trained_on(digits: Cache, tmp_path: Path) -> None:
-    wanted = config(digits, tmp_path / "run", "val_fraction=0.2", "seeds=2", arms=(TAUGHT,))
-    run = Run(wanted, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
+    run_config = config(digits, tmp_path / "run", "val_fraction=0.2", "seeds=2", arms=(TAUGHT,))
+    trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
+    data, source = trainer.data, BatchSource(trainer.data, trainer.targets, None, trainer.partition, 100)
     held_back = []
     for seed in (0, 1):
-        train, validation = (set(rows.tolist()) for rows in run.validation(seed))
+        train, validation = (set(rows.tolist()) for rows in data.validation_split(seed))
         assert (len(train), len(validation)) == (800, 200)
         assert train | validation == set(range(1000))
-        images = {image.numpy().tobytes() for _, batch in run.batches(seed, 1, slice(None)) for image in batch.images}
-        (unseen,) = run.train_pixels.batches([torch.tensor(sorted(validation))])
-        assert not images & {image.numpy().tobytes() for image in run.preprocess.normalise(unseen)}
+        images = {image.numpy().tobytes() for _, batch in source.epoch(seed, 1) for image in batch.images}
+        (unseen,) = data.train.batches([torch.tensor(sorted(validation))])
+        assert not images & {image.numpy().tobytes() for image in data.preprocess.normalise(unseen)}
         held_back.append(validation)
     assert held_back[0] != held_back[1]
 
-    found = train_students(wanted)
-    assert all(0 < row["val_accuracy"] < 1 for row in found.rows())
-    assert all(round(200 * row["val_accuracy"], 6).is_integer() for row in found.rows())
-    assert found.config["val_fraction"] == 0.2
+    result = train_students(run_config)
+    assert all(0 < row["val_accuracy"] < 1 for row in result.rows())
+    assert all(round(200 * row["val_accuracy"], 6).is_integer() for row in result.rows())
+    assert result.config["val_fraction"] == 0.2
 
 
 @pytest.mark.parametrize(
-    ("fraction", "kind", "said"),
+    ("fraction", "kind", "message"),
     [
-        (0.95, DatasetError, "digits has 50 training images, too few for a batch of 100. Give a smaller one: --set "
+        (0.95, DatasetError, "digits has 50 training images, too few for a batch of 100. Use smaller batches: --set "
          "batch_size=12"),
-        (1e-5, RecipeError, "val_fraction=1e-05 of 1,000 training images is none. Give a larger one: --set "
+        (1e-5, RecipeError, "val_fraction=1e-05 of 1,000 training images selects none. Use a larger fraction: --set "
          "val_fraction=0.1"),
     ],
 )  # fmt: skip
 def test_a_validation_split_that_leaves_nothing(
-    digits: Cache, tmp_path: Path, fraction: float, kind: type[Exception], said: str
+    digits: Cache, tmp_path: Path, fraction: float, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind) as refused:
         train_students(config(digits, tmp_path / "run", f"val_fraction={fraction}"))
-    assert str(refused.value) == said
+    assert str(refused.value) == message
 
 
 def test_mse_weight_auto_is_one_over_the_variance(digits: Cache, tmp_path: Path) -> None:
@@ -147,10 +149,10 @@ def test_mse_weight_is_a_number_or_auto() -> None:
 def test_equal_features_have_no_variance(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(digits.train.features), "take", lambda _column, rows: np.ones((len(rows), 84)))
     with pytest.raises(RecipeError) as refused:
-        weighted(load.load("digits", ["mse_weight=auto"]), digits)
+        resolve_mse_weight(load.load("digits", ["mse_weight=auto"]), digits)
     assert str(refused.value) == (
-        "All cached features of digits.h5 are the same, so mse_weight=auto has nothing to go by. Give a number: --set "
-        "mse_weight=1"
+        "All cached features of digits.h5 are equal, so mse_weight=auto has no variance to divide by. "
+        "Give a number: --set mse_weight=1"
     )
 
 
@@ -161,8 +163,8 @@ def test_the_ratio_of_the_losses_is_said_once(
     first = run.rows()[1]
     ratio = first["mse"] / first["xent"]
     assert ratio > 10
-    said = [line for line in capsys.readouterr().err.splitlines() if " / xent " in line]
-    assert said == [
+    message = [line for line in capsys.readouterr().err.splitlines() if " / xent " in line]
+    assert message == [
         f"lenet5, taught, epoch 1: mse {first['mse']:.3g} / xent {first['xent']:.3g} = {ratio:.2g}: "
         "try --set mse_weight=auto"
     ]
@@ -170,23 +172,23 @@ def test_the_ratio_of_the_losses_is_said_once(
 
 def test_curves_for_tensorboard(digits: Cache, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    wanted = config(digits, tmp_path / "run", "tensorboard=true", arms=(ALONE, TAUGHT))
-    run = train_students(wanted)
+    run_config = config(digits, tmp_path / "run", "tensorboard=true", arms=(ALONE, TAUGHT))
+    run = train_students(run_config)
     folders = sorted((run.path / "tensorboard").iterdir())
     assert [folder.name for folder in folders] == ["lenet5-alone-seed0", "lenet5-taught-seed0"]
-    found = events.EventAccumulator(str(folders[1])).Reload()
-    assert found.Tags()["scalars"] == [
+    result = events.EventAccumulator(str(folders[1])).Reload()
+    assert result.Tags()["scalars"] == [
         "accuracy/train", "loss/mse", "loss/xent", "seconds/training", "accuracy/test", "seconds/testing",
         "seconds/teacher",
     ]  # fmt: skip
     for tag, column in (("accuracy/test", "test_accuracy"), ("loss/mse", "mse")):
         expected = [(row["epoch"], row[column]) for row in run.rows() if row["arm"] == TAUGHT]
-        assert [(point.step, point.value) for point in found.Scalars(tag)] == [
+        assert [(point.step, point.value) for point in result.Scalars(tag)] == [
             (epoch, pytest.approx(value)) for epoch, value in expected
         ]
     shutil.rmtree(run.path / "tensorboard")
     (run.path / "summary.json").unlink()
-    train_students(wanted)  # goes on, from the end
+    train_students(run_config)  # goes on, from the end
     assert (run.path / "summary.json").exists()
 
 
@@ -195,16 +197,17 @@ def test_the_other_generator_is_another_run_and_says_when_it_repeats(
 ) -> None:
     run = train_students(config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,)))
     assert run.config["random_generator"] == "minstd"
-    said = " ".join(capsys.readouterr().err.split())
-    assert "8,388,607 images of 1×16×16. A seed draws 140, no more than that." in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert "8,388,607 images of 1×16×16. A seed draws 140, no more than that." in message
     usual = train_students(config(digits, tmp_path / "usual", arms=(RANDOM,)))
-    assert "random_generator" not in usual.config
+    assert usual.config["random_generator"] == "mt19937"
     assert run.rows()[0]["mse"] != usual.rows()[0]["mse"]
 
 
 def test_batches_of_the_other_generator_follow_one_another_over_epochs(digits: Cache, tmp_path: Path) -> None:
-    wanted = config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,))
-    run = Run(wanted, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
-    drawn = [batch.random[0] for epoch in (0, 1) for _, batch in run.batches(0, epoch, slice(None)) if batch.random]
+    run_config = config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,))
+    trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
+    source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
+    drawn = [batch.random[0] for epoch in (0, 1) for _, batch in source.epoch(0, epoch) if batch.random]
     expected = [random_images.congruential(0, i, 7, (1, 16, 16)) for i in range(20)]
-    torch.testing.assert_close(torch.cat(drawn), run.preprocess.normalise(torch.cat(expected)))
+    torch.testing.assert_close(torch.cat(drawn), trainer.data.preprocess.normalise(torch.cat(expected)))

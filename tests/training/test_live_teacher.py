@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tspipe.data.preprocess import Preprocess
 from tspipe.models.feature_net import FeatureNet
 from tspipe.training.live_teacher import LiveTeacher
+from tspipe.training.random_source import RandomSpec
 
 SHAPE = (3, 8, 8)
 GREY = Preprocess((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -36,7 +37,8 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def live(backbone: Backbone) -> LiveTeacher:
     torch.manual_seed(0)
-    return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), GREY, 5, SHAPE, torch.device("cpu"))
+    spec = RandomSpec(5, SHAPE, 10, GREY, torch.device("cpu"))
+    return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), spec)
 
 
 def test_it_runs_a_batch_ahead() -> None:
@@ -63,22 +65,22 @@ def test_it_runs_in_turn_where_no_core_is_left(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ahead_it_says_what_it_says_in_turn() -> None:
     for backbone in (Backbone(), Backbone(draws=True)):
-        teacher, found = live(backbone), []
-        for images, said in teacher.batches(7, 2, range(4, 7)):
+        teacher, result = live(backbone), []
+        for images, output in teacher.batches(7, 2, range(4, 7)):
             torch.rand(1000)  # the students draw too
-            found.append((images, *said))
-        for number, tensors in zip(range(4, 7), found, strict=True):
-            images, said = teacher.batch(7, 2, number)
+            result.append((images, *output))
+        for number, tensors in zip(range(4, 7), result, strict=True):
+            images, output = teacher.batch(7, 2, number)
             assert images.shape == (5, *SHAPE)
-            assert all(torch.equal(a, b) for a, b in zip(tensors, (images, *said), strict=True))
-        assert not torch.equal(found[0][1], found[1][1])
+            assert all(torch.equal(a, b) for a, b in zip(tensors, (images, *output), strict=True))
+        assert not torch.equal(result[0][1], result[1][1])
 
 
 def test_what_it_says_can_be_learned_from() -> None:
-    _, said = live(Backbone()).batch(0, 0, 0)
+    _, output = live(Backbone()).batch(0, 0, 0)
     student = torch.ones(5, 3, requires_grad=True)
-    (student * said.features).sum().backward()  # refused of tensors that inference mode made
-    assert torch.equal(student.grad, said.features)
+    (student * output.features).sum().backward()  # refused of tensors that inference mode made
+    assert torch.equal(student.grad, output.features)
 
 
 def test_no_batches_at_all() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tspipe.training.metrics import Tally, together
+from tspipe.training.metrics import EpochMetrics, merge_metrics
 
 STEPS = 150  # more than are counted at once
 
@@ -27,20 +27,20 @@ def steps(first: int = 0, stop: int = STEPS) -> list[tuple[int, Tensor, float, T
     return made[first:stop]
 
 
-def counted(some: list[tuple[int, Tensor, float, Tensor, Tensor]]) -> Tally:
-    tally = Tally(2, torch.device("cpu"))
+def counted(some: list[tuple[int, Tensor, float, Tensor, Tensor]]) -> EpochMetrics:
+    metrics = EpochMetrics(["mse", "xent"], torch.device("cpu"))
     for step in some:
-        tally.add(*step)
-    return tally
+        metrics.add(*step)
+    return metrics
 
 
 def test_it_counts_what_a_plain_loop_counts() -> None:
-    found, sums, right = counted(steps()).row(["mse", "xent"]), [0.0, 0.0], 0
+    result, sums, right = counted(steps()).means(), [0.0, 0.0], 0
     for _, terms, weight, logits, labels in steps():
         sums = [total + weight * term for total, term in zip(sums, terms.tolist(), strict=True)]
         right += sum(int(row.argmax()) == label for row, label in zip(logits, labels, strict=True))
     images = 5 * STEPS
-    assert found == {
+    assert result == {
         "train_accuracy": right / images,
         "mse": pytest.approx(sums[0] / images, rel=1e-5),
         "xent": pytest.approx(sums[1] / images, rel=1e-5),
@@ -60,12 +60,12 @@ def test_the_first_loss_that_is_no_number(bad: list[int], left_out: set[int]) ->
 @pytest.mark.parametrize("stop", [0, 1, 64, 100])
 def test_to_the_last_bit_it_goes_on_where_it_was_packed(stop: int) -> None:
     resumed = counted([])
-    resumed.unpack(counted(steps(0, stop)).pack())
+    resumed.load_state_dict(counted(steps(0, stop)).state_dict())
     for step in steps(stop):
         resumed.add(*step)
-    whole = counted(steps()).pack()
-    assert resumed.pack().keys() == whole.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in resumed.pack().items())
+    whole = counted(steps()).state_dict()
+    assert resumed.state_dict().keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.state_dict().items())
 
 
 def test_several_processes_count_as_one() -> None:
@@ -73,9 +73,9 @@ def test_several_processes_count_as_one() -> None:
     for number, *_, labels in some:
         labels[:] = number % 4
     some[90][1][0] = some[20][1][0] = math.inf
-    tally = counted([])
-    tally.unpack(together([counted(some[i::3]).pack() for i in range(3)]))
+    metrics = counted([])
+    metrics.load_state_dict(merge_metrics([counted(some[i::3]).state_dict() for i in range(3)]))
     whole = counted(some)
-    assert tally.row(["mse", "xent"])["train_accuracy"] == whole.row(["mse", "xent"])["train_accuracy"]
-    assert (int(tally.bad_step), int(tally.pack()["rows"])) == (20, 5 * STEPS)
-    torch.testing.assert_close(tally.sums, whole.sums)
+    assert metrics.means()["train_accuracy"] == whole.means()["train_accuracy"]
+    assert (int(metrics.bad_step), int(metrics.state_dict()["rows"])) == (20, 5 * STEPS)
+    torch.testing.assert_close(metrics.state_dict()["sums"], whole.state_dict()["sums"])

@@ -26,6 +26,7 @@ from tspipe.training import batches, learner
 from tspipe.training.arms import RANDOM, TAUGHT
 from tspipe.training.config import StudentConfig
 from tspipe.training.random_pool import RandomPool
+from tspipe.training.random_source import RandomSpec
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import train_students
 
@@ -48,7 +49,7 @@ def metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 def batches_of(cache: Cache, count: int) -> RandomPool:
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
-    return RandomPool(cache, preprocess, count, (1, 16, 16), torch.device("cpu"))
+    return RandomPool(cache, RandomSpec(count, (1, 16, 16), 3, preprocess, torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +62,23 @@ def test_a_batch_is_rows_that_follow_one_another_around_the_pool(pool: Cache, se
     entropy = np.random.SeedSequence([seed, zlib.crc32(b"random pool offset"), 0, 0])
     offset = int(np.random.MT19937(entropy).random_raw())
     rows = (offset % POOL_ROWS + step * count + np.arange(count)) % POOL_ROWS
-    images, said = batches_of(pool, count).batch(seed, step)
+    images, output = batches_of(pool, count).batch(seed, step)
     assert pool.random is not None
-    assert images.dtype == said.features.dtype == torch.float32
+    assert images.dtype == output.features.dtype == torch.float32
     np.testing.assert_array_equal(images, [pool_image(0, row, 16, (1, 16, 16)) for row in rows])
-    np.testing.assert_array_equal(said.features, pool.random.features[rows])
-    np.testing.assert_array_equal(said.logits, pool.random.logits[rows])
+    np.testing.assert_array_equal(output.features, pool.random.features[rows])
+    np.testing.assert_array_equal(output.logits, pool.random.logits[rows])
 
 
 def test_ahead_of_the_students_it_gives_what_it_gives_in_turn(pool: Cache) -> None:
     preprocess = Preprocess.from_dict(pool.manifest["preprocess"])
-    batches, steps = batches_of(pool, 7), [3, 4, 5, 9]
-    for step, found in zip(steps, batches.batches(1, steps), strict=True):
-        images, said = batches_of(pool, 7).batch(1, step)
-        assert found[0].equal(preprocess.normalise(images))
-        assert found[1].features.equal(said.features)
-        assert found[1].logits.equal(said.logits)
-    assert list(batches.batches(1, [])) == []
+    batches, numbers = batches_of(pool, 7), [3, 4, 5, 9]
+    for number, result in zip(numbers, batches.batches(1, 2, numbers), strict=True):
+        images, output = batches_of(pool, 7).batch(1, 2 * 3 + number)
+        assert result[0].equal(preprocess.normalise(images))
+        assert result[1].features.equal(output.features)
+        assert result[1].logits.equal(output.logits)
+    assert list(batches.batches(1, 0, [])) == []
 
 
 def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
@@ -98,9 +99,9 @@ def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
         monkeypatch.setattr(learner.Learner, "step", step)
         expected = [batches_of(pool, 7).batch(0, step)[1] for step in range(2 * per_epoch)]
         assert len(learnt) == len(expected)
-        for found, said in zip(learnt, expected, strict=True):
-            assert found.features.equal(said.features)
-            assert found.labels.equal(said.logits.argmax(1))
+        for result, output in zip(learnt, expected, strict=True):
+            assert result.features.equal(output.features)
+            assert result.labels.equal(output.logits.argmax(1))
 
 
 def test_students_of_the_pool_need_no_teacher(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
@@ -118,15 +119,15 @@ def test_killed_and_resumed_a_run_ends_with_the_same_students(
     run: RunFolder, pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two learners take 20 steps an epoch of a seed; killed within an epoch, at its end, and in the second seed."""
-    wanted = stage_two(pool, tmp_path / "killed", "checkpoint_seconds=0")
+    run_config = stage_two(pool, tmp_path / "killed", "checkpoint_seconds=0")
     taken = interrupted_at(monkeypatch, 8, 21, 40, 64)
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
-            train_students(wanted)
-    found = train_students(wanted)
+            train_students(run_config)
+    result = train_students(run_config)
     assert len(taken) > 80
-    assert students(found) == students(run)
-    assert metrics(found) == metrics(run)
+    assert students(result) == students(run)
+    assert metrics(result) == metrics(run)
 
 
 def test_the_pools_images_given_live_teach_the_same(
@@ -149,16 +150,14 @@ def test_the_pools_images_given_live_teach_the_same(
     assert not torch.allclose(other["head.weight"], pooled["head.weight"], rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_is_another_with_the_pool_and_keeps_its_name_without(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
+def test_a_run_with_the_pool_is_another_run(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
     assert run.config["random_source"] == "pool"
     live = train_students(stage_two(pool, tmp_path / "live", "random_source=live", "epochs=1", "seeds=1"))
-    assert "random_source" not in live.config
-    taught = train_students(stage_two(pool, tmp_path / "taught", "epochs=1", "seeds=1", arms=(TAUGHT,)))
-    assert "random_source" not in taught.config
+    assert live.config["random_source"] == "live"
     with pytest.raises(RecipeError) as refused:
         train_students(stage_two(pool, run.path, "random_source=live"))
     assert str(refused.value) == (
-        f"{run.path} is the folder of another run: random_source is 'pool' there and None here. Choose another --out."
+        f"{run.path} is the folder of another run: random_source is 'pool' there and 'live' here. Choose another --out."
     )
 
 
@@ -179,7 +178,7 @@ def test_a_pool_smaller_than_a_batch_is_refused(pool: Cache, tmp_path: Path) -> 
     with pytest.raises(CacheMismatch) as refused:
         train_students(stage_two(pool, tmp_path / "x", "random_images=41"))
     assert str(refused.value) == (
-        "digits.h5 has a random pool of 40 images, fewer than the 41 of a batch. Take fewer (--random-images 40), make "
+        "digits.h5 has a random pool of 40 images, fewer than the 41 of a batch. Use fewer (--random-images 40), make "
         "the cache again with more (tspipe cache --force --random-pool 41), or " + LIVE
     )
     train_students(stage_two(pool, tmp_path / "all", "random_images=40", "epochs=1", "seeds=1"))
@@ -196,9 +195,9 @@ def test_an_unknown_generator_is_refused(pool: Cache, tmp_path: Path) -> None:
 
 
 def test_a_pool_of_images_of_another_shape_is_refused(pool: Cache, tmp_path: Path) -> None:
-    told = {**pool.manifest["teacher"], "options": {"input_shape": [2**16, 2**16, 2**16]}}
+    printed = {**pool.manifest["teacher"], "options": {"input_shape": [2**16, 2**16, 2**16]}}
     with pytest.raises(CacheMismatch) as refused:
-        train_students(stage_two(replace(pool, manifest={**pool.manifest, "teacher": told}), tmp_path / "x"))
+        train_students(stage_two(replace(pool, manifest={**pool.manifest, "teacher": printed}), tmp_path / "x"))
     assert str(refused.value) == (
         "digits.h5: its teacher takes images of [65536, 65536, 65536], its dataset's are of [1, 16, 16]."
     )
@@ -209,6 +208,6 @@ def test_students_of_the_pool_on_the_command_line(tspipe: Tspipe, pool: Cache) -
     made = tspipe("student", "--cache", pool.path, "--compare", *settings)
     assert (made.code, made.error) == (0, "")
     assert "taught + random" in made.out
-    assert "The teacher calls the random images: " in made.out
+    assert "The teacher's labels for random images: " in made.out
     bad = tspipe("student", "--cache", pool.path, "--set=random_source=file")
     assert bad.error == "The recipe digits: random_source cannot be \"file\": input should be 'live' or 'pool'."

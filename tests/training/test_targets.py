@@ -21,7 +21,8 @@ from tspipe.errors import CacheDamaged, CacheMismatch, NetworkError, TspipeError
 from tspipe.models import feature_net, networks, weights
 from tspipe.models import teacher as teachers
 from tspipe.recipes import load as recipes
-from tspipe.training import targets as teaching
+from tspipe.training import targets as targets_module
+from tspipe.training.targets import TargetLoader
 
 SHAPE = (1, 16, 16)
 SOURCE = "the teacher's weights in pets.h5"
@@ -254,9 +255,9 @@ def test_whatever_a_network_raises_for_images_of_another_size() -> None:
 @pytest.mark.parametrize("slow", [True, False])
 def test_rows_are_asked_for_ahead_where_they_come_slowly(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first batch, which shows it, each row once, so many batches before it is read."""
-    monkeypatch.setattr(teaching, "AHEAD", 3)
-    monkeypatch.setattr(teaching, "AT_ONCE", -1 if slow else 1)
-    monkeypatch.setattr(teaching, "TAKEN", 1)
+    monkeypatch.setattr(targets_module, "READ_AHEAD", 3)
+    monkeypatch.setattr(targets_module, "SLOW_ROW", -1 if slow else 1)
+    monkeypatch.setattr(targets_module, "GATHER_BYTES", 1)
     said: list[tuple[str, list[int]]] = []
 
     class Rows:
@@ -270,7 +271,7 @@ def test_rows_are_asked_for_ahead_where_they_come_slowly(slow: bool, monkeypatch
             return np.zeros((len(rows), 2), np.float16)
 
     labels, needs = torch.arange(1000), frozenset({"features"})
-    targets = teaching.Targets({"features": Rows()}, labels, needs, memory=3999, device=torch.device("cpu"))
+    targets = TargetLoader({"features": Rows()}, labels, needs, memory=3999, device=torch.device("cpu"))
     order = list(torch.randperm(1000).split(100))
     found = list(targets.batches(order))
     rows = [batch.tolist() for batch in order]
@@ -288,9 +289,9 @@ def test_rows_are_asked_for_ahead_where_they_come_slowly(slow: bool, monkeypatch
 def test_batches_are_rows_however_many_are_taken_together(
     digits: Cache, memory: int, taken: int, needs: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teaching, "TAKEN", taken)
+    monkeypatch.setattr(targets_module, "GATHER_BYTES", taken)
     columns, labels = {"features": digits.train.features, "logits": digits.train.logits}, digits.train.labels
-    targets = teaching.Targets(columns, torch.from_numpy(labels), frozenset(needs), memory, torch.device("cpu"))
+    targets = TargetLoader(columns, torch.from_numpy(labels), frozenset(needs), memory, torch.device("cpu"))
     order = list(torch.randperm(1000).split(150))
     found = list(targets.batches(order))
     assert len(found) == len(order)
@@ -313,7 +314,7 @@ def test_targets_are_held_as_float32_where_there_is_room(memory: int, held: torc
         def load(self) -> np.ndarray:
             return np.ones((1000, 2), np.float16)
 
-    targets = teaching.Targets(
+    targets = TargetLoader(
         {"features": Rows()}, torch.arange(1000), frozenset({"features"}), memory, torch.device("cpu")
     )
     assert targets._held["features"].dtype == held

@@ -20,13 +20,13 @@ def config(out: Path, *overrides: str) -> TeacherConfig:
 
 
 def test_the_file_says_what_it_is(teacher: Path) -> None:
-    found = weights.read(teacher)
-    assert found.metadata["dataset"] == "digits"
-    assert found.metadata["network"] == "lenet5"
-    assert found.metadata["preprocess"] == (
+    result = weights.read(teacher)
+    assert result.metadata["dataset"] == "digits"
+    assert result.metadata["network"] == "lenet5"
+    assert result.metadata["preprocess"] == (
         '{"crop": null, "interpolation": "bilinear", "mean": [0.305], "resize": [16, 16], "std": [0.376]}'
     )
-    assert 0.5 < float(found.metadata["accuracy"]) < 1  # three epochs: far from chance, far from done
+    assert 0.5 < float(result.metadata["accuracy"]) < 1  # three epochs: far from chance, far from done
 
 
 def test_views_change_what_is_learned_and_are_the_same_again(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(zygote: Zygote, teac
     draw, positions = random.Random(0), []
     for _ in range(5):
         zygote.run("teacher", "--dataset", "digits", "--out", out, *settings, seconds=draw.uniform(0.1, 0.6))
-        if found := checkpoint.load_checkpoint(part):
-            positions.append((found[1]["epoch"], found[1]["batch"]))
+        if result := checkpoint.Checkpointer(part, 0).load():
+            positions.append((result[1]["epoch"], result[1]["batch"]))
     assert positions == sorted(positions)
     assert zygote.run("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
     assert out.read_bytes() == teacher.read_bytes()
@@ -57,15 +57,15 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         train_teacher(config(tmp_path / "x.safetensors", "teacher.lr=1e30", "checkpoint_seconds=0"))
     assert str(refused.value) == (
-        "The teacher's loss is no longer a number in epoch 1. The last checkpoint is kept. "
-        "A smaller learning rate may help: --set teacher.lr=1e+29"
+        "The teacher's loss is not finite in epoch 1. The last checkpoint is kept. "
+        "Try a smaller learning rate: --set teacher.lr=1e+29"
     )
     # What was begun is not thrown away for other settings.
     with pytest.raises(TrainingError) as refused:
         train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=1"))
     assert str(refused.value) == (
-        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Give those to go on with it, or delete it "
-        "to begin again."
+        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Use those settings to resume it, or delete "
+        "it to start again."
     )
     made = train_teacher(replace(config(tmp_path / "x.safetensors", "teacher.epochs=1"), force=True))
     assert made.path.exists()
@@ -75,7 +75,7 @@ def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as refused:
         train_teacher(config(tmp_path / "x", "teacher.batch_size=1001"))
     assert str(refused.value) == (
-        "digits has 1,000 training images, too few for a batch of 1001. Give a smaller one: "
+        "digits has 1,000 training images, too few for a batch of 1001. Use smaller batches: "
         "--set teacher.batch_size=250"
     )
 

@@ -33,8 +33,7 @@ from tspipe.models import feature_net, networks
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
 from tspipe.training import batches, checkpoint, learner
-from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
-from tspipe.training.arms import arms as arms_of
+from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT, LearnerSpec, select_arms
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import train_students
@@ -72,9 +71,9 @@ def test_a_batch_gives_its_memory_to_the_next(digits: Cache, tmp_path: Path, mon
 
     def watched(self: Preprocess, images: Tensor) -> Tensor:
         assert sum(ref() is not None for ref in made) <= 1
-        found = normalise(self, images)
-        made.append(weakref.ref(found))
-        return found
+        result = normalise(self, images)
+        made.append(weakref.ref(result))
+        return result
 
     class AtOnce(ThreadPoolExecutor):
         def submit(self, work: Callable[..., object], /, *arguments: object) -> Future[object]:
@@ -94,13 +93,13 @@ def test_what_a_run_leaves(run: RunFolder, digits: Cache) -> None:
         f"student-lenet5-{arm}-seed{s}.safetensors" for arm in ("alone", "taught", "taught-random") for s in (0, 1)
     }
     assert names == {"config.json", "metrics.csv", "random_labels.json", "summary.json"} | students
-    found = run.read_json("config.json")
-    assert found["config"]["cache"] == digits.id
-    assert found["environment"]["threads"] == 1
+    result = run.read_json("config.json")
+    assert result["config"]["cache"] == digits.id
+    assert result["environment"]["threads"] == 1
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = re.findall(r"^model name\s*: (.+)$", described, re.MULTILINE)
-    assert found["environment"]["processor"] in (models or [platform.processor() or platform.machine()])
-    assert found["environment"]["torch"] == metadata.version("torch")
+    assert result["environment"]["processor"] in (models or [platform.processor() or platform.machine()])
+    assert result["environment"]["torch"] == metadata.version("torch")
     assert sum(run.read_json("random_labels.json").values()) == 1000
     rows = run.rows()
     assert [(row["seed"], row["epoch"], row["arm"]) for row in rows] == [
@@ -150,7 +149,6 @@ def test_bfloat16_is_another_run_that_learns_about_the_same(
 ) -> None:
     rounded = train_students(config(digits, tmp_path / "run", f"{field}=bfloat16", arms=arms))
     assert rounded.config[field] == "bfloat16"
-    assert not {"precision", "live_precision"} & {*run.config}, "or runs begun before these settings would not go on"
     exact = {row["arm"]: row for row in run.rows() if (row["seed"], row["epoch"]) == (0, 2)}
     for row in rounded.rows()[-len(arms) :]:
         assert row[loss] != exact[row["arm"]][loss]
@@ -165,7 +163,7 @@ def test_a_finished_run_is_left_as_it_is(run: RunFolder, digits: Cache) -> None:
 
 def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
     """One epoch of the method, written as one would without tspipe, in the arm that has everything."""
-    found = train_students(config(digits, tmp_path / "run", "epochs=1", arms=(RANDOM,)))
+    result = train_students(config(digits, tmp_path / "run", "epochs=1", arms=(RANDOM,)))
     preprocess = Preprocess.from_dict(digits.manifest["preprocess"])
     images = datasets.open_dataset("digits").train
     pixels = torch.from_numpy(np.stack([preprocess.apply(images.read(i)) for i in range(1000)])).permute(0, 3, 1, 2)
@@ -175,7 +173,7 @@ def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
     student = networks.build("lenet5", 10, (1, 16, 16))
     student = feature_net.student_of(student, "lenet5", 84, 10, torch.zeros(2, 1, 16, 16))
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
-    for number, rows in enumerate(batches.order(0, 0, 1000, 100)):
+    for number, rows in enumerate(batches.shuffled_batches(0, 0, 1000, 100)):
         random = preprocess.normalise(random_images.uniform(0, 0, number, 7, (1, 16, 16)))
         with torch.no_grad():
             random_features, random_logits = teacher(random)
@@ -185,14 +183,15 @@ def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    saved = safetensors.torch.load_file(found.path / "student-lenet5-taught-random-seed0.safetensors")
+    saved = safetensors.torch.load_file(result.path / "student-lenet5-taught-random-seed0.safetensors")
     for name, value in student.state_dict().items():
         torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
     def start(arm: str, seed: int) -> dict[str, torch.Tensor]:
-        made = learner.Learner("lenet5", arm, seed, load.load("digits"), 84, 10, (1, 16, 16), torch.device("cpu"))
+        spec, shape = LearnerSpec("lenet5", arm, "ts", seed), learner.TaskShape(84, 10, (1, 16, 16))
+        made = learner.Learner(spec, load.load("digits"), shape, torch.device("cpu"))
         return made.network.state_dict()
 
     first = start(ALONE, 0)
@@ -203,8 +202,8 @@ def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
 def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, tmp_path: Path) -> None:
     def weights(student: str, forward: str) -> dict[str, torch.Tensor]:
         settings = [f"student={student}", f"random_forward={forward}", "epochs=1", "batch_size=500"]
-        found = train_students(config(digits, tmp_path / f"{student}-{forward}", *settings, arms=(RANDOM,)))
-        return safetensors.torch.load_file(found.path / f"student-{student}-taught-random-seed0.safetensors")
+        result = train_students(config(digits, tmp_path / f"{student}-{forward}", *settings, arms=(RANDOM,)))
+        return safetensors.torch.load_file(result.path / f"student-{student}-taught-random-seed0.safetensors")
 
     for student, same in (("lenet5", True), ("resnet20", False)):
         one, two = (weights(student, forward) for forward in ("concatenated", "separate"))
@@ -213,7 +212,7 @@ def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, 
 
 def test_arms_of_a_command() -> None:
     def arms(compare: bool, *overrides: str) -> tuple[str, ...]:
-        return arms_of(compare, load.load("digits", overrides))
+        return select_arms(compare, load.load("digits", overrides))
 
     assert arms(False) == (RANDOM,)
     assert arms(False, "random_images=0") == (TAUGHT,)
@@ -243,16 +242,16 @@ def test_rows_read_from_the_file_teach_what_loaded_rows_teach(run: RunFolder, di
 
 
 def position(out: Path) -> dict[str, int] | None:
-    found = checkpoint.load_checkpoint(out / "checkpoint.safetensors")
-    return found and found[1]
+    result = checkpoint.Checkpointer(out / "checkpoint.safetensors", 0).load()
+    return result and result[1]
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         train_students(config(digits, tmp_path / "nan", "lr=1e30", "checkpoint_seconds=0", arms=(TAUGHT,)))
     assert str(refused.value) == (
-        "The loss of lenet5-taught-seed0 is no longer a number: epoch 1, step 2. The last checkpoint is kept. "
-        "A smaller learning rate may help: --set students.lenet5.lr=1e+29"
+        "The loss of lenet5-taught-seed0 is not finite in epoch 1, step 2. The last checkpoint is kept. "
+        "Try a smaller learning rate: --set students.lenet5.lr=1e+29"
     )
     assert position(tmp_path / "nan") == {"seed": 0, "epoch": 0, "batch": 1}
 
@@ -261,7 +260,7 @@ def test_too_few_images_for_a_batch(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as refused:
         train_students(config(digits, tmp_path / "x", "batch_size=1001"))
     assert str(refused.value) == (
-        "digits has 1,000 training images, too few for a batch of 1001. Give a smaller one: --set batch_size=250"
+        "digits has 1,000 training images, too few for a batch of 1001. Use smaller batches: --set batch_size=250"
     )
     assert not (tmp_path / "x").exists()
 
@@ -301,36 +300,36 @@ def test_a_student_that_does_not_take_the_images(digits: Cache, tmp_path: Path) 
 
 
 def test_a_users_own_student(digits: Cache, tmp_path: Path) -> None:
-    mine = tmp_path / "mine.py"
-    mine.write_text(
+    user_file = tmp_path / "mine.py"
+    user_file.write_text(
         "from torch import nn\n"
         "def build(num_classes):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(256, num_classes))\n"
     )
-    found = train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
-    assert (found.path / "student-mine-taught-seed0.safetensors").exists()
-    mine.write_text(mine.read_text() + "# another version\n")
+    result = train_students(config(digits, tmp_path / "run", f"student={user_file}", arms=(TAUGHT,)))
+    assert (result.path / "student-mine-taught-seed0.safetensors").exists()
+    user_file.write_text(user_file.read_text() + "# another version\n")
     with pytest.raises(RecipeError, match="files"):
-        train_students(config(digits, tmp_path / "run", f"student={mine}", arms=(TAUGHT,)))
+        train_students(config(digits, tmp_path / "run", f"student={user_file}", arms=(TAUGHT,)))
 
 
 def test_the_teacher_of_a_cache_without_weights(digits: Cache, tmp_path: Path) -> None:
     bare = replace(digits, _weights=None)
-    found = train_students(config(bare, tmp_path / "taught", arms=(TAUGHT,)))
-    assert not (found.path / "random_labels.json").exists()
+    result = train_students(config(bare, tmp_path / "taught", arms=(TAUGHT,)))
+    assert not (result.path / "random_labels.json").exists()
 
 
 def test_a_run_goes_on_with_the_threads_it_was_begun_with(digits: Cache, tmp_path: Path) -> None:
     """Sums are split among threads, so another number of them would end with other weights."""
-    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
-        train_students(wanted)
+        train_students(run_config)
     written = json.loads((tmp_path / "run/config.json").read_text())
     written["environment"]["threads"] = 2
     (tmp_path / "run/config.json").write_text(json.dumps(written))
     try:
         with pytest.raises(TrainingError):
-            train_students(wanted)
+            train_students(run_config)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -339,17 +338,17 @@ def test_a_run_goes_on_with_the_threads_it_was_begun_with(digits: Cache, tmp_pat
 def test_two_students_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         train_students(config(digits, tmp_path / "x", 'student=["lenet5","lenet5"]'))
-    assert str(refused.value) == "Two students are called lenet5. Give each once, and files different names."
+    assert str(refused.value) == "Two students are named lenet5. Name each once, and give files different names."
 
 
 def test_two_learners_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
     """The taught arm's with a loss `random`, and that of random images with the paper's."""
-    mine = tmp_path / "random.py"
-    mine.write_text(LOSS)
+    user_file = tmp_path / "random.py"
+    user_file.write_text(LOSS)
     with pytest.raises(RecipeError) as refused:
-        train_students(config(digits, tmp_path / "x", f'loss=["ts","{mine}"]'))
+        train_students(config(digits, tmp_path / "x", f'loss=["ts","{user_file}"]'))
     assert str(refused.value) == (
-        "Two learners are called lenet5-taught-random-seed0. Give each once, and files different names."
+        "Two learners are named lenet5-taught-random-seed0. Name each once, and give files different names."
     )
 
 
@@ -384,11 +383,11 @@ class Loss(nn.Module):
 
 def test_a_loss_of_the_users_own(digits: Cache, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(LOSS)
-    found = train_students(config(digits, tmp_path / "run", f"loss={tmp_path}/mine.py"))
-    rows = [row for row in found.rows() if row["arm"] == RANDOM]
+    result = train_students(config(digits, tmp_path / "run", f"loss={tmp_path}/mine.py"))
+    rows = [row for row in result.rows() if row["arm"] == RANDOM]
     assert rows[-1]["kl"] < rows[0]["kl"]
     assert rows[-1]["scale"] < rows[0]["scale"]
-    assert "xent" in found.rows()[0]
+    assert "xent" in result.rows()[0]
 
 
 def test_a_teacher_whose_code_changed_is_noticed(
@@ -412,15 +411,16 @@ def test_a_teacher_whose_code_changed_is_noticed(
 
 
 def test_a_run_does_not_go_on_on_another_device(digits: Cache, tmp_path: Path) -> None:
-    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
-        train_students(wanted)
+        train_students(run_config)
     text = (tmp_path / "run/config.json").read_text()
     (tmp_path / "run/config.json").write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
     with pytest.raises(RecipeError) as refused:
-        train_students(wanted)
+        train_students(run_config)
     assert str(refused.value) == (
-        f"{tmp_path}/run was begun on cuda and this is cpu: its numbers would be of both. Choose another --out."
+        f"{tmp_path}/run was begun on cuda, and this machine would continue on cpu, which mixes the "
+        "results of both. Choose another --out."
     )
 
 
@@ -428,11 +428,11 @@ def test_a_run_goes_on_on_another_device_of_its_kind(
     digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As each of torchrun's processes does, on its own GPU: only the first had begun on number 0."""
-    wanted = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         monkeypatch.setattr("tspipe.training.trainer.pick_device", lambda _, device=device: device)
         with pytest.raises(TrainingError):
-            train_students(wanted)
+            train_students(run_config)
     assert json.loads((tmp_path / "run/config.json").read_text())["environment"]["device"] == "cpu"
 
 

@@ -64,8 +64,8 @@ def teacher(
     name = recipe or recipes.default_recipe(dataset)
     chosen = recipes.load(name, settings or (), flags)
     if start and start.metadata.get("network") == networks.recorded_name(chosen.teacher.network):
-        chosen = recipes.load(name, settings or (), flags, teachers.facts(start))
-    teachers.train_and_say(TeacherConfig(chosen, data, start, out, force, download))
+        chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(start))
+    teachers.train_and_report(TeacherConfig(chosen, data, start, out, force, download))
 
 
 @app.command()
@@ -113,13 +113,13 @@ def cache(
             stated = datasets.parse(dataset, data)[1]
             config = TeacherConfig(chosen, data, download=download)
             again = {"--teacher": teacher, "--data": data, "--recipe": recipe}
-            command = teachers.command(dataset, again, settings or ())
-            found = teachers.obtain(config, stated, weights, train_teacher and not group.rank, command)
-            chosen = recipes.load(name, settings or (), flags, teachers.facts(found))
+            command = teachers.teacher_command(dataset, again, settings or ())
+            found = teachers.obtain_weights(config, stated, weights, train_teacher and not group.rank, command)
+            chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(found))
             usual = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(stated, chosen.teacher.network, usual)
         if not group.rank:
-            teachers.say_which(found, chosen.teacher.network, stated)
+            teachers.print_teacher(found, chosen.teacher.network, stated)
         wanted = extract.ExtractConfig(chosen, found, out, data, force, download, images, random_pool or 0)
         made = extract.extract(wanted, group)
     if made is not None:
@@ -156,7 +156,7 @@ def student(
     from tspipe.experiments import report
     from tspipe.recipes.load import recipe_for_cache
     from tspipe.training import trainer as train_students
-    from tspipe.training.arms import arms as arms_of
+    from tspipe.training.arms import select_arms
     from tspipe.training.config import StudentConfig
     from tspipe.utils import distributed
 
@@ -166,7 +166,7 @@ def student(
         with group.first():
             opened = open_cache(local(cache))
             chosen, usual = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
-            arms = arms_of(compare, chosen)
+            arms = select_arms(compare, chosen)
         config = StudentConfig(chosen, opened, arms, data or usual, out, download, trust_data)
         run = train_students.train_students(config, group)
     if not group.rank:
@@ -228,13 +228,12 @@ def bench(
     from tspipe.cache import open_cache
     from tspipe.cli.render import show_bench
     from tspipe.experiments import bench as stage
-    from tspipe.experiments import bench_result
     from tspipe.recipes.load import recipe_for_cache
     from tspipe.training.config import StudentConfig
 
     opened = open_cache(local(cache))
     chosen, usual = recipe_for_cache(cache, opened.manifest, recipe, settings, {"student": student or None})
-    result = bench_result.as_json(stage.bench(StudentConfig(chosen, opened, data=data or usual), seconds))
+    result = stage.bench(StudentConfig(chosen, opened, data=data or usual), seconds).as_json()
     if json_:
         print(json.dumps(result, indent=2))
     else:

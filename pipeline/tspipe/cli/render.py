@@ -127,10 +127,10 @@ def show_bench(result: dict[str, Any]) -> None:
         table.add_row(Text(plain(line["what"])), *times, _ratio(line["ratio"]), spread, str(line["n"]))
     out.print(table)
     out.print(
-        "\nThe left side of each line is tspipe's: an epoch with its test, the random images of a batch, a batch of a "
-        "cohort, an image in stage one. Beside it: bare steps and tests on tensors in memory, for a cohort with one "
-        "teacher pass; bare: the teacher made for inference, on decoded images; eager, live: the network as it is "
-        "built. Medians of n turns; ratios are of one turn, with their quartiles."
+        "\nEach line compares tspipe, named first, with a floor: an epoch with its test, the random images of a batch, "
+        "a batch of a cohort, an image in stage one. bare: the same steps and tests on tensors in memory, for a cohort "
+        "with one teacher pass, for stage one the teacher alone; live: with the teacher in the loop. Medians of n "
+        "turns; ratios are of one turn, with their quartiles."
     )
     for name, value in result["facts"].items():
         out.print(Text(plain(f"{name}: {value:.3g}")))

@@ -15,7 +15,7 @@ from tspipe.experiments import figures, tables
 from tspipe.experiments import html as page
 from tspipe.experiments.results import Findings, read
 from tspipe.training.run_folder import RunFolder
-from tspipe.training.summary import shares
+from tspipe.training.summary import label_shares
 from tspipe.utils.console import console, plain
 from tspipe.utils.files import write_whole, writing
 
@@ -101,7 +101,7 @@ def _print(found: Findings, choices: Sequence[str]) -> None:
     for sentence in tables.paper_notes(found):
         out.print(Text(plain(sentence)))
     if found.random_labels:
-        out.print(Text(shares(found.random_labels)))
+        out.print(Text(label_shares(found.random_labels)))
     if found.config.trust_data:
         out.print(tables.UNCHECKED)
 

@@ -90,8 +90,8 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
     for i, job in enumerate(jobs):
         if not group.rank:
             _announce(job, found[i])
-        around = (sum(sizes[:i]), sum(sizes[i + 1 :]))
-        run = train_students(replace(job, around=around), group)
+        offset = (sum(sizes[:i]), sum(sizes[i + 1 :]))
+        run = train_students(replace(job, progress_offset=offset), group)
         if not group.rank and job.recipe.paper:
             _set_beside(run, job.recipe.paper)
         runs.append(run)
@@ -131,7 +131,7 @@ def _recipe(config: TableConfig, part: Part) -> str:
 
 def arms_of(config: TableConfig, chosen: Recipe) -> tuple[str, ...]:
     """The arms to train, by their whole names, in the paper's order."""
-    there = arms.arms(True, chosen)
+    there = arms.select_arms(True, chosen)
     for name in config.arms:
         if ARMS.get(name) not in there:
             short = [name for name, arm in ARMS.items() if arm in there]
@@ -153,12 +153,12 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
                 f"{path} is there, and the weights of its {network} are not. Take it as it is, --cache {path}, or name "
                 "the weights: --weights FILE"
             )
-        command = teachers.command(part.dataset, {"--data": config.data, "--recipe": name}, config.settings)
+        command = teachers.teacher_command(part.dataset, {"--data": config.data, "--recipe": name}, config.settings)
         training = TeacherConfig(chosen, config.data, download=config.download)
-        found = teachers.obtain(training, stated, config.weights, not group.rank, command)
-        chosen = load.load(name, config.settings, flags, teachers.facts(found))
+        found = teachers.obtain_weights(training, stated, config.weights, not group.rank, command)
+        chosen = load.load(name, config.settings, flags, teachers.recorded_settings(found))
         if not group.rank:
-            teachers.say_which(found, network, stated)
+            teachers.print_teacher(found, network, stated)
     wanted = ExtractConfig(chosen, found, path, config.data, download=config.download, random_pool=pool)
     extract(wanted, group)
     return path

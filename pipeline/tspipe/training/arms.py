@@ -1,8 +1,10 @@
-"""The arms of a comparison, and what files call their learners."""
+"""The arms of a comparison, and the learners that they consist of."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from tspipe import losses
 from tspipe.models import networks
 from tspipe.recipes.schema import Overrides, Recipe
 
@@ -10,28 +12,49 @@ ALONE, OWN, TAUGHT, RANDOM = ARMS = ("alone", "alone, own schedule", "taught", "
 UNTAUGHT = (ALONE, OWN)
 
 
-def arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
-    """The arms to train: the method itself, or all to compare that the recipe has settings for.
+def select_arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
+    """Return the arms to train: the method itself or, to compare, all that the recipe has settings for.
 
-    Where a paper fits the student alone in another way than the taught one, it is trained in both: `alone` differs from
-    the taught arms in the loss only, `alone, own schedule` is the paper's.
+    Where a paper trains the student alone with another schedule than the taught one, both are trained: `alone` differs
+    from the taught arms in the loss only; `alone, own schedule` is the paper's.
     """
-    there = {ALONE: True, OWN: recipe.alone != Overrides(), TAUGHT: True, RANDOM: recipe.random_images > 0}
-    chosen = ARMS if compare else (RANDOM if there[RANDOM] else TAUGHT,)
-    return tuple(arm for arm in chosen if there[arm])
+    if not compare:
+        return (RANDOM if recipe.random_images else TAUGHT,)
+    available = {ALONE: True, OWN: recipe.alone != Overrides(), TAUGHT: True, RANDOM: recipe.random_images > 0}
+    return tuple(arm for arm in ARMS if available[arm])
 
 
-def losses_of(arm: str, chosen: Sequence[str]) -> Sequence[str]:
-    """The losses that an arm is trained with, a learner each: the chosen ones if it is taught, else cross-entropy."""
-    return ["xent"] if arm in UNTAUGHT else chosen
+def arm_losses(arm: str, names: Sequence[str]) -> Sequence[str]:
+    """Return the losses that an arm is trained with, one learner each: cross-entropy for the student alone."""
+    return ["xent"] if arm in UNTAUGHT else names
+
+
+def any_taught(arms: Sequence[str]) -> bool:
+    """Return whether any of these arms learns from the teacher."""
+    return not set(UNTAUGHT).issuperset(arms)
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Which learner: a student network, an arm, a loss and a seed."""
+
+    student: str
+    arm: str
+    loss: str
+    seed: int
+
+    @property
+    def loss_name(self) -> str:
+        """The loss as tables name it; a file `./mine.py` is `mine`."""
+        return losses.recorded_name(self.loss)
+
+    @property
+    def name(self) -> str:
+        """The learner in file names: `lenet5-taught-random-seed0`, with another loss `lenet5-taught-kd-seed0`."""
+        return learner_name(self.student, self.arm, self.loss_name, self.seed)
 
 
 def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
-    """What files call a learner."""
-    other = "" if arm in UNTAUGHT or loss == "ts" else f"-{loss}"
-    return f"{networks.recorded_name(student)}-{re.sub('[^a-z]+', '-', arm)}{other}-seed{seed}".replace(":", "-")
-
-
-def taught(chosen: Sequence[str]) -> bool:
-    """Whether any of these arms learns from the teacher."""
-    return not set(UNTAUGHT).issuperset(chosen)
+    """Return the learner's name in file names."""
+    suffix = "" if arm in UNTAUGHT or loss == "ts" else f"-{loss}"
+    return f"{networks.recorded_name(student)}-{re.sub('[^a-z]+', '-', arm)}{suffix}-seed{seed}".replace(":", "-")

@@ -1,37 +1,89 @@
-"""Batches: their order in an epoch, and what a cohort's learners share of each."""
+"""Batches: their order in an epoch, and what the learners of a cohort share in each."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tspipe.losses import Target
+from tspipe.models.output import Output
+from tspipe.training.random_source import RandomSource
+from tspipe.training.run_data import RunData
+from tspipe.training.targets import TargetLoader
 from tspipe.utils.rng import stream
 
-
-def order(seed: int, epoch: int, rows: int, batch_size: int) -> list[Tensor]:
-    """An epoch's batches: every row once, shuffled, as indices (n,) int64; the last batch may be smaller.
-
-    Where that would be one row alone, it is left out: batch norm cannot train on a single image.
-    """
-    batches = list(torch.from_numpy(stream(seed, "order", epoch).permutation(rows)).split(batch_size))
-    return batches[:-1] if len(batches[-1]) == 1 else batches
+if TYPE_CHECKING:
+    from tspipe.training.partition import Partition
 
 
-def in_turn(rows: int, batch_size: int) -> list[Tensor]:
-    """All rows in their own order, as batches of indices (n,) int64."""
-    return list(torch.arange(rows).split(batch_size))
+class GlobalBatch(NamedTuple):
+    """A batch that several processes split: its images and random images over all processes, and their number."""
+
+    images: int
+    random: int
+    processes: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a cohort's learners share: normalised images (m, C, H, W), their targets, and random ones with theirs.
+    """Normalised images (m, C, H, W) with their targets, and random images with theirs.
 
-    Of a batch that several processes share it is this one's part; `whole` then says how many images it has, and how
-    many random ones.
+    Where several processes split a batch, this is one process's part of it, and `whole` describes the whole.
     """
 
     images: Tensor
     target: Target
     random: tuple[Tensor, Target] | None
-    whole: tuple[int, int] | None = None
+    whole: GlobalBatch | None = None
+
+
+def shuffled_batches(seed: int, epoch: int, rows: int, batch_size: int) -> list[Tensor]:
+    """Return an epoch's batches of indices (n,) int64: every row once, shuffled; the last batch may be smaller.
+
+    A last batch of one row is dropped, because batch norm cannot train on a single image.
+    """
+    batches = list(torch.from_numpy(stream(seed, "order", epoch).permutation(rows)).split(batch_size))
+    return batches[:-1] if len(batches[-1]) == 1 else batches
+
+
+def sequential_batches(rows: int, batch_size: int) -> list[Tensor]:
+    """Return all rows in order, as batches of indices (n,) int64."""
+    return list(torch.arange(rows).split(batch_size))
+
+
+class BatchSource:
+    """The batches of a run, each the same for all learners of a cohort."""
+
+    def __init__(
+        self, data: RunData, targets: TargetLoader, random: RandomSource | None, partition: "Partition", batch_size: int
+    ):
+        self.data, self.targets, self.random = data, targets, random
+        self.partition, self.batch_size = partition, batch_size
+
+    def epoch(self, seed: int, epoch: int, part: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
+        """Yield the batches of an epoch, or a part of them, each with its number."""
+        rows = self.data.validation_split(seed)[0]
+        order = [rows[batch] for batch in shuffled_batches(seed, epoch, len(rows), self.batch_size)]
+        numbers, order = range(len(order))[part], order[part]
+        local = [self.partition.local_rows(batch) for batch in order]
+        target_rows, views = self.data.views.batches(seed, epoch, local) if self.data.views else (local, None)
+        images, random = self.data.train.normalised(local, views), self._random_batches(seed, epoch, numbers)
+        random_count = self.random.spec.count if self.random else 0
+        for number, batch, target in zip(numbers, order, self.targets.batches(target_rows), strict=True):
+            whole = self.partition.global_batch(len(batch), random_count)
+            # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
+            yield number, Batch(next(images), target, next(random), whole)
+
+    def _random_batches(
+        self, seed: int, epoch: int, numbers: range
+    ) -> Iterator[tuple[Tensor, Target]] | Iterator[None]:
+        if self.random is None:
+            return iter([None] * len(numbers))
+        return map(self._with_target, self.random.batches(seed, epoch, numbers))
+
+    def _with_target(self, labelled: tuple[Tensor, Output]) -> tuple[Tensor, Target]:
+        """Turn the teacher's output for random images into their target; its argmax is their label."""
+        images, output = labelled
+        return images, self.targets.select(output.logits.argmax(1), *output)

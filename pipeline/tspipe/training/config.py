@@ -1,4 +1,4 @@
-"""What `tspipe student` was asked for, and what of it a run's numbers follow from."""
+"""The configuration of a run of stage two, and the part of it that determines the run's results."""
 
 import hashlib
 from collections import Counter
@@ -8,19 +8,39 @@ from typing import Any
 
 from tspipe import losses
 from tspipe.cache import Cache
-from tspipe.data.views import views_identity
 from tspipe.errors import RecipeError
 from tspipe.models import networks
 from tspipe.recipes.schema import Recipe
-from tspipe.training.arms import ARMS, OWN, RANDOM, learner_name, losses_of
+from tspipe.training.arms import ARMS, RANDOM, arm_losses, learner_name
 from tspipe.utils import plugins
 
-_WHERE_CHANGED = {"compile", "live_precision", "precision", "random_generator", "val_fraction"}
+# Recipe fields that do not change the results of stage two. Every other field is part of a run's identity.
+IRRELEVANT = {
+    "checkpoint_seconds",  # a resumed run ends with the same weights
+    "compute",  # stage one's, and so covered by the cache's id; likewise features, preprocess and teacher
+    "dataset",  # the images are compared with the cache's
+    "device",  # the run's environment records it, and a run resumes on the same kind of device
+    "features",
+    "memory",  # where tensors are held
+    "paper",  # for comparison only
+    "preprocess",
+    "teacher",
+    "tensorboard",
+}
+# Recipe fields that the identity holds in another form, resolved for the students and losses of the run.
+_RESOLVED = {"alone", "loss", "losses", "student", "students"}
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What `tspipe student` was asked for."""
+    """The configuration of `tspipe student`.
+
+    Attributes:
+        data: where the dataset lies; None for the usual place.
+        out: the run folder; None for one in `runs/`.
+        trust_data: whether images are not compared with the cache's.
+        progress_offset: images that a larger job trains on before and after this run, for its estimate of time left.
+    """
 
     recipe: Recipe
     cache: Cache
@@ -29,48 +49,40 @@ class StudentConfig:
     out: Path | None = None
     download: bool = False
     trust_data: bool = False
-    around: tuple[int, int] = (0, 0)  # images that a larger job trains on before and after, for its time left
+    progress_offset: tuple[int, int] = (0, 0)
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise RecipeError where students, losses or learners could not be told apart by name."""
-    students, used = (
-        [stated(name) for name in names]
-        for stated, names in ((networks.recorded_name, recipe.student), (losses.recorded_name, recipe.loss))
-    )
+    """Raise RecipeError if two students, losses or learners have the same name."""
+    students = [networks.recorded_name(name) for name in recipe.student]
+    loss_names = [losses.recorded_name(name) for name in recipe.loss]
     learners = [
-        learner_name(student, arm, loss, 0) for student in students for arm in ARMS for loss in losses_of(arm, used)
+        learner_name(student, arm, loss, 0)
+        for student in students
+        for arm in ARMS
+        for loss in arm_losses(arm, loss_names)
     ]
-    for kind, called in (("students", students), ("losses", used), ("learners", learners)):
-        if twice := next((name for name, count in Counter(called).items() if count > 1), None):
-            raise RecipeError(f"Two {kind} are called {twice}. Give each once, and files different names.")
+    for kind, names in (("students", students), ("losses", loss_names), ("learners", learners)):
+        if duplicate := next((name for name, count in Counter(names).items() if count > 1), None):
+            raise RecipeError(f"Two {kind} are named {duplicate}. Name each once, and give files different names.")
 
 
 def identity(config: StudentConfig) -> dict[str, Any]:
-    """What the numbers follow from, and nothing else: the frozen config a run folder is named after."""
+    """Return everything that determines the run's results; the run folder is named after its digest."""
     recipe = config.recipe
-    shared = {
-        "batch_size", "epochs", "mse_weight", "random_forward", "random_images", "seeds", "test_batch_size",
-        "xent_weight",
-    }  # fmt: skip
     check_names(recipe)
-    students = {
-        name: {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
-        for name in recipe.student
-    }
     files = [name for name in (*recipe.student, *recipe.loss) if plugins.is_file(name) and Path(name).is_file()]
-    options = {name: own for name in recipe.loss if (own := recipe.loss_options(name))}
     return {
         "cache": config.cache.id,
         "files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
         "arms": list(config.arms),
-        "students": students,
+        "students": {
+            name: {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
+            for name in recipe.student
+        },
         "loss": recipe.loss if len(recipe.loss) > 1 else recipe.loss[0],
-        **({"losses": options} if options else {}),
-        **recipe.model_dump(include=shared),
-        **({"alone": recipe.alone.model_dump(exclude_none=True)} if OWN in config.arms else {}),
-        **recipe.model_dump(include=_WHERE_CHANGED, exclude_defaults=True),
-        **({"random_source": "pool"} if recipe.random_source == "pool" and RANDOM in config.arms else {}),
-        **views_identity(config.cache, recipe.views),
-        **({"trust_data": True} if config.trust_data and not config.cache.has_images else {}),
+        "losses": {name: options for name in recipe.loss if (options := recipe.loss_options(name))},
+        "alone": recipe.alone.model_dump(exclude_none=True),
+        "trust_data": config.trust_data and not config.cache.has_images,
+        **recipe.model_dump(exclude=IRRELEVANT | _RESOLVED),
     }

@@ -1,4 +1,4 @@
-"""Test accuracy."""
+"""Accuracy on the test split and on held-back training images."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tspipe.data.image_loader import Pixels
 from tspipe.data.preprocess import Preprocess
+from tspipe.training.learner import Learner
+from tspipe.training.partition import Partition
+from tspipe.training.run_data import RunData
+from tspipe.utils.device import moved
 from tspipe.utils.timing import Stopwatch
 
 
@@ -18,19 +23,59 @@ def count_correct(
     preprocess: Preprocess,
     stopwatches: Sequence[Stopwatch] = (),
 ) -> list[int]:
-    """How many images each network classifies rightly.
+    """Return how many images each network classifies correctly.
 
     Args:
-        networks: each maps normalised images to logits, in the mode it is in.
+        networks: each maps normalised images to logits, in its current mode.
         batches: (n, C, H, W) uint8.
-        labels: (n,) int64 for each of them, on the networks' device.
-        stopwatches: one a network, to time it with.
+        labels: (n,) int64 for each batch, on the networks' device.
+        stopwatches: one per network, to time it with.
     """
     correct: list[Tensor | int] = [0] * len(networks)
-    for pixels, right in zip(batches, labels, strict=True):
+    for pixels, expected in zip(batches, labels, strict=True):
         images = preprocess.normalise(pixels)
         for i, network in enumerate(networks):
             with stopwatches[i].on() if stopwatches else contextlib.nullcontext():
-                correct[i] += (network(images).argmax(1) == right).sum()
-        del images  # so that the next ones take their memory
+                correct[i] += (network(images).argmax(1) == expected).sum()
+        del images  # so that the next batch can use its memory
     return [int(count) for count in correct]
+
+
+class Evaluator:
+    """Tests learners on the images of a run, each process on its part of them."""
+
+    def __init__(self, data: RunData, partition: Partition, batch_size: int):
+        self.data, self.partition, self.batch_size = data, partition, batch_size
+
+    def test(self, learners: list[Learner], rows: Tensor | None = None) -> list[int]:
+        """Return how many test images, or those in `rows` (n,) int64, each learner classifies correctly."""
+        rows = torch.arange(len(self.data.test)) if rows is None else rows
+        return self._correct(learners, self.data.test, self.data.test_labels, rows)
+
+    def rows(self, learners: list[Learner], epoch: int) -> list[dict[str, object]]:
+        """Test the learners and return their rows of metrics.csv for the epoch."""
+        rows = [learner.row(epoch) for learner in learners]
+        for row, correct in zip(rows, self.test(learners), strict=True):
+            row["test_accuracy"] = correct / len(self.data.test_labels)
+        if self.data.validation_count:
+            for row, correct in zip(rows, self._validate(learners), strict=True):
+                row["val_accuracy"] = correct / self.data.validation_count
+        for row, learner in zip(rows, learners, strict=True):
+            row["seconds_testing"] = round(learner.testing_time.seconds(), 4)
+        return rows
+
+    def _validate(self, learners: list[Learner]) -> list[int]:
+        if not learners:
+            return []
+        rows = self.data.validation_split(learners[0].spec.seed)[1]
+        return self._correct(learners, self.data.train, self.data.train_labels, rows)
+
+    def _correct(self, learners: list[Learner], images: Pixels, labels: Tensor, rows: Tensor) -> list[int]:
+        for learner in learners:
+            learner.network.eval()
+        order = self.partition.local_batches(list(rows.split(self.batch_size)))
+        expected = (labels.index_select(0, batch) for batch in moved(order, images.device))
+        stopwatches = [learner.testing_time for learner in learners]
+        networks = [learner.logits for learner in learners]
+        counts = count_correct(networks, images.batches(order), expected, self.data.preprocess, stopwatches)
+        return self.partition.sum_counts(counts)

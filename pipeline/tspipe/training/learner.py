@@ -1,31 +1,46 @@
-"""One student in training: its network, its loss, its optimiser, and what it counts."""
+"""A learner: one student network in training, with one loss, one arm and one seed."""
 
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tspipe import losses
-from tspipe.errors import RecipeError
+from tspipe.errors import RecipeError, TrainingError
 from tspipe.losses import Target
 from tspipe.models import feature_net, networks
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.output import Output
 from tspipe.recipes.schema import Recipe
-from tspipe.training import checkpoint
-from tspipe.training import optimizers as training
-from tspipe.training.arms import OWN, RANDOM, UNTAUGHT, learner_name
+from tspipe.training.arms import OWN, RANDOM, LearnerSpec
 from tspipe.training.batches import Batch
-from tspipe.training.metrics import Tally
-from tspipe.utils import timing
+from tspipe.training.checkpoint import load_training_state, prefixed, training_state, without_prefix
+from tspipe.training.metrics import EpochMetrics
+from tspipe.training.optimizers import make_optimizer, set_learning_rate
 from tspipe.utils.distributed import Group
 from tspipe.utils.rng import seed_torch
+from tspipe.utils.timing import Stopwatch
 
 
-class Trained(nn.Module):
-    """What a learner's optimiser fits: the network, and the loss, which may learn too."""
+@dataclass(frozen=True)
+class TaskShape:
+    """The width of the teacher's features, the number of classes, and (C, H, W) of an image."""
+
+    feature_dim: int
+    num_classes: int
+    input_shape: tuple[int, int, int]
+
+
+class StudentWithLoss(nn.Module):
+    """The modules that an optimiser updates: the student network and its loss, which may have weights of its own.
+
+    Args:
+        separate: pass random images through the network apart from real ones, so that batch norm never mixes them.
+    """
 
     def __init__(self, network: FeatureNet, loss: nn.Module, separate: bool):
         super().__init__()
@@ -34,173 +49,175 @@ class Trained(nn.Module):
     def forward(
         self, images: Tensor, target: Target, random: tuple[Tensor, Target] | None
     ) -> tuple[Output, dict[str, Tensor]]:
-        """The network's output for the images and, after them, the random ones; and the loss's terms."""
+        """Return the network's output for the images, followed by that for random images, and the loss terms."""
         if random is None:
             output: Output = self.network(images)
             return output, self.loss(output, target)
-        noise, its_target = random
-        target = Target(*map(torch.cat, zip(target, its_target, strict=True)))
+        random_images, random_target = random
+        target = Target(*map(torch.cat, zip(target, random_target, strict=True)))
         if self.separate:
-            output = Output(*map(torch.cat, zip(self.network(images), self.network(noise), strict=True)))
+            output = Output(*map(torch.cat, zip(self.network(images), self.network(random_images), strict=True)))
         else:
-            output = self.network(torch.cat([images, noise]))
+            output = self.network(torch.cat([images, random_images]))
         return output, self.loss(output, target)
-
-
-def compile_in_place(module: nn.Module, device: torch.device) -> None:
-    """Have PyTorch compile a module when it is first called, once for each shape; its state keeps its names.
-
-    On a GPU it becomes CUDA graphs: a network as small as LeNet-5 spends its time launching kernels. Raises RecipeError
-    where there is no C++ compiler.
-    """
-    compilers = os.environ.get("CXX", "g++"), "clang++"
-    if not any(map(shutil.which, compilers)):
-        raise RecipeError(
-            f"compile=true needs a C++ compiler, and there is none here ({', '.join(compilers)}). Install one, or "
-            "leave the setting out."
-        )
-    # Each student, arm and loss is compiled by itself, and PyTorch gives up after eight of one module.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-    module.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
 
 
 class Learner:
     """One student network with one loss, one arm, one seed.
 
     Attributes:
-        network: maps images to (features of the teacher's width, logits).
-        tally: what it has counted this epoch; loss terms are weighted by their batch's real images.
+        spec: which learner it is.
+        model: the network and the loss.
+        metrics: the epoch's metrics; loss terms are weighted by the number of real images.
     """
 
-    def __init__(
-        self,
-        student: str,
-        arm: str,
-        seed: int,
-        recipe: Recipe,
-        width: int,
-        num_classes: int,
-        input_shape: tuple[int, int, int],
-        device: torch.device,
-        loss: str = "ts",
-    ):
-        self.student, self.arm, self.seed, self.device = student, arm, seed, device
-        self.loss_name = losses.recorded_name(loss := "xent" if arm in UNTAUGHT else loss)
-        seed_torch(seed, "loss weights")
-        self.loss = losses.build(loss, {**recipe.model_dump(), "width": width}, recipe.loss_options(loss)).to(device)
-        self.how = recipe.optimisation(student, alone=arm == OWN)
-        options = recipe.student_options(student)
-        # The same seed for every arm: they begin as the same network.
-        seed_torch(seed, "weights")
-        module = networks.build(student, num_classes, input_shape, options)
-        probe = feature_net.probe_images(input_shape)
-        network = feature_net.student_of(module, student, width, num_classes, probe)
-        network.precision = getattr(torch, recipe.precision)
-        # Channels-last, as the pixels come: 5 to 30 % faster than channels-first for all of the paper's students.
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trained = Trained(self.network, self.loss, recipe.random_forward == "separate")
+    def __init__(self, spec: LearnerSpec, recipe: Recipe, shape: TaskShape, device: torch.device):
+        self.spec = spec
+        self.optimization = recipe.optimisation(spec.student, alone=spec.arm == OWN)
+        seed_torch(spec.seed, "loss weights")
+        offered = {**recipe.model_dump(), "width": shape.feature_dim}
+        loss = losses.build(spec.loss, offered, recipe.loss_options(spec.loss)).to(device)
+        self.model = StudentWithLoss(
+            _build_student(spec, recipe, shape, device), loss, recipe.random_forward == "separate"
+        )
         if recipe.compile:
-            compile_in_place(self.trained, device)
-        self._forward: nn.Module = self.trained
-        self._processes = 1
-        self.optimizer = training.make_optimizer(self.how, self.trained.parameters(), device)
-        self.training, self.testing = timing.Stopwatch(device), timing.Stopwatch(device)
-        self.terms = self._term_names(width, num_classes)
+            compile_in_place(self.model, device)
+        self._parallel_model: nn.Module = self.model
+        self.optimizer = make_optimizer(self.optimization, self.model.parameters(), device)
+        self.training_time, self.testing_time = Stopwatch(device), Stopwatch(device)
+        self.metrics = EpochMetrics(_term_names(spec, loss, shape, device), device)
         self.start_epoch(0)
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What its loss asks of the cache."""
-        return frozenset[str](self.loss.needs)  # type: ignore[arg-type]
+    def name(self) -> str:
+        """The learner's name in file names."""
+        return self.spec.name
 
     @property
-    def parameters(self) -> int:
-        """How many weights it trains."""
+    def network(self) -> FeatureNet:
+        """The student: maps images to features of the teacher's width, and logits."""
+        return self.model.network
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its loss needs: a subset of features, logits and labels."""
+        return frozenset[str](self.model.loss.needs)  # type: ignore[arg-type]
+
+    @property
+    def parameter_count(self) -> int:
+        """How many weights the network has."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    @property
-    def name(self) -> str:
-        """As in file names: `lenet5-taught-random-seed0`, of another loss than ts `lenet5-taught-random-kd-seed0`."""
-        return learner_name(self.student, self.arm, self.loss_name, self.seed)
-
-    def start_epoch(self, epoch: int, *, counted: bool = False) -> None:
-        """Set the epoch's learning rate; forget what the last one counted, unless this one was `counted` in part."""
-        training.set_learning_rate(self.optimizer, self.how, epoch)
+    def start_epoch(self, epoch: int, *, resumed: bool = False) -> None:
+        """Set the epoch's learning rate; reset the metrics unless the epoch is resumed."""
+        set_learning_rate(self.optimizer, self.optimization, epoch)
         self.network.train()
-        self.training.reset()
-        self.testing.reset()
-        if not counted:
-            self.forget()
-
-    def forget(self) -> None:
-        """Forget what it has counted this epoch."""
-        self.tally = Tally(len(self.terms), self.device)
+        self.training_time.reset()
+        self.testing_time.reset()
+        if not resumed:
+            self.metrics.reset()
 
     def distribute(self, group: Group) -> None:
         """Have every process of the group train this learner, each on its part of a batch."""
-        self._forward, self._processes = group.parallel(self.trained, self.device), group.size
+        self._parallel_model = group.parallel(self.model, self.metrics.device)
 
-    def step(self, batch: Batch, step: int) -> None:
-        """One optimiser step on this arm's share of a batch. Nothing here waits for the device."""
-        self.training.start()
-        real, random = len(batch.images), batch.random if self.arm == RANDOM else None
+    def step(self, batch: Batch, number: int) -> None:
+        """Train on this arm's share of a batch. Nothing waits for the device."""
+        self.training_time.start()
         self.optimizer.zero_grad(set_to_none=True)
-        output, terms = self._forward(batch.images, batch.target, random)
-        parts = torch.stack(list(terms.values()))
-        weight, whole = self._weight(batch), batch.whole[0] if batch.whole else real
-        loss = parts.sum() if weight is None else parts.sum() * weight * self._processes
-        loss.backward()
+        random = batch.random if self.spec.arm == RANDOM else None
+        output, terms = self._parallel_model(batch.images, batch.target, random)
+        values = torch.stack(list(terms.values()))
+        count, scale = self._weigh(batch)
+        (values.sum() if scale is None else values.sum() * scale).backward()
         self.optimizer.step()
-        if weight != 0:  # the mean of no images is no number
-            counts = whole if weight is None else weight * whole
-            self.tally.add(step, parts, counts, output.logits[:real], batch.target.labels)
-        self.training.stop()
+        if count:  # the mean over no images is not a number
+            self.metrics.add(number, values, count, output.logits[: len(batch.images)], batch.target.labels)
+        self.training_time.stop()
 
-    def _weight(self, batch: Batch) -> float | None:
-        """This process's share of a batch's images, random ones counted; None where the whole batch is here.
+    def _weigh(self, batch: Batch) -> tuple[float, float | None]:
+        """Return how many images the loss counts for, and the factor of its gradient; None for a whole batch.
 
-        A loss is a mean over a process's images. Weighted so, the sum over all processes is the mean over the batch.
+        The loss is a mean over a process's images, and `DistributedDataParallel` averages gradients over processes.
+        With this factor the result is the gradient of the mean over the whole batch.
         """
-        if batch.whole is None:
-            return None
-        here, whole = len(batch.images), batch.whole[0]
-        if self.arm == RANDOM and batch.random is not None:
-            here, whole = here + len(batch.random[0]), sum(batch.whole)
-        return here / whole
+        whole = batch.whole
+        if whole is None:
+            return len(batch.images), None
+        local, total = len(batch.images), whole.images
+        if self.spec.arm == RANDOM and batch.random is not None:
+            local, total = local + len(batch.random[0]), total + whole.random
+        return local / total * whole.images, local / total * whole.processes
 
-    def _term_names(self, width: int, num_classes: int) -> list[str]:
-        """The loss's terms, in its order; also the place where a loss of the user's is first tried."""
-        unknown = self.needs - {"features", "logits", "labels"}
-        if unknown:
-            raise RecipeError(f"The loss {self.loss_name} needs {min(unknown)!r}, which a cache does not hold.")
-        output = Output(torch.zeros(2, width, device=self.device), torch.zeros(2, num_classes, device=self.device))
-        nothing = torch.empty(2, 0, device=self.device)
-        features, logits = (part if name in self.needs else nothing for name, part in output._asdict().items())
-        target = Target(features, logits, torch.zeros(2, dtype=torch.int64, device=self.device))
-        with torch.no_grad():
-            return list(self.loss(output, target))
+    def check_finite(self, epoch: int) -> None:
+        """Raise TrainingError if a loss of this epoch was not finite."""
+        if (step := int(self.metrics.bad_step)) >= 0:
+            section = "alone" if self.spec.arm == OWN else f"students.{self.spec.student}"
+            raise TrainingError(
+                f"The loss of {self.name} is not finite in epoch {epoch + 1}, step {step + 1}. The last checkpoint is "
+                f"kept. Try a smaller learning rate: --set {section}.lr={self.optimization.lr / 10:g}"
+            )
 
-    def pack(self) -> dict[str, Tensor]:
-        """Its whole state as flat tensors."""
-        return {**checkpoint.pack(self.trained, self.optimizer), **checkpoint.prefixed("counted", self.tally.pack())}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole state of training as flat tensors."""
+        return {**training_state(self.model, self.optimizer), **prefixed("counted", self.metrics.state_dict())}
 
-    def unpack(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `pack`."""
-        checkpoint.unpack(tensors, self.trained, self.optimizer)
-        self.tally.unpack(checkpoint.below("counted", tensors))
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned."""
+        load_training_state(tensors, self.model, self.optimizer)
+        self.metrics.load_state_dict(without_prefix("counted", tensors))
 
     def logits(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) to (n, c), for testing."""
+        """Return the logits (n, c) for images (n, C, H, W)."""
         return self.network(images).logits  # type: ignore[no-any-return]
 
     def row(self, epoch: int) -> dict[str, Any]:
-        """What it counted in this epoch, as columns of metrics.csv."""
+        """Return the epoch's training metrics as columns of metrics.csv."""
         return {
-            "seed": self.seed,
+            "seed": self.spec.seed,
             "epoch": epoch + 1,
-            "student": self.student,
-            "arm": self.arm,
-            "loss": self.loss_name,
-            **self.tally.row(self.terms),
-            "seconds_training": round(self.training.seconds(), 4),
+            "student": self.spec.student,
+            "arm": self.spec.arm,
+            "loss": self.spec.loss_name,
+            **self.metrics.means(),
+            "seconds_training": round(self.training_time.seconds(), 4),
         }
+
+
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """Compile a module at its first call, once for each input shape; its state keeps its names.
+
+    On a GPU it becomes CUDA graphs, because a small network spends most of its time launching kernels. Raises
+    RecipeError if there is no C++ compiler.
+    """
+    compilers = os.environ.get("CXX", "g++"), "clang++"
+    if not any(map(shutil.which, compilers)):
+        raise RecipeError(
+            f"compile=true needs a C++ compiler ({' or '.join(compilers)}), and none is installed. Install one, or "
+            "leave the setting out."
+        )
+    # Each learner is compiled on its own, and PyTorch stops after eight versions of one module.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+    module.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+
+
+def _build_student(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, device: torch.device) -> FeatureNet:
+    seed_torch(spec.seed, "weights")  # the same for every arm: they start from the same weights
+    options = recipe.student_options(spec.student)
+    module = networks.build(spec.student, shape.num_classes, shape.input_shape, options)
+    probe = feature_net.probe_images(shape.input_shape)
+    network = feature_net.student_of(module, spec.student, shape.feature_dim, shape.num_classes, probe)
+    network.precision = getattr(torch, recipe.precision)
+    # Channels-last, as the image loader yields batches: 5 to 30 % faster for all of the paper's students.
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _term_names(spec: LearnerSpec, loss: nn.Module, shape: TaskShape, device: torch.device) -> list[str]:
+    """Return the names of the loss terms, in order; this is the first time a user's loss runs."""
+    if unknown := set(loss.needs) - {"features", "logits", "labels"}:  # type: ignore[arg-type]
+        raise RecipeError(f"The loss {spec.loss_name} needs {min(unknown)!r}, which a cache does not hold.")
+    empty = torch.empty(2, 0, device=device)
+    output = Output(*(torch.zeros(2, n, device=device) for n in (shape.feature_dim, shape.num_classes)))
+    features, logits = (part if name in loss.needs else empty for name, part in output._asdict().items())  # type: ignore[operator]
+    with torch.no_grad():
+        return list(loss(output, Target(features, logits, torch.zeros(2, dtype=torch.int64, device=device))))

@@ -1,4 +1,4 @@
-"""What training a teacher and training students have in common: optimiser, schedule, evaluation, checkpoint."""
+"""Optimisers and learning-rate schedules, as a recipe states them."""
 
 from collections.abc import Iterable
 
@@ -8,20 +8,22 @@ from torch import Tensor
 from tspipe.recipes.schema import Optimisation
 
 
-def make_optimizer(how: Optimisation, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """Adam or SGD as the recipe says; one fused kernel for all parameters where PyTorch has it."""
+def make_optimizer(settings: Optimisation, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
+    """Return Adam or SGD, fused into one kernel where PyTorch supports it."""
     fused = device.type in ("cpu", "cuda")
-    if how.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=how.lr, weight_decay=how.weight_decay, fused=fused)
-    return torch.optim.SGD(
-        parameters, lr=how.lr, momentum=how.momentum, weight_decay=how.weight_decay, nesterov=False, fused=fused
-    )
+    lr, weight_decay = settings.lr, settings.weight_decay
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=weight_decay, fused=fused)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, how: Optimisation, epoch: int) -> None:
-    """The learning rate of an epoch (from 0): lr · factor^⌊epoch / every⌋, or a factor for each milestone passed."""
-    drops = sum(epoch >= milestone for milestone in how.lr_milestones)
-    if not how.lr_milestones:
-        drops = epoch // how.lr_drop_every
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Optimisation, epoch: int) -> None:
+    """Set the learning rate of an epoch, counted from 0.
+
+    It is lr · factor^⌊epoch / every⌋ or, with milestones, lr · factor^(milestones reached).
+    """
+    drops = sum(epoch >= milestone for milestone in settings.lr_milestones)
+    if not settings.lr_milestones:
+        drops = epoch // settings.lr_drop_every
     for group in optimizer.param_groups:
-        group["lr"] = how.lr * how.lr_drop_factor**drops
+        group["lr"] = settings.lr * settings.lr_drop_factor**drops

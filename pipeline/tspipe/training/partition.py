@@ -1,72 +1,187 @@
-"""How several processes divide a cohort: its learners or, where it has fewer than there are processes, its batches."""
+"""How the processes of a job divide a cohort: by its learners, or by its batches."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
+from tspipe.training.batches import GlobalBatch
 from tspipe.training.checkpoint import prefixed
 from tspipe.training.learner import Learner
-from tspipe.training.metrics import together
+from tspipe.training.metrics import merge_metrics
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.timing import Clock
 
 T = TypeVar("T")
-_AGREE = 10  # batches after which processes agree on whether a checkpoint is due
+_AGREE_EVERY = 10  # batches after which the processes agree on whether a checkpoint is due
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """The part of this process, one of a group, in a cohort of so many learners."""
+class Partition(ABC):
+    """One process's part of the work on a cohort."""
 
-    group: Group = ALONE
-    learners: int = 1
+    def __init__(self, group: Group = ALONE):
+        self.group = group
 
     @property
-    def splits(self) -> bool:
-        """Whether every process trains all learners, on its part of every batch; else it trains some, on all of it."""
-        return self.group.size > self.learners
+    def is_writer(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.group.rank == 0
 
-    def mine(self, learners: Sequence[T]) -> list[T]:
-        """Those of a cohort's learners that this process trains; the last, with random images, are rank 0's."""
-        if self.splits:
-            return list(learners)
-        return [one for i, one in enumerate(reversed(learners)) if i % self.group.size == self.group.rank][::-1]
-
-    def part(self, rows: Tensor) -> Tensor:
-        """This process's part of a batch."""
-        return self.group.share(rows) if self.splits else rows
-
-    def total(self, counts: list[int]) -> list[int]:
-        """Counts over a split, each process having counted a part of it."""
-        return [sum(parts) for parts in zip(*self.group.gather(counts), strict=True)] if self.splits else counts
-
-    def rows(self, mine: list[T]) -> list[T]:
-        """What every process has of its learners, together, in no order."""
-        return mine if self.splits else [row for rows in self.group.gather(mine) for row in rows]
-
-    def due(self, clock: Clock, number: int) -> bool:
-        """Whether a checkpoint is due after batch `number`; the same answer in every process."""
+    def checkpoint_due(self, clock: Clock, number: int) -> bool:
+        """Return whether a checkpoint is due after batch `number`: the same answer in every process."""
         if self.group.size == 1:
             return clock.due()
-        return number % _AGREE == _AGREE - 1 and self.group.broadcast(clock.due())
+        return number % _AGREE_EVERY == _AGREE_EVERY - 1 and self.group.broadcast(clock.due())
 
-    def count_together(self, learners: list[Learner]) -> None:
-        """Where batches are split, let every process have counted what all have."""
-        for learner in learners if self.splits else []:
-            counted = {name: value.cpu() for name, value in learner.tally.pack().items()}
-            learner.tally.unpack(together(self.group.gather(counted)))
+    @property
+    @abstractmethod
+    def dropout_purpose(self) -> str:
+        """The random stream that seeds dropout in this process."""
 
-    def count_on(self, learners: list[Learner]) -> None:
-        """After that, within an epoch: rank 0 goes on from what all have counted, the others from nothing."""
-        for learner in learners if self.splits and self.group.rank else []:
-            learner.forget()
+    @abstractmethod
+    def local_learners(self, cohort: Sequence[T]) -> list[T]:
+        """Return the learners of a cohort that this process trains."""
 
-    def states(self, mine: list[Learner]) -> dict[str, Tensor]:
-        """The state of all of a cohort's learners, as flat tensors."""
-        tensors = {key: value for one in mine for key, value in prefixed(one.name, one.pack()).items()}
-        if self.group.size == 1 or self.splits:
+    @abstractmethod
+    def local_rows(self, rows: Tensor) -> Tensor:
+        """Return this process's part of a batch."""
+
+    @abstractmethod
+    def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
+        """Return the batches of a split that this process evaluates."""
+
+    @abstractmethod
+    def global_batch(self, images: int, random: int) -> GlobalBatch | None:
+        """Describe the batch that this process has a part of; None if it has all of it."""
+
+    @abstractmethod
+    def distribute(self, learner: Learner) -> None:
+        """Prepare a learner for training in this job."""
+
+    @abstractmethod
+    def sum_counts(self, counts: list[int]) -> list[int]:
+        """Return the counts over a split, of which this process has counted its part."""
+
+    @abstractmethod
+    def gather_rows(self, rows: list[T]) -> list[T]:
+        """Return the rows of all learners, in no particular order."""
+
+    @abstractmethod
+    def merge_metrics(self, learners: list[Learner]) -> None:
+        """Give the metrics of this epoch over all processes to every process."""
+
+    @abstractmethod
+    def split_metrics(self, learners: list[Learner]) -> None:
+        """After `merge_metrics`, within an epoch: rank 0 continues from the merged metrics, the others from zero."""
+
+    @abstractmethod
+    def gather_states(self, learners: list[Learner]) -> dict[str, Tensor]:
+        """Return the state of all learners of a cohort as flat tensors."""
+
+
+class ShardLearners(Partition):
+    """Each process trains some of a cohort's learners on whole batches; a single process trains all of them."""
+
+    dropout_purpose = "dropout"
+
+    def local_learners(self, cohort: Sequence[T]) -> list[T]:
+        """Return every n-th learner, counted from the last, so that the last, with random images, is rank 0's."""
+        return [one for i, one in enumerate(reversed(cohort)) if i % self.group.size == self.group.rank][::-1]
+
+    def local_rows(self, rows: Tensor) -> Tensor:
+        """Return the whole batch."""
+        return rows
+
+    def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
+        """Return all batches."""
+        return batches
+
+    def global_batch(self, images: int, random: int) -> None:
+        """Return None: batches are whole."""
+
+    def distribute(self, learner: Learner) -> None:
+        """Do nothing: a learner is trained by one process."""
+
+    def sum_counts(self, counts: list[int]) -> list[int]:
+        """Return the counts: they are of the whole split."""
+        return counts
+
+    def gather_rows(self, rows: list[T]) -> list[T]:
+        """Return the rows of all processes."""
+        return [row for rows in self.group.gather(rows) for row in rows]
+
+    def merge_metrics(self, learners: list[Learner]) -> None:
+        """Do nothing: metrics are of whole batches."""
+
+    def split_metrics(self, learners: list[Learner]) -> None:
+        """Do nothing: metrics are of whole batches."""
+
+    def gather_states(self, learners: list[Learner]) -> dict[str, Tensor]:
+        """Return the states of the learners of all processes."""
+        tensors = _states(learners)
+        if self.group.size == 1:
             return tensors
         parts = self.group.gather({key: value.cpu() for key, value in tensors.items()})
         return {key: value for part in parts for key, value in part.items()}
+
+
+class SplitBatches(Partition):
+    """All processes train every learner, each on its part of every batch (`DistributedDataParallel`)."""
+
+    @property
+    def dropout_purpose(self) -> str:
+        """Each process has other images, so its dropout draws other numbers."""
+        return f"dropout, rank {self.group.rank}" if self.group.rank else "dropout"
+
+    def local_learners(self, cohort: Sequence[T]) -> list[T]:
+        """Return all learners."""
+        return list(cohort)
+
+    def local_rows(self, rows: Tensor) -> Tensor:
+        """Return this rank's part of the rows; sizes differ by one at most."""
+        return self.group.share(rows)
+
+    def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
+        """Return every n-th batch."""
+        return batches[self.group.rank :: self.group.size]
+
+    def global_batch(self, images: int, random: int) -> GlobalBatch:
+        """Describe the batch over all processes."""
+        return GlobalBatch(images, random, self.group.size)
+
+    def distribute(self, learner: Learner) -> None:
+        """Have every process train this learner."""
+        learner.distribute(self.group)
+
+    def sum_counts(self, counts: list[int]) -> list[int]:
+        """Return the sums over all processes."""
+        return [sum(parts) for parts in zip(*self.group.gather(counts), strict=True)]
+
+    def gather_rows(self, rows: list[T]) -> list[T]:
+        """Return the rows: every process has all of them."""
+        return rows
+
+    def merge_metrics(self, learners: list[Learner]) -> None:
+        """Sum the metrics over all processes."""
+        for learner in learners:
+            local = {name: value.cpu() for name, value in learner.metrics.state_dict().items()}
+            learner.metrics.load_state_dict(merge_metrics(self.group.gather(local)))
+
+    def split_metrics(self, learners: list[Learner]) -> None:
+        """Reset the metrics on all ranks but 0."""
+        for learner in learners if self.group.rank else []:
+            learner.metrics.reset()
+
+    def gather_states(self, learners: list[Learner]) -> dict[str, Tensor]:
+        """Return the states: they are the same in every process."""
+        return _states(learners)
+
+
+def choose_partition(group: Group, cohort_size: int) -> Partition:
+    """Split batches where there are more processes than learners, else shard the learners."""
+    return SplitBatches(group) if group.size > cohort_size else ShardLearners(group)
+
+
+def _states(learners: list[Learner]) -> dict[str, Tensor]:
+    return {key: value for one in learners for key, value in prefixed(one.name, one.state_dict()).items()}

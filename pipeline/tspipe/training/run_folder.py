@@ -1,11 +1,11 @@
-"""A run folder: everything a run of stage two leaves, and what it needs to go on after a kill.
+"""A run folder: everything that a run of stage two writes, and what it needs to resume after a kill.
 
-config.json           what was asked for; the cache's id; versions, device and threads
-random_labels.json    what the teacher calls random images
-metrics.csv           a row per learner and epoch
-student-*.safetensors the trained students, with how to build them in their metadata
-checkpoint.safetensors  only while the run is unfinished
-summary.json          only when it is finished
+config.json           the configuration; the cache's id; versions, device and threads
+random_labels.json    the teacher's labels for random images
+metrics.csv           one row per learner and epoch
+student-*.safetensors the trained students; their metadata says how to build them
+checkpoint.safetensors  until the run is finished
+summary.json          once the run is finished
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder and the config it belongs to."""
+    """A run's folder, and the config and environment of the run."""
 
     path: Path
     config: dict[str, Any]
@@ -38,16 +38,16 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run goes on from."""
+        """The checkpoint that the run resumes from."""
         return self.path / "checkpoint.safetensors"
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return (self.path / "summary.json").exists()
 
     def create(self) -> None:
-        """Make the folder, with its config, unless it is there."""
+        """Create the folder and its config.json, unless it exists."""
         if (self.path / "config.json").exists():
             return
         with writing(self.path):
@@ -63,25 +63,25 @@ class RunFolder:
         return json.loads((self.path / name).read_text())
 
     def rows(self) -> list[Row]:
-        """metrics.csv, numbers as numbers."""
+        """Return the rows of metrics.csv, with numbers converted."""
         path = self.path / "metrics.csv"
         if not path.exists():
             return []
         text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # the machine may have stopped in the middle of the last line
-        return [{name: _number(v) for name, v in row.items()} for row in csv.DictReader(io.StringIO(whole))]
+        complete = text[: text.rfind("\n") + 1]  # a machine that stops may leave half a last line
+        return [{name: _number(v) for name, v in row.items()} for row in csv.DictReader(io.StringIO(complete))]
 
     def append(self, rows: Iterable[Row], columns: list[str]) -> None:
-        """Add rows to metrics.csv."""
+        """Append rows to metrics.csv."""
         path = self.path / "metrics.csv"
         new = not path.exists()
         with writing(path), path.open("a", newline="") as file:
             _write_rows(file, rows, columns, header=new)
             file.flush()
-            os.fsync(file.fileno())  # a checkpoint that follows must not outlive its rows
+            os.fsync(file.fileno())  # a later checkpoint must not survive its rows
 
     def keep(self, rows: list[Row]) -> None:
-        """Make metrics.csv hold just these rows: those a checkpoint covers."""
+        """Replace the rows of metrics.csv by these, which a checkpoint covers."""
         path = self.path / "metrics.csv"
         if not rows:
             path.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ class RunFolder:
 
 
 def find_run(config: dict[str, Any], environment: dict[str, Any], stem: str, out: Path | None) -> RunFolder:
-    """The folder of this config: `runs/<stem>-<8 hex digits of the config>/`, or `out`. Creates nothing.
+    """Return the folder of this config: `runs/<stem>-<8 hex digits of the config>/`, or `out`. Creates nothing.
 
     A run that was begun keeps its environment. Raises RecipeError if `out` is the folder of another config.
     """
@@ -101,14 +101,14 @@ def find_run(config: dict[str, Any], environment: dict[str, Any], stem: str, out
     run = RunFolder(path, config, environment)
     if not (path / "config.json").exists():
         return run
-    found = run.read_json("config.json")
-    if differences := list(differing(found["config"], config)):
+    recorded = run.read_json("config.json")
+    if differences := list(differing(recorded["config"], config)):
         raise RecipeError(f"{path} is the folder of another run: {'; '.join(differences[:3])}. Choose another --out.")
-    return RunFolder(path, config, found["environment"])
+    return RunFolder(path, config, recorded["environment"])
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its config."""
+    """Return what the results of a run depend on beside its config."""
     packages = ("tspipe", "torch", "torchvision", "numpy", "h5py", "pillow")
     return {
         "device": device,
@@ -122,12 +122,12 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def processor(device: str) -> str:
-    """The model of what computes, as the driver or the system calls it; the architecture where it says none."""
+    """Return the model name of the processor or GPU, or the architecture if the system states none."""
     if device.startswith("cuda"):
         import torch
 
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):  # there is none on macOS
+    with contextlib.suppress(OSError):  # absent on macOS
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         if name := next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""):
             return name

@@ -1,28 +1,29 @@
-"""Sentences on a run: what the teacher calls random images, and how large the terms of a loss are."""
+"""Sentences about a run: the teacher's labels for random images, and how the loss terms compare in size."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tspipe.utils.console import plain
 
-_NAME = 60  # characters shown of a class's name
+_MAX_NAME = 60  # characters printed of a class name
+_SHOWN = 5  # classes printed
 
 
-def shares(counts: dict[str, int]) -> str:
-    """What the teacher calls the random images, as a sentence; classes under half a percent are left out."""
+def label_shares(counts: dict[str, int]) -> str:
+    """Say how the teacher labels random images; classes below half a percent are left out."""
     total = sum(counts.values())
-    found = [f"{plain(name, _NAME)} ({count / total:.0%})" for name, count in counts.items() if count >= total / 200]
-    return f"The teacher calls the random images: {', '.join(found[:5])}"
+    shares = [f"{plain(name, _MAX_NAME)} ({n / total:.0%})" for name, n in counts.items() if n >= total / 200]
+    return f"The teacher's labels for random images: {', '.join(shares[:_SHOWN])}"
 
 
 def loss_ratios(rows: Iterable[dict[str, Any]], *, hint: bool) -> Iterator[str]:
-    """For rows of an epoch, how large the first loss of two is beside the cross-entropy, a sentence each.
+    """Yield a sentence per row that compares the teacher's loss term with the cross-entropy.
 
-    Where they are far apart a `hint` is given what to do about it.
+    With `hint`, it ends with what to do if they are far apart.
     """
     for row in rows:
         for term in ("mse", "kl", "vid"):
             if isinstance(row.get(term), float) and row.get("xent"):
-                ratio, what = row[term] / row["xent"], f"{plain(row['student'])}, {row['arm']}, epoch {row['epoch']}"
+                ratio, learner = row[term] / row["xent"], f"{plain(row['student'])}, {row['arm']}, epoch {row['epoch']}"
                 remedy = ": try --set mse_weight=auto" if hint and term == "mse" and not 0.1 <= ratio <= 10 else ""
-                yield f"{what}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{remedy}"
+                yield f"{learner}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{remedy}"

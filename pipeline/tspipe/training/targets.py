@@ -1,4 +1,4 @@
-"""What students learn from: the cached targets, and the live teacher."""
+"""The cached targets that students learn from."""
 
 import itertools
 import math
@@ -16,99 +16,102 @@ from tspipe.recipes.schema import Recipe
 from tspipe.utils.device import moved, sent
 from tspipe.utils.rng import stream
 
-# Batches that the system is asked to read before they are wanted: 47,000 cold rows of 4 KiB a second; 22,000 with 4.
-AHEAD = 32
-AT_ONCE = 3e-5  # seconds for a row that need not be asked for: 1 to 4 µs from memory, 80 and more from a disk
-TAKEN = 2**20  # bytes of targets taken together: small batches one by one would be half Python
-_VARIANCE_OF = 10_000  # the most cached rows that mse_weight=auto looks at
+# Batches announced to the system before they are read: 47,000 cold rows of 4 KiB a second, and 22,000 with 4.
+READ_AHEAD = 32
+SLOW_ROW = 3e-5  # seconds a row: a read from memory takes 1 to 4 µs, one from a disk 80 µs and more
+GATHER_BYTES = 2**20  # gathered at once: small batches one by one would spend half their time in Python
+_VARIANCE_ROWS = 10_000  # cached rows that mse_weight=auto looks at
 
 
-class Targets:
-    """The cached targets of a split: held where batches are wanted if they fit, else read row by row.
+class TargetLoader:
+    """The cached targets of a split, held on the device if they fit, else read row by row.
 
     Args:
-        columns: features (N, d) and logits (N, c); with V views of an image N·V rows.
-        labels: of each row, int64.
-        needs: which of them the losses want; the others come with no columns.
+        columns: features (N, d) and logits (N, c); with V views per image, N·V rows.
+        labels: the label of each row, int64.
+        needs: the columns that the losses use; the other one is yielded with no columns.
         memory: bytes that may be held.
+        device: where batches are used.
     """
 
     def __init__(
         self, columns: dict[str, Column], labels: Tensor, needs: frozenset[str], memory: int, device: torch.device
     ):
         self.needs, self.device, self._labels = needs, device, labels.to(device)
-        wanted = {name: column for name, column in columns.items() if name in needs}
-        stored = sum(column.nbytes for column in wanted.values())
-        single = sum(4 * math.prod(column.shape) for column in wanted.values())
-        # As float32 where there is room, so that taking a batch is one copy; else as they are stored.
-        dtype = torch.float32 if single <= memory else None
-        fits = stored <= memory
-        self._held = {name: torch.from_numpy(c.load()).to(device, dtype) for name, c in wanted.items()} if fits else {}
-        self._read = {} if fits else wanted
-        self._row_bytes = 8 + sum(4 * math.prod(column.shape[1:]) for column in wanted.values())
-        self._nothing = torch.empty(0, 0, device=device)
+        used = {name: column for name, column in columns.items() if name in needs}
+        stored_bytes = sum(column.nbytes for column in used.values())
+        float32_bytes = sum(4 * math.prod(column.shape) for column in used.values())
+        # float32 where there is room, so that a batch takes one copy; else as stored.
+        dtype = torch.float32 if float32_bytes <= memory else None
+        fits = stored_bytes <= memory
+        self._held = {n: torch.from_numpy(c.load()).to(device, dtype) for n, c in used.items()} if fits else {}
+        self._read = {} if fits else used
+        self._row_bytes = 8 + sum(4 * math.prod(column.shape[1:]) for column in used.values())
+        self._empty = torch.empty(0, 0, device=device)
 
     def batches(self, order: Sequence[Tensor]) -> Iterator[Target]:
-        """The targets of each batch of indices (n,) int64, views of what was taken for several small ones together.
+        """Yield the targets for each batch of row indices (n,) int64.
 
-        What is not held is read; where that takes time, the system is asked for it some batches ahead.
+        Several small batches are gathered together, and are then views of one tensor. Rows that are not held are read;
+        where reading is slow, the system is told some batches ahead.
         """
-        most = max(map(len, order), default=0) or 1  # of several processes, one may have no images of a batch
-        several = max(1, TAKEN // (most * self._row_bytes))
-        groups = [order[i : i + several] for i in range(0, len(order), several)]
+        largest = max(map(len, order), default=0) or 1  # one of several processes may have no rows of a batch
+        per_group = max(1, GATHER_BYTES // (largest * self._row_bytes))
+        groups = [order[i : i + per_group] for i in range(0, len(order), per_group)]
         rows = [torch.cat(list(group)) if len(group) > 1 else group[0] for group in groups]
-        read = self._read_in_order(rows, -(-AHEAD // several)) if self._read else itertools.repeat({})
-        for group, there, found in zip(groups, moved(rows, self.device), read, strict=False):
-            yield from self._taken([len(batch) for batch in group], there, found)
+        read = self._read_groups(rows, -(-READ_AHEAD // per_group)) if self._read else itertools.repeat({})
+        for group, device_rows, columns in zip(groups, moved(rows, self.device), read, strict=False):
+            yield from self._gather([len(batch) for batch in group], device_rows, columns)
 
-    def _taken(self, sizes: list[int], rows: Tensor, read: dict[str, Tensor]) -> Iterator[Target]:
-        found = read | {name: held.index_select(0, rows) for name, held in self._held.items()}
-        whole = self.only(self._labels.index_select(0, rows), **{name: part.float() for name, part in found.items()})
-        return map(Target, *(part.split(sizes) for part in whole)) if len(sizes) > 1 else iter([whole])
+    def _gather(self, sizes: list[int], rows: Tensor, read: dict[str, Tensor]) -> Iterator[Target]:
+        columns = read | {name: held.index_select(0, rows) for name, held in self._held.items()}
+        labels = self._labels.index_select(0, rows)
+        target = self.select(labels, **{name: column.float() for name, column in columns.items()})
+        return map(Target, *(part.split(sizes) for part in target)) if len(sizes) > 1 else iter([target])
 
-    def _read_in_order(self, groups: Sequence[Tensor], ahead: int) -> Iterator[dict[str, Tensor]]:
-        """Each group's rows of what is not held. Once some came slowly, so many groups are asked for ahead."""
-        asked, slow = 0, False
+    def _read_groups(self, groups: Sequence[Tensor], ahead: int) -> Iterator[dict[str, Tensor]]:
+        """Yield each group's rows that are not held; after a slow read, announce `ahead` groups in advance."""
+        announced, slow = 0, False
         for i, rows in enumerate(groups):
             if slow:
-                for later in groups[max(asked, i) : i + ahead + 1]:
+                for later in groups[max(announced, i) : i + ahead + 1]:
                     for column in self._read.values():
                         column.advise(later.numpy())
-                asked = i + ahead + 1
+                announced = i + ahead + 1
             start = time.perf_counter()
-            found = {name: torch.from_numpy(column.take(rows.numpy())) for name, column in self._read.items()}
-            slow = slow or time.perf_counter() - start > AT_ONCE * len(rows)
-            yield {name: sent(part, self.device) for name, part in found.items()}
+            columns = {name: torch.from_numpy(column.take(rows.numpy())) for name, column in self._read.items()}
+            slow = slow or time.perf_counter() - start > SLOW_ROW * len(rows)
+            yield {name: sent(column, self.device) for name, column in columns.items()}
 
-    def only(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
-        """A target without what no loss needs."""
-        if len(self._nothing) != len(labels):
-            self._nothing = torch.empty(len(labels), 0, device=self.device)
+    def select(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
+        """Return a target with only what the losses need; the rest has no columns."""
+        if len(self._empty) != len(labels):
+            self._empty = torch.empty(len(labels), 0, device=self.device)
         return Target(
-            features if features is not None and "features" in self.needs else self._nothing,
-            logits if logits is not None and "logits" in self.needs else self._nothing,
+            features if features is not None and "features" in self.needs else self._empty,
+            logits if logits is not None and "logits" in self.needs else self._empty,
             labels,
         )
 
 
-def weighted(recipe: Recipe, cache: Cache) -> Recipe:
-    """The recipe with a number for `mse_weight=auto`: 1 / variance, with which the mean feature has a loss of 1.
+def resolve_mse_weight(recipe: Recipe, cache: Cache) -> Recipe:
+    """Return the recipe with a number in place of `mse_weight=auto`: 1 / the variance of a cached feature.
 
-    The variance is that of a feature over training images, 10,000 of them, and its mean over features. Whatever the
-    teacher's features are multiplied by, the loss of a student multiplied alike stays what it is.
+    The variance is over at most 10,000 training rows, averaged over features. With it, predicting the mean feature has
+    a loss of 1, whatever the scale of the teacher's features.
     """
     if recipe.mse_weight != "auto":
         return recipe
-    rows = np.sort(stream(0, "variance of features").permutation(len(cache.train.features))[:_VARIANCE_OF])
+    rows = np.sort(stream(0, "variance of features").permutation(len(cache.train.features))[:_VARIANCE_ROWS])
     variance = float(cache.train.features.take(rows).astype(np.float64).var(axis=0).mean())
     if not variance > 0:
         raise RecipeError(
-            f"All cached features of {cache.path.name} are the same, so mse_weight=auto has nothing to go by. "
+            f"All cached features of {cache.path.name} are equal, so mse_weight=auto has no variance to divide by. "
             "Give a number: --set mse_weight=1"
         )
     return recipe.model_copy(update={"mse_weight": 1 / variance})
 
 
 def row_labels(cache: Cache) -> Tensor:
-    """The label of each row of the training targets, (N·V,) int64."""
+    """Return the label of each row of the training targets, (N·V,) int64."""
     return torch.from_numpy(cache.train.labels).repeat_interleave(cache.dimensions.views_of("train"))

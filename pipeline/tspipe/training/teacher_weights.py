@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from: a file, what an earlier training left, or training now."""
+"""Where a teacher's weights come from: a file, an earlier training, or training now."""
 
 import json
 import shlex
@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from tspipe.errors import NetworkError
-from tspipe.models import networks, weights
+from tspipe.models import networks
+from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
 from tspipe.training import train_teacher
 from tspipe.training.train_teacher import TeacherConfig
 from tspipe.utils.console import say
 
 
-def obtain(config: TeacherConfig, dataset: str, given: Path | None, train: bool, command: str) -> Weights:
-    """A teacher's weights: those `given`, else its checkpoint, else, where `train` allows it, newly trained ones.
+def obtain_weights(config: TeacherConfig, dataset: str, file: Path | None, train: bool, command: str) -> Weights:
+    """Return a teacher's weights: from `file`, else from its checkpoint, else from training if `train` is set.
 
     Args:
-        config: how to train it.
-        dataset: its name as a cache states it.
-        command: what trains it, for the message of the NetworkError where it may not be trained, or where trained
-            weights are published.
+        config: how to train the teacher.
+        dataset: the dataset's name, as a cache states it.
+        command: the command that trains the teacher, for the message of the NetworkError that is raised if there are
+            no weights and it may not be trained, or if trained weights are published.
     """
     network = config.recipe.teacher.network
-    path = given or train_teacher.find_checkpoint(dataset, network)
+    path = file or train_teacher.find_checkpoint(dataset, network)
     if path is None:
         path = train_teacher.checkpoint_path(dataset, network)
         if networks.published(network, dataset) or not train:
@@ -33,47 +34,51 @@ def obtain(config: TeacherConfig, dataset: str, given: Path | None, train: bool,
                 f"There are no weights for {network} on {dataset}: {path} does not exist. "
                 + train_teacher.how_to_get(config, command)
             )
-        say(f"{network} has no weights for {dataset} yet, so it is trained first.")
-        train_and_say(replace(config, out=path))
-    found = weights.read(path)
-    check_network(found, network)
-    return found
+        say(f"There are no weights for {network} on {dataset} yet, so the teacher is trained first.")
+        train_and_report(replace(config, out=path))
+    weights = weight_files.read(path)
+    check_network(weights, network)
+    return weights
 
 
-def say_which(found: Weights, network: str, dataset: str) -> None:
-    """Say which teacher runs over a dataset, with which weights."""
-    say(f"Teacher {network} with the weights {found.source} (SHA-256 {found.sha256[:12]}…) over {dataset}")
+def print_teacher(weights: Weights, network: str, dataset: str) -> None:
+    """Print which teacher runs over a dataset, and with which weights."""
+    say(f"Teacher {network} with the weights {weights.source} (SHA-256 {weights.sha256[:12]}…) over {dataset}")
 
 
-def command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:
-    """The command that trains a teacher, of the flags that are given."""
+def teacher_command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:
+    """Return the command that trains a teacher with these flags, except those that are not set."""
     words = ["tspipe", "teacher", "--dataset", dataset]
     words += [word for flag, value in flags.items() if value for word in (flag, str(value))]
     words += [word for setting in settings for word in ("--set", setting)]
     return shlex.join(words)
 
 
-def train_and_say(config: TeacherConfig) -> None:
-    """Train a teacher, and say what came of it."""
+def train_and_report(config: TeacherConfig) -> None:
+    """Train a teacher; print its test accuracy and where its weights are."""
     trained = train_teacher.train_teacher(config)
     say(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
 
 
-def check_network(found: Weights, network: str) -> None:
-    """Weights that tspipe wrote say of which network they are; raises NetworkError for another."""
-    stated = found.metadata.get("network")
-    if "identity" in found.metadata and stated != networks.recorded_name(network):
-        raise NetworkError(f"{found.source} holds the weights of {stated}, not of {network}: use --teacher {stated}")
+def check_network(weights: Weights, network: str) -> None:
+    """Raise NetworkError if the file was written by tspipe for another network."""
+    recorded = weights.metadata.get("network")
+    if "identity" in weights.metadata and recorded != networks.recorded_name(network):
+        raise NetworkError(
+            f"{weights.source} holds the weights of {recorded}, not of {network}: use --teacher {recorded}"
+        )
 
 
-def facts(found: Weights | None) -> dict[str, dict[str, Any]]:
-    """What a checkpoint of tspipe's says of itself, by section of the recipe; nothing of any other file."""
-    if found is None or "preprocess" not in found.metadata:
+def recorded_settings(weights: Weights | None) -> dict[str, dict[str, Any]]:
+    """Return the recipe settings that tspipe recorded with the weights, by section; none for any other file."""
+    if weights is None or "preprocess" not in weights.metadata:
         return {}
     try:
-        stated = {"preprocess": dict(json.loads(found.metadata["preprocess"]))}
-        if "options" in found.metadata:
-            stated["teacher"] = {"options": dict(json.loads(found.metadata["options"]))}
+        settings = {"preprocess": dict(json.loads(weights.metadata["preprocess"]))}
+        if "options" in weights.metadata:
+            settings["teacher"] = {"options": dict(json.loads(weights.metadata["options"]))}
     except (TypeError, ValueError):
-        raise NetworkError(f"{found.source}: its metadata is damaged. Train it again with `tspipe teacher`.") from None
-    return stated
+        raise NetworkError(
+            f"{weights.source}: its metadata is damaged. Train the teacher again with `tspipe teacher`."
+        ) from None
+    return settings

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class Board:
-    """Event files below a folder, one run of TensorBoard's for each learner.
+class TensorBoard:
+    """Writes event files below a folder, one TensorBoard run per learner.
 
-    Raises RecipeError where TensorBoard is not installed.
+    Raises RecipeError if TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path):
@@ -24,19 +24,19 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise RecipeError(
-                "tensorboard=true needs a package that is not here: pip install 'tspipe[tensorboard]'"
+                "tensorboard=true needs a package that is not installed: pip install 'tspipe[tensorboard]'"
             ) from None
-        self._new, self._folder, self._writers = SummaryWriter, folder, dict[str, "SummaryWriter"]()
+        self._writer_class, self._folder, self._writers = SummaryWriter, folder, dict[str, "SummaryWriter"]()
 
     def write(self, rows: list[Row]) -> None:
-        """Add rows of metrics.csv; what a killed run wrote of the same epochs and later ones is no longer shown."""
+        """Add rows of metrics.csv; they hide what a killed run wrote for the same and later epochs."""
         for row in rows:
             name = learner_name(*(row[key] for key in ("student", "arm", "loss", "seed")))
             if name not in self._writers:
-                self._writers[name] = self._new(str(self._folder / name), purge_step=row["epoch"])
-            for key, value in row.items():
+                self._writers[name] = self._writer_class(str(self._folder / name), purge_step=row["epoch"])
+            for column, value in row.items():
                 if isinstance(value, float):
-                    self._writers[name].add_scalar(_tag(key), value, row["epoch"])
+                    self._writers[name].add_scalar(_tag(column), value, row["epoch"])
             self._writers[name].flush()
 
     def close(self) -> None:
@@ -46,19 +46,19 @@ class Board:
 
 
 def _tag(column: str) -> str:
-    """A column's place on the board: `accuracy/test`, `seconds/training`, `loss/mse`."""
+    """Return a column's tag: `accuracy/test`, `seconds/training`, `loss/mse`."""
     if column.startswith("seconds_"):
         return column.replace("_", "/", 1)
-    kind, _, accuracy = column.partition("_")
-    return f"accuracy/{kind}" if accuracy == "accuracy" else f"loss/{column}"
+    split, _, metric = column.partition("_")
+    return f"accuracy/{split}" if metric == "accuracy" else f"loss/{column}"
 
 
 @contextlib.contextmanager
-def board(folder: Path, wanted: bool) -> Iterator[Board | None]:
-    """A board in this folder while it is wanted, else None."""
-    found = Board(folder) if wanted else None
+def open_tensorboard(folder: Path, enabled: bool) -> Iterator[TensorBoard | None]:
+    """Yield a TensorBoard writer for this folder if enabled, else None."""
+    board = TensorBoard(folder) if enabled else None
     try:
-        yield found
+        yield board
     finally:
-        if found:
-            found.close()
+        if board:
+            board.close()

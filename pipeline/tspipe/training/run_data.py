@@ -1,0 +1,94 @@
+"""The images and labels that all learners of a run share."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tspipe.data.datasets import Dataset
+from tspipe.data.image_loader import Pixels, of_cache
+from tspipe.data.local import check_preprocess, open_local
+from tspipe.data.preprocess import Preprocess
+from tspipe.data.views import EpochViews
+from tspipe.errors import DatasetError, RecipeError
+from tspipe.training.arms import any_taught
+from tspipe.training.config import StudentConfig
+from tspipe.utils.memory import memory_bound
+from tspipe.utils.rng import stream
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Training and test images with their labels, loaded from memory or decoded as they are needed.
+
+    Attributes:
+        train_labels: (N,) int64 on the device; `test_labels` likewise.
+        views: which view of each training image an epoch shows; None if the images are used as they are.
+        validation_count: how many training images each seed holds back.
+    """
+
+    preprocess: Preprocess
+    train: Pixels
+    test: Pixels
+    train_labels: Tensor
+    test_labels: Tensor
+    views: EpochViews | None
+    validation_count: int
+
+    @property
+    def train_count(self) -> int:
+        """How many images each seed trains on."""
+        return len(self.train) - self.validation_count
+
+    def validation_split(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the images that a seed trains on and those that it holds back: (n,) int64 each."""
+        if not self.validation_count:
+            return torch.arange(self.train_count), torch.empty(0, dtype=torch.int64)
+        shuffled = torch.from_numpy(stream(seed, "validation").permutation(len(self.train)))
+        return shuffled[self.validation_count :], shuffled[: self.validation_count]
+
+
+def open_local_dataset(config: StudentConfig) -> Dataset:
+    """Open the local dataset and compare it with the cache."""
+    return open_local(
+        config.cache, config.recipe.dataset, config.data, download=config.download, trust=config.trust_data
+    )
+
+
+def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
+    """Open the images of a run, from the cache where it holds pixels, else from the local dataset.
+
+    Raises CacheMismatch when the local data are not those of the cache, DatasetError when a batch is larger than the
+    training split, RecipeError when `val_fraction` selects no image.
+    """
+    recipe, cache = config.recipe, config.cache
+    check_preprocess(cache, recipe.preprocess)
+    views = EpochViews.of_run(cache, recipe.views, any_taught(config.arms), device)
+    dataset, remaining_steps = of_cache(cache, lambda: open_local_dataset(config))
+    validation_count = round(recipe.val_fraction * len(dataset.train))
+    _check_counts(config, dataset, validation_count)
+    memory = (recipe.memory or memory_bound(device)) // 3
+    train_labels, test_labels = (torch.from_numpy(split.labels).to(device) for split in (cache.train, cache.test))
+    return RunData(
+        Preprocess.from_dict(cache.manifest["preprocess"]),
+        Pixels(dataset.train, remaining_steps, "train", memory, device, views=views is not None),
+        Pixels(dataset.test, remaining_steps, "test", memory, device),
+        train_labels,
+        test_labels,
+        views,
+        validation_count,
+    )
+
+
+def _check_counts(config: StudentConfig, dataset: Dataset, validation_count: int) -> None:
+    recipe, count = config.recipe, len(dataset.train) - validation_count
+    if count < recipe.batch_size:
+        raise DatasetError(
+            f"{dataset.name} has {count:,} training images, too few for a batch of {recipe.batch_size}. "
+            f"Use smaller batches: --set batch_size={max(2, count // 4)}"
+        )
+    if recipe.val_fraction and not validation_count:
+        raise RecipeError(
+            f"val_fraction={recipe.val_fraction:g} of {len(dataset.train):,} training images selects none. Use a "
+            "larger fraction: --set val_fraction=0.1"
+        )
