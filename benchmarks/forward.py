@@ -17,6 +17,8 @@ from torch import nn
 
 from tspipe.losses.ts import ts_loss
 from tspipe.models import feature_net, networks
+from tspipe.models.inference import freeze
+from tspipe.models.probe import probe_images
 from tspipe.utils.memory import keep_freed
 from tspipe.utils.threads import cores
 
@@ -32,10 +34,10 @@ def teacher(way: str, name: str, count: int) -> Callable[[], object]:
     if way != "plain":
         keep_freed()
     if way in ("plain", "kept"):
-        network: nn.Module = feature_net.split(module, name, feature_net.probe_images(SHAPE))
+        network: nn.Module = feature_net.split(module, name, probe_images(SHAPE))
     else:
         images = images.contiguous(memory_format=torch.channels_last)
-        network = frozen = feature_net.freeze(module, name, SHAPE, torch.device("cpu"))
+        network = frozen = freeze(module, name, SHAPE, torch.device("cpu"))
         if way == "bfloat16":
             frozen.precision = torch.bfloat16
         if way == "compiled":
@@ -52,7 +54,7 @@ def student(way: str, name: str, _: int) -> Callable[[], object]:
     keep_freed()
     torch.manual_seed(0)
     module = networks.build(name, 10, SHAPE, {})
-    network: nn.Module = feature_net.student_of(module, name, 64, 10, feature_net.probe_images(SHAPE))
+    network: nn.Module = feature_net.student_of(module, name, 64, 10, probe_images(SHAPE))
     network.precision = torch.bfloat16 if way == "bfloat16" else torch.float32
     images, features, labels = torch.rand(BATCH, *SHAPE), torch.rand(BATCH, 64), torch.randint(0, 10, (BATCH,))
     if way != "channels-first":

@@ -186,7 +186,7 @@ def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path
     assert found["pretrained_model.fc.weight"].shape == (3, 64)
     refused = tspipe("cache", *data, "--weights", tmp_path / "resnet50.pth")
     assert refused.says(
-        f"{tmp_path}/resnet50.pth holds a part of ntsnet only (320 of 336 keys), enough to begin training with: tspipe "
+        f"{tmp_path}/resnet50.pth holds only a part of ntsnet (320 of 336 keys), enough to start training: tspipe "
         f"teacher --dataset NAME --weights {tmp_path}/resnet50.pth"
     )
 
@@ -195,9 +195,9 @@ def test_first_weights_that_are_not_there(tspipe: Tspipe, archive: Path, monkeyp
     monkeypatch.setenv("TORCH_HOME", "hub")
     refused = tspipe("teacher", "--dataset", "cub200", "--data", archive)
     assert refused.says(
-        "Training ntsnet begins with torchvision's ResNet50_Weights.IMAGENET1K_V1, and "
-        "hub/hub/checkpoints/resnet50-0676ba61.pth does not exist. Fetch them (98 MB): --download. Or begin with a "
-        "file's (--weights FILE), or with random ones: --set teacher.pretrained=false"
+        "Training ntsnet starts from torchvision's ResNet50_Weights.IMAGENET1K_V1, and "
+        "hub/hub/checkpoints/resnet50-0676ba61.pth does not exist. Fetch them (98 MB): --download. Or start from a "
+        "file's (--weights FILE), or from random ones: --set teacher.pretrained=false"
     )
     fetched: list[str] = []
 
@@ -210,7 +210,7 @@ def test_first_weights_that_are_not_there(tspipe: Tspipe, archive: Path, monkeyp
     refused = tspipe("teacher", "--dataset", "cub200", "--data", archive, "--download")
     assert fetched == ["https://download.pytorch.org/models/resnet50-0676ba61.pth"]
     assert refused.says(
-        "hub/hub/checkpoints/resnet50-0676ba61.pth is damaged: its SHA-256 does not begin with 0676ba61. Remove it, "
+        "hub/hub/checkpoints/resnet50-0676ba61.pth is damaged: its SHA-256 does not begin with 0676ba61. Remove it "
         "and fetch it again: --download"
     )
 

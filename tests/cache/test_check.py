@@ -85,7 +85,9 @@ def test_a_forged_input_shape_takes_no_memory(copy: Path, tmp_path: Path, shape:
     facts = {"preprocess": open_cache(copy).manifest["preprocess"]}
     with pytest.raises(CacheMismatch) as refused:
         train_students(StudentConfig(load.load("digits", facts=facts), open_cache(copy), out=tmp_path / "run"))
-    assert str(refused.value) == (f"digits.h5: its teacher takes images of {shape}, its dataset's are of [1, 16, 16].")
+    assert str(refused.value) == (
+        f"digits.h5: its teacher takes images of {shape}, its dataset has images of [1, 16, 16]."
+    )
 
 
 def test_a_file_replaced_while_in_use_is_noticed(copy: Path) -> None:

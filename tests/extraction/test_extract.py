@@ -20,7 +20,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory
 from tspipe.extraction import forward
 from tspipe.extraction.extract import ExtractConfig, cache_path, extract
-from tspipe.models import feature_net, networks, weights
+from tspipe.models import feature_net, loading, networks, weights
 from tspipe.recipes import load
 from tspipe.recipes.schema import Compute
 
@@ -32,7 +32,7 @@ def config(teacher: Path, out: Path, *overrides: str) -> ExtractConfig:
 def test_the_rows_are_what_the_teacher_gives(digits: Cache) -> None:
     dataset = datasets.open_dataset("digits")
     manifest = digits.manifest
-    module, options = feature_net.load_teacher(
+    module, options = loading.load_network(
         "lenet5", 10, (1, 16, 16), manifest["teacher"]["options"], weights.parse(digits.teacher_weights(), "w"), "w"
     )
     network = feature_net.split(module.eval(), "lenet5", torch.zeros(2, *options["input_shape"]))

@@ -199,7 +199,7 @@ def test_a_pool_of_images_of_another_shape_is_refused(pool: Cache, tmp_path: Pat
     with pytest.raises(CacheMismatch) as refused:
         train_students(stage_two(replace(pool, manifest={**pool.manifest, "teacher": printed}), tmp_path / "x"))
     assert str(refused.value) == (
-        "digits.h5: its teacher takes images of [65536, 65536, 65536], its dataset's are of [1, 16, 16]."
+        "digits.h5: its teacher takes images of [65536, 65536, 65536], its dataset has images of [1, 16, 16]."
     )
 
 

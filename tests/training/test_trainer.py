@@ -406,7 +406,7 @@ def test_a_teacher_whose_code_changed_is_noticed(
         return network
 
     monkeypatch.setattr(lenet5, "build", other)
-    with pytest.raises(CacheMismatch, match="gives other features than the file holds, by up to"):
+    with pytest.raises(CacheMismatch, match="computes other features than its rows hold, by up to"):
         train_students(config(digits, tmp_path / "run"))
 
 

@@ -86,15 +86,15 @@ class _Verification:
         for name in names:
             strange += self._read(name.removesuffix("_checksums"), computed[name])
         manifest, identity = (self.columns[name].load().tobytes() for name in ("manifest", "id"))
-        right, fitting = self._right(manifest, identity, stored, computed)
-        missed = sum(a != b for a, b in zip(identity, fitting, strict=True))
+        right, loading = self._right(manifest, identity, stored, computed)
+        missed = sum(a != b for a, b in zip(identity, loading, strict=True))
         sure = missed <= _ID_ITSELF
         found = [part for name in names for part in self._wrong_rows(name, right[name], computed[name], sure)]
         found += [part for name in names for part in self._wrong_checksums(name, stored[name], right[name])]
         damaged = {part.dataset for part in found}  # there, what is no number is no surprise
         found += [part for part in strange if part.dataset not in damaged]
         if sure:
-            found += [Damage("id", range(len(identity)), data=fitting)] if missed else []
+            found += [Damage("id", range(len(identity)), data=loading)] if missed else []
         elif re.fullmatch(rb"[0-9a-f]{64}", identity) is None:
             found.append(Damage("id", range(len(identity)), "no SHA-256"))
         elif not found:  # and then nothing else can be compared with it

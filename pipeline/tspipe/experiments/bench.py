@@ -19,6 +19,7 @@ from tspipe.experiments.baselines import as_way, bare_steps, bare_tests, joined,
 from tspipe.experiments.turns import Timer, Way
 from tspipe.models import feature_net, networks
 from tspipe.models.feature_net import FeatureNet
+from tspipe.models.probe import probe_images
 from tspipe.models.teacher import build_teacher
 from tspipe.training.arms import RANDOM, TAUGHT, LearnerSpec
 from tspipe.training.batches import BatchSource, sequential_batches, shuffled_batches
@@ -194,7 +195,7 @@ def _plain_teacher(trainer: Trainer) -> FeatureNet:
     shape = trainer.data.train.shape
     module, name = build_teacher(trainer.config.cache, trainer.config.recipe, shape)
     frozen = module.eval().requires_grad_(False)
-    return feature_net.split(frozen, name, feature_net.probe_images(shape)).to(trainer.device)
+    return feature_net.split(frozen, name, probe_images(shape)).to(trainer.device)
 
 
 def _prepared_batches(trainer: Trainer, size: int) -> int:

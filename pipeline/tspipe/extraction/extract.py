@@ -30,8 +30,9 @@ from tspipe.data.image_loader import input_shape
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
 from tspipe.extraction import blocks as rows
 from tspipe.extraction import forward
-from tspipe.models import feature_net, networks, weights
+from tspipe.models import loading, networks, weights
 from tspipe.models.feature_net import FeatureNet
+from tspipe.models.inference import freeze
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.utils.device import exact, pick_device
@@ -109,12 +110,12 @@ def _prepare(config: ExtractConfig) -> Job:
     keep_freed()
 
     shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
-    module, options = feature_net.load_teacher(
+    module, options = loading.load_network(
         name, classes, shape, recipe.teacher.options, config.weights.tensors, config.weights.source
     )
     options["input_shape"] = list(shape)
     stored = weights.canonical_bytes(module)
-    teacher = feature_net.freeze(module, name, shape, device)
+    teacher = freeze(module, name, shape, device)
     plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
     dimensions = _dimensions(plan, dataset, len(stored), (*shape[1:], shape[0]) if config.images else None)
     return Job(config, dataset, teacher, stored, plan, dimensions)

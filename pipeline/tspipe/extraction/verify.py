@@ -23,7 +23,7 @@ from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
 from tspipe.extraction import blocks as rows
 from tspipe.extraction import forward
-from tspipe.models import feature_net, weights
+from tspipe.models import loading, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_network
 from tspipe.models.weights import Weights
@@ -260,7 +260,7 @@ def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
             f"{cache.path}: its teacher's weights are needed. Give the file they came from, SHA-256 "
             f"{there['file_sha256'][:12]}…: --weights FILE"
         )
-    module, _ = feature_net.load_teacher(
+    module, _ = loading.load_network(
         teacher_network(cache, config.recipe),
         len(cache.classes),
         tuple(there["options"]["input_shape"]),

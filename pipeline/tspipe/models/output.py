@@ -1,4 +1,4 @@
-"""What a network gives: features and logits."""
+"""What a network returns: features and logits."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Output(NamedTuple):
-    """What a network gives for n images: penultimate features (n, d) and logits (n, c), float32."""
+    """Penultimate features (n, d) and logits (n, c) of n images, float32."""
 
     features: Tensor
     logits: Tensor

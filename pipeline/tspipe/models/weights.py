@@ -1,6 +1,6 @@
-"""Weights of a network: read from a file of any common form, matched with a network, written as safetensors.
+"""Files of weights: PyTorch checkpoints of any common form are read, safetensors are read and written.
 
-No file can run code: safetensors holds nothing but tensors, and a pickle is read with `weights_only=True`.
+No file can run code: safetensors holds only tensors, and a pickle is read with `weights_only=True`.
 """
 
 import hashlib
@@ -21,23 +21,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tspipe.errors import NetworkError
-from tspipe.models import networks
 from tspipe.utils.files import write_whole
 
-_NESTS = ("state_dict", "net_state_dict", "model", "model_state_dict")  # where training scripts put the weights
+_STATE_KEYS = ("state_dict", "net_state_dict", "model", "model_state_dict")  # where training scripts put the weights
 _METADATA = "tspipe"
-_TRACKED = "num_batches_tracked"  # younger than many published checkpoints, and of no use in eval mode
-_SIDES = (32, 28)  # image sizes to try, for networks whose shapes depend on it
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Weights(NamedTuple):
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
-        tensors: by key, on the CPU, without the prefix that DataParallel adds.
-        metadata: of a safetensors file; of one that `save` wrote, what it was given. Empty for other files.
-        sha256: of the file's bytes, hex.
+        tensors: by key, on the CPU, without DataParallel's prefix.
+        metadata: a safetensors file's; for one that `save` wrote, what `save` was given. Empty for other files.
+        sha256: of the file's bytes, hexadecimal.
         source: the file's path, for messages.
     """
 
@@ -48,17 +44,17 @@ class Weights(NamedTuple):
 
 
 def read(path: Path) -> Weights:
-    """Read weights from a safetensors file or from a PyTorch checkpoint, which may hold more than its state_dict.
+    """Read weights from a safetensors file or a PyTorch checkpoint, which may hold more than a state dict.
 
-    `.safetensors` is never read as a pickle; any other name is read as what its content is. Raises NetworkError for
-    a file that is missing, damaged, a pickle that needs more than weights, or without tensors.
+    A `.safetensors` file is never read as a pickle. Other names are read according to their content. Raises
+    NetworkError for a file that is missing, damaged or without tensors, and for a pickle that needs more than weights.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise NetworkError(f"There is no file {path}. Give the path of the weights: --weights FILE") from None
-    except OSError as problem:
-        raise NetworkError(f"{path} cannot be read: {problem.strerror}.") from problem
+    except OSError as error:
+        raise NetworkError(f"{path} cannot be read: {error.strerror}.") from error
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors" or _is_safetensors(data):
         tensors = parse(data, str(path))
@@ -72,114 +68,61 @@ def read(path: Path) -> Weights:
 
 
 def pretrained(name: str, network: str, *, download: bool) -> Weights:
-    """torchvision's weights of a name like `ResNet50_Weights.IMAGENET1K_V1`, from PyTorch's folder of downloads.
+    """Return torchvision's weights of a name like `ResNet50_Weights.IMAGENET1K_V1`, from PyTorch's download folder.
 
-    Raises NetworkError where they are not there and `download` is not set, cannot be fetched, or are damaged.
+    Raises NetworkError if they are damaged, cannot be fetched, or are absent and `download` is false.
     """
     from torchvision.models import get_weight
 
     entry = get_weight(name)
     path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rpartition("/")[2]
-    digest = path.stem.rpartition("-")[2]  # the first digits of its SHA-256, as in all of torchvision's addresses
+    digest = path.stem.rpartition("-")[2]  # all of torchvision's URLs end in the first digits of the SHA-256
     if not path.exists():
         if not download:
             raise NetworkError(
-                f"Training {network} begins with torchvision's {name}, and {path} does not exist. Fetch them "
-                f"({entry.meta['_file_size']:.0f} MB): --download. Or begin with a file's (--weights FILE), or with "
+                f"Training {network} starts from torchvision's {name}, and {path} does not exist. Fetch them "
+                f"({entry.meta['_file_size']:.0f} MB): --download. Or start from a file's (--weights FILE), or from "
                 "random ones: --set teacher.pretrained=false"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(entry.url, str(path), digest)
-        except (OSError, RuntimeError, HTTPException) as problem:
-            raise NetworkError(f"{entry.url} could not be fetched: {problem}") from problem
-    found = read(path)
-    if not found.sha256.startswith(digest):
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise NetworkError(f"{entry.url} cannot be fetched: {error}") from error
+    weights = read(path)
+    if not weights.sha256.startswith(digest):
         raise NetworkError(
-            f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it, and fetch it again: --download"
+            f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it and fetch it again: --download"
         )
-    return found
+    return weights
 
 
 def parse(data: bytes, source: str) -> dict[str, Tensor]:
-    """The tensors in the bytes of a safetensors file; `source` is what to call it in the NetworkError for others."""
+    """Return the tensors in the bytes of a safetensors file. Raises NetworkError, which names `source`, if damaged."""
     try:
         return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as problem:  # the last: of absurd shapes
-        raise NetworkError(_damaged(source)) from problem
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: absurd shapes
+        raise NetworkError(_damaged(source)) from error
 
 
 def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """A safetensors file's metadata; where `save` wrote the file, what `save` was given."""
+    """Return a safetensors file's metadata; if `save` wrote the file, what `save` was given."""
     metadata = dict(metadata or {})
     try:
-        own = json.loads(metadata.get(_METADATA, ""))
+        packed = json.loads(metadata.get(_METADATA, ""))
     except ValueError:
         return metadata
-    return own if isinstance(own, dict) and all(isinstance(value, str) for value in own.values()) else metadata
-
-
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:
-    """Copy weights into a module, whose keys and shapes they must have; see `check_fit`."""
-    check_fit(module, tensors, network, source)
-    counters = {key: value for key, value in module.state_dict().items() if key.endswith(_TRACKED)}
-    module.load_state_dict({**counters, **tensors})
-
-
-def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:
-    """Check that weights have a module's keys and shapes; it may be on the meta device.
-
-    Args:
-        tensors: under the network's own keys (`networks.adapt`). Batch norm's `num_batches_tracked` may be missing.
-        network: the module's name, and `source` that of the weights, for the message.
-
-    Raises NetworkError: what does not fit, and which of tspipe's networks the weights belong to, if one fits exactly.
-    """
-    wanted, found = _shapes(module.state_dict()), _shapes(tensors)
-    unexpected = [key for key in found if key not in wanted]
-    missing = [key for key in wanted if key not in found and not key.endswith(_TRACKED)]
-    reshaped = [key for key in wanted if key in found and found[key] != wanted[key]]
-    if not (unexpected or missing or reshaped):
-        _check_types(module, tensors, network, source)
-        return
-    if not (unexpected or missing) and (classes := _other_classes(reshaped, found, wanted)):
-        raise NetworkError(
-            f"{source} has {classes[0]} classes, the dataset has {classes[1]}. Give weights for these classes, or "
-            f"fine-tune them first: tspipe teacher --dataset NAME --weights {source}"
-        )
-    if not unexpected and _completed(tensors, module, network):
-        raise NetworkError(
-            f"{source} holds a part of {network} only ({len(found)} of {len(wanted)} keys), enough to begin training "
-            f"with: tspipe teacher --dataset NAME --weights {source}"
-        )
-    problems = [
-        _counted(unexpected, "is not in the network", "are not in the network"),
-        _counted(missing, "of the network is not in the weights", "of the network are not in the weights"),
-        _counted(
-            [f"{key} {found[key]}, not {wanted[key]}" for key in reshaped], "has another shape", "have another shape"
-        ),
-    ]
-    remedy = _guess(tensors, network) or "Name the network that they belong to: --teacher NAME"
-    raise NetworkError(f"{source} does not fit {network}: {', '.join(filter(None, problems))}. {remedy}")
-
-
-def _check_types(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:
-    """Floating-point numbers of another precision are rounded; whole or complex ones are no weights."""
-    state = module.state_dict()
-    floats = [key for key in tensors if state[key].is_floating_point()]
-    if wrong := [f"{key} {tensors[key].dtype}" for key in floats if not tensors[key].is_floating_point()]:
-        problem = _counted(wrong, "holds no floating-point numbers", "hold no floating-point numbers")
-        raise NetworkError(f"{source} does not fit {network}: {problem}. Save them as float32.")
+    return packed if isinstance(packed, dict) and all(isinstance(v, str) for v in packed.values()) else metadata
 
 
 def canonical_bytes(module: nn.Module) -> bytes:
-    """A module's state dict as safetensors without metadata: equal weights give equal bytes."""
+    """Return a module's state dict as safetensors without metadata: equal weights give equal bytes."""
     return _bytes(module.state_dict(), None)
 
 
 def save(path: Path, weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as a safetensors file, whole or not at all; the same weights and metadata give the same bytes."""
-    # safetensors writes several metadata keys in random order, so they go into one.
+    """Write weights as a safetensors file, atomically. Equal weights and metadata give equal bytes."""
+    # safetensors writes several metadata keys in random order, so they are packed into one.
     text = json.dumps(dict(metadata), sort_keys=True, separators=(",", ":"))
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,12 +131,12 @@ def save(path: Path, weights: nn.Module | Mapping[str, Tensor], metadata: Mappin
 
 def _bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:
     # Cloned, because safetensors refuses tensors that share memory, as tied layers do.
-    own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    return safetensors.torch.save(own, metadata)
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    return safetensors.torch.save(copies, metadata)
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Whether the bytes begin as the format does: the header's length (8 bytes), then a JSON object."""
+    """Return whether the bytes begin as the format does: the header's length (8 bytes), then a JSON object."""
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
@@ -205,26 +148,26 @@ def _header(data: bytes) -> dict[str, Any]:
 def _load_pickle(data: bytes, path: Path) -> object:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old forms and pickle protocols; what matters is raised
+            warnings.simplefilter("ignore")  # about old formats and pickle protocols; errors are raised
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as problem:  # a damaged file can raise anything
-        refused = isinstance(problem, pickle.UnpicklingError) and _is_pickle(data)
-        if refused or "TorchScript" in str(problem):
+    except Exception as error:  # a damaged file can raise anything
+        refused = isinstance(error, pickle.UnpicklingError) and _is_pickle(data)
+        if refused or "TorchScript" in str(error):
             raise NetworkError(
                 f"{path} is refused: it holds more than weights, and loading it could run code. If you trust it, load "
                 "it elsewhere and save its state_dict: torch.save(net.state_dict(), …)"
-            ) from problem
-        raise NetworkError(_damaged(str(path))) from problem
+            ) from error
+        raise NetworkError(_damaged(str(path))) from error
 
 
 def _is_pickle(data: bytes) -> bool:
-    """Whether these are whole pickles, which are read here without being run."""
+    """Return whether the bytes are complete pickles. They are parsed, not run."""
     try:
         if zipfile.is_zipfile(io.BytesIO(data)):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         stream = io.BytesIO(data)
-        # PyTorch's older form has five in a row, and then the tensors' bytes.
+        # PyTorch's older format has five in a row, followed by the tensors' bytes.
         for _ in range(5):
             for _ in pickletools.genops(stream):
                 pass
@@ -236,13 +179,13 @@ def _is_pickle(data: bytes) -> bool:
 
 
 def _damaged(source: str) -> str:
-    return f"{source} is damaged, or no file of weights. Download it again and compare its checksum."
+    return f"{source} is damaged, or not a file of weights. Download it again and compare its checksum."
 
 
 def _state_dict(content: object) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, from the dict they lie in."""
+    """Return the tensors of a checkpoint, from the innermost dict that holds the state."""
     while isinstance(content, Mapping):
-        nested = [content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping)]
+        nested = [content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)]
         if not nested:
             return {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
         content = nested[0]
@@ -253,68 +196,3 @@ def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor
     if tensors and all(key.startswith(prefix) for key in tensors):
         return {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
-
-
-def _shapes(tensors: Mapping[str, Any]) -> Shapes:
-    return {key: tuple(value.shape) for key, value in tensors.items() if isinstance(value, Tensor)}
-
-
-def _without_counters(shapes: Shapes) -> Shapes:
-    return {key: shape for key, shape in shapes.items() if not key.endswith(_TRACKED)}
-
-
-def _other_classes(reshaped: list[str], found: Shapes, wanted: Shapes) -> tuple[int, int] | None:
-    """The two numbers of classes, if the outputs of layers with that number are all that differs: the last ones."""
-    if any(found[key][1:] != wanted[key][1:] or not found[key] for key in reshaped):
-        return None
-    pairs = {(found[key][0], wanted[key][0]) for key in reshaped}
-    return pairs.pop() if len(pairs) == 1 else None
-
-
-def _completed(tensors: Mapping[str, Tensor], module: nn.Module, network: str) -> bool:
-    """Whether training could begin with these weights, which are no whole network."""
-    own = module.state_dict()
-    completed = networks.complete(network, tensors, own)
-    return completed is not None and _without_counters(_shapes(completed)) == _without_counters(_shapes(own))
-
-
-def _counted(keys: list[str], one: str, several: str) -> str:
-    if not keys:
-        return ""
-    shown = ", ".join([*keys[:2], "…"] if len(keys) > 2 else keys)
-    return f"{len(keys)} {f'key {one}' if len(keys) == 1 else f'keys {several}'} ({shown})"
-
-
-def _guess(tensors: Mapping[str, Tensor], network: str) -> str:
-    """A sentence on which of our networks the weights fit exactly, or nothing."""
-    for name in networks.names():
-        state, options = networks.adapt(name, dict(tensors))
-        found = _without_counters(_shapes(state))
-        channels = next((shape[1] for shape in found.values() if len(shape) == 4), 0)
-        classes = next((shape[0] for shape in reversed(found.values()) if len(shape) == 2), 0)
-        if not (0 < channels < 2**16 and 0 < classes < 2**24):
-            return ""
-        for side in _SIDES:
-            wanted = _without_counters(_meta_shapes(name, classes, (channels, side, side), options))
-            if wanted.keys() != found.keys():
-                break
-            if wanted == found:
-                return _recommended(name, classes, (channels, side, side), options, network)
-    return ""
-
-
-def _meta_shapes(name: str, classes: int, input_shape: tuple[int, int, int], options: dict[str, Any]) -> Shapes:
-    with torch.device("meta"):
-        return _shapes(networks.build(name, classes, input_shape, options).state_dict())
-
-
-def _recommended(
-    name: str, classes: int, input_shape: tuple[int, int, int], options: dict[str, Any], network: str
-) -> str:
-    sentence = f"It seems to be {name} with {classes} classes"
-    if name != network:
-        return f"{sentence}: use --teacher {name}"
-    if options:
-        stating = " ".join(f"--set teacher.options.{option}={value}" for option, value in options.items())
-        return f"{sentence}: use {stating}"
-    return f"{sentence} for images of {'×'.join(map(str, input_shape))}."

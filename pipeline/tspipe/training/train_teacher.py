@@ -15,7 +15,8 @@ from tspipe.data.datasets import Dataset, Images, open_dataset, parse, stem
 from tspipe.data.image_loader import Pixels, input_shape
 from tspipe.data.preprocess import shift_and_flip
 from tspipe.errors import DatasetError, NetworkError, TrainingError
-from tspipe.models import feature_net, networks, weights
+from tspipe.models import feature_net, loading, networks, weights
+from tspipe.models.probe import probe_images
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.training.batches import sequential_batches, shuffled_batches
@@ -238,7 +239,7 @@ def _build_network(
             state = network.state_dict()
             completed = networks.complete(settings.network, tensors, state)
             tensors = completed or _with_new_head(network, settings.network, tensors, shape)
-            weights.load_into(network, tensors, settings.network, start.source)
+            loading.load_into(network, tensors, settings.network, start.source)
         return network, options
     except NetworkError as problem:
         if config.start or not start:
@@ -254,7 +255,7 @@ def _with_new_head(
 ) -> dict[str, Tensor]:
     """Return a file's weights; the last layer's are the network's own where the file's are for other classes."""
     state = network.state_dict()
-    path, _ = feature_net.last_linear(network, name, feature_net.probe_images(shape))
+    path, _ = feature_net.last_linear(network, name, probe_images(shape))
     head = [key for key in state if key.rpartition(".")[0] == path and key in tensors]
     if any(tensors[key].shape[1:] != state[key].shape[1:] for key in head):
         return tensors

@@ -2,13 +2,15 @@
 
 A name is either a file in the package's own folder (`lenet5` is `networks/lenet5.py`)
 or the path of a Python file of the user's (`./mine.py`). Files that begin with an
-underscore are shared code and have no name.
+underscore are shared code and have no name. A file with a dict `VARIANTS` provides
+its keys as names instead of its own (`resnet20` is in `networks/cifar_resnet.py`).
 """
 
+import ast
 import difflib
+import functools
 import importlib
 import importlib.util
-import pkgutil
 import re
 import sys
 import zlib
@@ -22,9 +24,32 @@ KINDS = {"data.datasets": "dataset", "models.networks": "network", "losses": "lo
 
 
 def names(folder: str) -> list[str]:
-    """The names a package (`data.datasets`, `models.networks`, `losses`) offers, sorted. Imports none of them."""
-    paths = importlib.import_module(f"tspipe.{folder}").__path__
-    return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
+    """Return the names that a package (`data.datasets`, `models.networks`, `losses`) provides, sorted.
+
+    Its files are read, not imported.
+    """
+    return sorted(_files(folder))
+
+
+def _files(folder: str) -> dict[str, Path]:
+    """Return the file that defines each name."""
+    folders = importlib.import_module(f"tspipe.{folder}").__path__
+    files = [file for path in folders for file in Path(path).glob("[!_]*.py")]
+    return {name: file for file in files for name in _names_in(file)}
+
+
+@functools.cache
+def _names_in(file: Path) -> list[str]:
+    """Return the names that a file defines: the keys of its dict `VARIANTS`, if it has one, else its own name."""
+    try:
+        statements = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):  # reported by `load`, when the file is used
+        statements = []
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name("VARIANTS")], value=ast.Dict(keys=keys)):
+                return [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+    return [file.stem]
 
 
 def is_file(name: str) -> bool:
@@ -54,8 +79,8 @@ def load(folder: str, name: str, attribute: str, error: type[TspipeError]) -> Mo
     """Import the file behind a name and check that it has `attribute`; raise `error` if it cannot be."""
     if is_file(name):
         module = _load_file(Path(name), error)
-    elif name in (known := names(folder)):
-        module = importlib.import_module(f"tspipe.{folder}.{name}")
+    elif name in (known := _files(folder)):
+        module = importlib.import_module(f"tspipe.{folder}.{known[name].stem}")
     else:
         raise error(unknown(KINDS[folder], name, known))
     if not hasattr(module, attribute):

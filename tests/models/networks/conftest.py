@@ -1,4 +1,4 @@
-"""What the tests of networks share."""
+"""Fixtures of the networks' tests."""
 
 import pytest
 import torch
@@ -6,5 +6,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """The same initial weights in every run; the one thread that small networks want is set for all tests."""
+    """Use the same initial weights in every run."""
     torch.manual_seed(0)

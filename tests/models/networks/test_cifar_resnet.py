@@ -1,10 +1,10 @@
-"""ResNets for CIFAR: sizes, published keys, and option A against a plain reference."""
+"""ResNets for CIFAR: sizes, published keys, and option A compared with a plain reference."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tspipe.models import networks, weights
+from tspipe.models import loading, networks, weights
 
 COUNTS = {  # 10 classes: option A, option B
     20: (269_722, 272_474),
@@ -20,14 +20,14 @@ def build(layers=20, num_classes=10, input_shape=(3, 32, 32), **options):
 
 
 def published(state, **renamed):
-    """A state dict under other names, and without batch norm's counters, as older checkpoints are."""
+    """Return a state dict under other names and without batch norm's counters, as in older checkpoints."""
 
-    def theirs(key):
-        for ours, name in renamed.items():
-            key = key.replace(f"{ours}.", f"{name}.")
+    def published_key(key):
+        for name, published_name in renamed.items():
+            key = key.replace(f"{name}.", f"{published_name}.")
         return key
 
-    return {theirs(key): value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    return {published_key(key): value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 @pytest.mark.parametrize("layers", COUNTS)
@@ -44,22 +44,22 @@ def test_option_a_is_the_default():
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("wrap", [None, "state_dict"])
-@pytest.mark.parametrize("renamed", [{}, {"fc": "linear", "downsample": "shortcut"}], ids=["ours", "theirs"])
+@pytest.mark.parametrize("renamed", [{}, {"fc": "linear", "downsample": "shortcut"}], ids=["tspipe", "published"])
 @pytest.mark.parametrize("shortcut", ["A", "B"])
-def test_adapt_reads_the_published_forms(tmp_path, prefix, wrap, renamed, shortcut):
+def test_adapt_renames_published_keys(tmp_path, prefix, wrap, renamed, shortcut):
     network = build(shortcut=shortcut)
     state = {prefix + key: value for key, value in published(network.state_dict(), **renamed).items()}
     torch.save({wrap: state, "best_prec1": 93.6} if wrap else state, tmp_path / "resnet20.th")
     tensors, options = networks.adapt("resnet20", weights.read(tmp_path / "resnet20.th").tensors)
     assert options == {"shortcut": shortcut}
     again = build(**options)
-    weights.load_into(again, tensors, "resnet20", "resnet20.th")
+    loading.load_into(again, tensors, "resnet20", "resnet20.th")
     assert weights.canonical_bytes(again) == weights.canonical_bytes(network)
     assert networks.adapt("resnet20", tensors) == (tensors, options)
 
 
 def reference(state, images):
-    """ResNet-20 with option A in eval mode, section 4.2 written out with functions only."""
+    """Compute ResNet-20 with option A in eval mode, section 4.2, with functions only."""
 
     def conv_bn(x, conv, bn, stride=1):
         x = F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1)

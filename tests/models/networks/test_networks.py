@@ -1,5 +1,7 @@
-"""The contract of every network, and how networks are found, built and refused."""
+"""The contract of every network; finding, building and refusing networks by name."""
 
+import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,10 @@ def on_meta(name, num_classes=10, input_shape=(3, 32, 32), **options):
         return networks.build(name, num_classes, input_shape, options)
 
 
-def refusal(*arguments):
-    with pytest.raises(NetworkError) as caught:
+def error_message(*arguments):
+    with pytest.raises(NetworkError) as error:
         networks.build(*arguments)
-    return str(caught.value)
+    return str(error.value)
 
 
 def user_file(folder, text):
@@ -47,7 +49,7 @@ def test_contract(name, input_shape):
     assert logits.shape == (2, 7) and logits.dtype == torch.float32
     assert outputs[-1] is logits, "something runs after the last Linear"
     labels = torch.tensor([0, 6])
-    if hasattr(network, "losses"):  # a network of several answers, of which only one is the logits
+    if hasattr(network, "losses"):  # only one of several outputs is the logits
         loss = sum(network.losses(images, labels).values())
     else:
         loss = nn.functional.cross_entropy(logits, labels)
@@ -59,11 +61,11 @@ def test_contract(name, input_shape):
 
 @pytest.mark.parametrize("name", networks.names())
 def test_initial_weights_come_from_torchs_generator(name):
-    def drawn():
+    def initial_weights():
         torch.manual_seed(3)
         return networks.build(name, 3, SMALL).state_dict()
 
-    first, second = drawn(), drawn()
+    first, second = initial_weights(), initial_weights()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -82,19 +84,19 @@ def test_parameter_count(name, parameters):
 
 
 @pytest.mark.parametrize("name", ["lenet5", "alexnet"])
-def test_the_classifier_is_one_chain_that_ends_in_the_last_linear(name):
+def test_the_classifier_is_a_sequential_that_ends_in_the_last_linear(name):
     classifier = on_meta(name).classifier
     assert isinstance(classifier, nn.Sequential)
     assert isinstance(classifier[-1], nn.Linear)
 
 
-@pytest.mark.parametrize(("name", "least"), [("lenet5", 16), ("alexnet", 15)])
+@pytest.mark.parametrize(("name", "smallest"), [("lenet5", 16), ("alexnet", 15)])
 @pytest.mark.parametrize("square", [True, False])
-def test_images_of_the_least_size_and_smaller_ones(name, least, square):
-    input_shape = (1, least, least if square else 40)
+def test_smallest_images(name, smallest, square):
+    input_shape = (1, smallest, smallest if square else 40)
     assert networks.build(name, 2, input_shape).eval()(torch.zeros(1, *input_shape)).shape == (1, 2)
-    assert refusal(name, 2, (1, 40, least - 1)) == (
-        f"{name} takes images of {least}×{least} pixels or more, these have 40×{least - 1}. Enlarge them: "
+    assert error_message(name, 2, (1, 40, smallest - 1)) == (
+        f"{name} takes images of {smallest}×{smallest} pixels or more, these have 40×{smallest - 1}. Enlarge them: "
         "--set preprocess.resize=[32,32]"
     )
 
@@ -123,16 +125,16 @@ def test_mobilenet_stem(side, stem, last_map):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
-def test_torchvisions_checkpoints_have_the_same_keys_and_mean_the_same(name):
-    theirs = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
-    state, options = networks.adapt(name, theirs.state_dict())
-    ours = networks.build(name, 5, (3, 96, 96), options).eval()
-    ours.load_state_dict(state)
+def test_torchvisions_checkpoints_load_and_compute_the_same(name):
+    reference = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
+    state, options = networks.adapt(name, reference.state_dict())
+    network = networks.build(name, 5, (3, 96, 96), options).eval()
+    network.load_state_dict(state)
     images = torch.randn(1, 3, 96, 96)
-    assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(network(images), reference(images))
 
 
-def test_adapt_keeps_the_stem_the_weights_were_trained_with():
+def test_adapt_returns_the_stem_of_the_weights():
     imagenet = on_meta("resnet18", input_shape=(3, 224, 224)).state_dict()
     cifar = on_meta("resnet18").state_dict()
     assert networks.adapt("resnet18", imagenet) == (imagenet, {"stem": "imagenet"})
@@ -140,7 +142,7 @@ def test_adapt_keeps_the_stem_the_weights_were_trained_with():
     assert networks.adapt("resnet18", {}) == ({}, {})
 
 
-def test_adapt_renames_the_usual_cifar_keys_of_resnet18():
+def test_adapt_renames_the_cifar_keys_of_resnet18():
     state = on_meta("resnet18").state_dict()
     published = {key.replace("fc.", "linear.").replace("downsample", "shortcut"): state[key] for key in state}
     assert published.keys() != state.keys()
@@ -148,7 +150,7 @@ def test_adapt_renames_the_usual_cifar_keys_of_resnet18():
 
 
 @pytest.mark.parametrize("name", ["lenet5", "torchvision:resnet18"])
-def test_networks_without_adapt_take_a_checkpoint_as_it_is(name):
+def test_networks_without_adapt_leave_a_checkpoint_unchanged(name):
     state = {"linear.weight": torch.zeros(1)}
     assert networks.adapt(name, state) == (state, {})
 
@@ -161,10 +163,10 @@ def test_torchvision_networks(name):
 
 def test_torchvision_options():
     assert isinstance(networks.build("torchvision:mobilenet_v2", 4, (3, 64, 64), {"dropout": 0.5}), nn.Module)
-    assert refusal("torchvision:resnet18", 4, (3, 64, 64), {"groups": 0}) == (
+    assert error_message("torchvision:resnet18", 4, (3, 64, 64), {"groups": 0}) == (
         "torchvision:resnet18 cannot be built with groups=0: BasicBlock only supports groups=1 and base_width=64."
     )
-    assert refusal("torchvision:resnet18", 4, (3, 64, 64), {"widthh": 2}) == (
+    assert error_message("torchvision:resnet18", 4, (3, 64, 64), {"widthh": 2}) == (
         "torchvision:resnet18 cannot be built with widthh=2: "
         "ResNet.__init__() got an unexpected keyword argument 'widthh'."
     )
@@ -172,35 +174,54 @@ def test_torchvision_options():
 
 @pytest.mark.parametrize("option", ["weights", "pretrained"])
 def test_torchvision_never_downloads(option, monkeypatch):
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_: pytest.fail("it downloads"))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_: pytest.fail("a download was attempted"))
     start = f"torchvision:resnet18 cannot be built with {option}='DEFAULT': "
-    assert refusal("torchvision:resnet18", 4, (3, 64, 64), {option: "DEFAULT"}).startswith(start)
+    assert error_message("torchvision:resnet18", 4, (3, 64, 64), {option: "DEFAULT"}).startswith(start)
 
 
 def test_torchvision_unknown_name():
-    others = len(torchvision.models.list_models(module=torchvision.models)) - 5
-    assert refusal("torchvision:resnet19", 4, (3, 64, 64)) == (
+    more = len(torchvision.models.list_models(module=torchvision.models)) - 5
+    assert error_message("torchvision:resnet19", 4, (3, 64, 64)) == (
         "Unknown torchvision network 'resnet19'. There are: resnet18, resnet152, resnet101, resnet34, resnet50, "
-        f"and {others} more."
+        f"and {more} more."
     )
 
 
 def test_torchvision_other_channels():
-    assert refusal("torchvision:resnet18", 4, (1, 64, 64)) == (
+    assert error_message("torchvision:resnet18", 4, (1, 64, 64)) == (
         "torchvision:resnet18 takes images of 3 channels, these have 1. tspipe's own networks take any number: "
         f"{', '.join(networks.names())}."
     )
 
 
-def test_names_are_the_files_without_the_shared_ones():
+def test_names_are_the_files_and_their_variants():
     folder = Path(networks.__file__).parent
-    assert networks.names() == sorted(file.stem for file in folder.glob("[a-z]*.py"))
+    modules = [importlib.import_module(f"{networks.__name__}.{file.stem}") for file in folder.glob("[a-z]*.py")]
+    provided = [getattr(module, "VARIANTS", [module.__name__.rpartition(".")[2]]) for module in modules]
+    assert networks.names() == sorted(itertools.chain.from_iterable(provided))
+
+
+def test_a_new_file_in_the_folder_is_a_network(tmp_path, monkeypatch):
+    """Files are listed without being imported, so that a broken one does no harm until it is used."""
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    (tmp_path / "mine.py").write_text("def build(num_classes): ...\nraise SystemExit('imported')\n")
+    (tmp_path / "broken.py").write_text("def build(\n")
+    (tmp_path / "family.py").write_text(
+        "from torch import nn\n\nVARIANTS = {'family2': {'depth': 2}, 'family3': {'depth': 3}}\n\n\n"
+        "def build(num_classes, *, depth, bias=True):\n"
+        "    return nn.Sequential(nn.Flatten(), *[nn.Linear(768, 768)] * depth, nn.Linear(768, num_classes, bias))\n"
+    )
+    assert set(networks.names()) >= {"mine", "broken", "family2", "family3"}
+    assert "family" not in networks.names()
+    assert len(networks.build("family3", 4, SMALL, {"bias": False})) == 5
+    assert error_message("family3", 4, SMALL, {"depth": 1}) == "family3 has no option 'depth'. There are: bias."
 
 
 def test_unknown_name():
-    near = ["mobilenet_v2"]
-    others = [name for name in networks.names() if name not in near]
-    assert refusal("mobile_v2", 4, SMALL) == f"Unknown network 'mobile_v2'. There are: {', '.join(near + others)}."
+    others = [name for name in networks.names() if name != "mobilenet_v2"]
+    assert error_message("mobile_v2", 4, SMALL) == (
+        f"Unknown network 'mobile_v2'. There are: {', '.join(['mobilenet_v2', *others])}."
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,24 +236,28 @@ def test_unknown_name():
     ],
 )
 def test_wrong_options(name, options, message):
-    assert refusal(name, 4, SMALL, options) == message
+    assert error_message(name, 4, SMALL, options) == message
 
 
 def test_a_users_file_that_takes_only_the_number_of_classes(tmp_path):
-    path = user_file(tmp_path, "def build(num_classes):\n    return nn.LazyLinear(num_classes)\n")
-    assert networks.build(path, 4, SMALL).out_features == 4
+    path = user_file(
+        tmp_path, "def build(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
+    )
+    assert networks.build(path, 4, SMALL)[1].out_features == 4
     assert networks.recorded_name(path) == "mine"
-    assert refusal(path, 4, SMALL, {"depth": 2}) == f"{path} has no option 'depth'. It has none."
+    assert error_message(path, 4, SMALL, {"depth": 2}) == f"{path} has no option 'depth'. It has none."
 
 
 @pytest.mark.parametrize("parameters", ["classes, input_shape, *, depth=1", "classes, depth=1, **rest"])
 def test_a_users_file_with_input_shape_and_options(tmp_path, parameters):
     shape = "rest['input_shape']" if "rest" in parameters else "input_shape"
     path = user_file(
-        tmp_path, f"def build({parameters}):\n    return nn.Sequential(*[nn.Linear({shape}[0], classes)] * depth)\n"
+        tmp_path,
+        f"def build({parameters}):\n    convs = [nn.Conv2d({shape}[0], {shape}[0], 1)] * depth\n"
+        "    return nn.Sequential(*convs, nn.Flatten(), nn.LazyLinear(classes))\n",
     )
     network = networks.build(path, 4, SMALL, {"depth": 2})
-    assert len(network) == 2 and network[0].in_features == 3
+    assert len(network) == 4 and network[0].in_channels == 3
 
 
 def test_a_users_file_with_adapt(tmp_path):
@@ -259,17 +284,60 @@ def test_a_users_file_with_adapt(tmp_path):
 )
 def test_a_users_file_that_cannot_be_used(tmp_path, text, options, message):
     path = user_file(tmp_path, text)
-    assert refusal(path, 4, SMALL, options) == message.format(path)
+    assert error_message(path, 4, SMALL, options) == message.format(path)
 
 
-def test_a_users_own_error_is_not_taken_for_a_wrong_option(tmp_path):
+def test_a_type_error_in_a_users_file_is_not_taken_for_a_wrong_option(tmp_path):
     path = user_file(tmp_path, "def build(num_classes):\n    return nn.Linear(num_classes)\n")
     with pytest.raises(TypeError, match="out_features"):
         networks.build(path, 4, SMALL)
 
 
-def test_a_users_file_that_is_not_there(tmp_path):
-    assert refusal(f"{tmp_path}/none.py", 4, SMALL) == f"There is no file {tmp_path}/none.py."
+def test_a_missing_file(tmp_path):
+    assert error_message(f"{tmp_path}/none.py", 4, SMALL) == f"There is no file {tmp_path}/none.py."
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ("images.mean((2, 3))", "(2, 3) float32"),
+        ("images", "(2, 3, 16, 16) float32"),
+        ("images.new_zeros(1, 4)", "(1, 4) float32"),
+        ("images.flatten(1).long()[:, :4]", "(2, 4) int64"),
+        ("images.flatten(1)[:, :4] / 0", "numbers that are not finite"),
+        ("(images, images)", "a tuple"),
+        ("{'logits': images}", "a dict"),
+    ],
+)
+def test_what_a_network_returns_is_checked_when_it_is_built(tmp_path, returned, problem):
+    path = user_file(
+        tmp_path,
+        "class Net(nn.Module):\n    def forward(self, images):\n        return " + returned + "\n\n\n"
+        "def build(num_classes):\n    return Net()\n",
+    )
+    assert error_message(path, 4, SMALL) == (
+        f"{path} must return logits of shape (n, 4), floating-point and finite, for n images of (3, 16, 16). "
+        f"For 2 images it returns {problem}."
+    )
+
+
+def test_the_check_leaves_no_trace_and_runs_once(tmp_path):
+    path = user_file(
+        tmp_path,
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.norm, self.fc, self.modes = nn.BatchNorm2d(3), nn.Linear(768, 4), []\n\n"
+        "    def forward(self, images):\n        self.modes.append(self.training)\n"
+        "        return nn.functional.dropout(self.fc(self.norm(images).flatten(1)), 0.5)\n\n\n"
+        "def build(num_classes):\n    return Net()\n",
+    )
+    torch.manual_seed(5)
+    nn.Linear(768, 4)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    network = networks.build(path, 4, SMALL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.modes == [False] and network.training
+    assert network.norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["resnet56", "torchvision:resnet18"])

@@ -1,4 +1,4 @@
-"""NTS-Net against slow, plain references, its losses, and the sizes and keys of the published checkpoint."""
+"""NTS-Net compared with slow, plain references; its losses; sizes and keys of the published checkpoint."""
 
 import copy
 import itertools
@@ -11,17 +11,19 @@ from torch import nn
 
 from plain_regions import resized, suppressed
 from tspipe.errors import NetworkError
-from tspipe.models import networks, weights
-from tspipe.models.feature_net import fold_batch_norms, freeze, probe_images, split
+from tspipe.models import loading, networks, weights
+from tspipe.models.feature_net import split
+from tspipe.models.inference import fold_batch_norms, freeze
 from tspipe.models.networks import ntsnet
 from tspipe.models.networks.ntsnet import build, complete, ranking_loss
+from tspipe.models.probe import probe_images
 
 SHAPE = (3, 64, 64)
 WIDTH = 2
 
 
 def small(num_classes=7, input_shape=SHAPE, **options):
-    """A narrow network whose batch norms and proposals differ from image to image, in eval mode."""
+    """Return a narrow network in eval mode whose batch norms are not trivial and whose proposals vary by image."""
     network = build(num_classes, input_shape, width=WIDTH, **options).eval()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -35,11 +37,11 @@ def published(num_classes=200):
         return build(num_classes)
 
 
-# --- The whole
+# --- The network
 
 
 @pytest.mark.parametrize("side", [16, 28, 33, 64, 100, 129, 448])
-def test_there_is_a_score_for_each_anchor(side):
+def test_each_anchor_has_a_score(side):
     with torch.device("meta"):
         network = build(2, (3, side, side), width=WIDTH)
         maps = network.pretrained_model(torch.empty(2, 3, side, side))[1]
@@ -64,18 +66,19 @@ def test_scores_are_in_the_order_of_the_anchors():
 
 
 def plain_outputs(network, images, parts):
-    """Image by image and crop by crop."""
-    side, found = network.side, []
+    """Compute `NTSNet.outputs` image by image and crop by crop."""
+    side, rows = network.side, []
     for image in images:
-        raw, maps, whole = network.pretrained_model(image[None])
+        raw, maps, image_features = network.pretrained_model(image[None])
         scores = network.proposal_net(maps)[0]
-        kept = suppressed(scores.tolist(), network.anchors.tolist(), parts)
+        selected = suppressed(scores.tolist(), network.anchors.tolist(), parts)
         padded = F.pad(image, [side // 2] * 4)
-        crops = [resized(padded, network.anchors[i].tolist(), side // 2) for i in kept]
-        seen = torch.cat([network.pretrained_model(crop[None])[2] for crop in crops])
-        features = torch.cat([*seen[: network.concatenated], whole[0]])
-        found.append([raw[0], network.concat_net(features), network.partcls_net(seen), scores[kept], kept, features])
-    raw, concat, part, scores, indices, features = zip(*found, strict=True)
+        crops = [resized(padded, network.anchors[i].tolist(), side // 2) for i in selected]
+        part_features = torch.cat([network.pretrained_model(crop[None])[2] for crop in crops])
+        features = torch.cat([*part_features[: network.concatenated], image_features[0]])
+        part_logits = network.partcls_net(part_features)
+        rows.append([raw[0], network.concat_net(features), part_logits, scores[selected], selected, features])
+    raw, concat, part, scores, indices, features = zip(*rows, strict=True)
     return [*map(torch.stack, (raw, concat, part, scores)), torch.tensor(indices), torch.stack(features)]
 
 
@@ -83,32 +86,32 @@ def plain_outputs(network, images, parts):
 @torch.no_grad()
 def test_outputs_equal_a_plain_reference(input_shape):
     network, images = small(input_shape=input_shape), torch.rand(3, *input_shape)
-    found, expected = network.outputs(images), plain_outputs(network, images, 6)
-    for name, one, other in zip(found._fields, found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
-    torch.testing.assert_close(network(images), found.concat_logits, rtol=1e-4, atol=1e-5)
-    assert [part.shape for part in found] == [(3, 7), (3, 7), (3, 6, 7), (3, 6), (3, 6), (3, 5 * 32 * WIDTH)]
-    assert len({tuple(row) for row in found.indices.tolist()}) > 1 or input_shape[1] == 16
+    outputs, reference = network.outputs(images), plain_outputs(network, images, 6)
+    for name, actual, expected in zip(outputs._fields, outputs, reference, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(network(images), outputs.concat_logits, rtol=1e-4, atol=1e-5)
+    assert [part.shape for part in outputs] == [(3, 7), (3, 7), (3, 6, 7), (3, 6), (3, 6), (3, 5 * 32 * WIDTH)]
+    assert len({tuple(row) for row in outputs.indices.tolist()}) > 1 or input_shape[1] == 16
 
 
 @torch.no_grad()
 def test_the_published_size_on_narrow_maps():
     network, images = build(200, width=4).eval(), torch.rand(2, 3, 448, 448)
-    found = network.outputs(images)
-    assert found.features.shape == (2, 5 * 32 * 4) and found.indices.max() < 1614
-    torch.testing.assert_close(found.features, plain_outputs(network, images, 6)[5], rtol=1e-4, atol=1e-5)
+    outputs = network.outputs(images)
+    assert outputs.features.shape == (2, 5 * 32 * 4) and outputs.indices.max() < 1614
+    torch.testing.assert_close(outputs.features, plain_outputs(network, images, 6)[5], rtol=1e-4, atol=1e-5)
 
 
-def test_eval_mode_is_deterministic_in_every_mode_of_inference():
+def test_eval_mode_is_deterministic():
     network, images = small(), torch.rand(2, *SHAPE)
     with torch.no_grad():
         first = network(images)
         assert torch.equal(network(images), first)
     with torch.inference_mode():
         assert torch.equal(network(images), first)
-        other = copy.deepcopy(network).to(memory_format=torch.channels_last)
-        found = other(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-5)
+        channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        logits = channels_last(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, first, rtol=1e-4, atol=1e-5)
 
 
 def test_options():
@@ -123,21 +126,21 @@ def test_options():
 @pytest.mark.parametrize(("training", "always"), [(False, False), (False, True), (True, False), (True, True)])
 def test_dropout(training, always):
     network, images = small(always_dropout=always).train(training), torch.rand(8, *SHAPE)
-    network.pretrained_model.layer4.append(nn.Softplus())  # no zeros but those of dropout
+    network.pretrained_model.layer4.append(nn.Softplus())  # so that only dropout makes zeros
     first, second = (network.outputs(images).features for _ in range(2))
     assert (first == 0).float().mean().item() == pytest.approx(0.5 if training or always else 0, abs=0.05)
     assert torch.equal(first == 0, second == 0) is not (training or always)
 
 
-def test_dropout_is_drawn_from_torchs_generator_and_doubles_what_it_keeps():
+def test_dropout_uses_torchs_generator_and_doubles_the_other_features():
     network, images = small(always_dropout=True), torch.rand(2, *SHAPE)
 
-    def drawn():
+    def pooled_features():
         torch.manual_seed(5)
         return network.pretrained_model(images)[2]
 
-    features = drawn()
-    assert torch.equal(drawn(), features)
+    features = pooled_features()
+    assert torch.equal(pooled_features(), features)
     network.pretrained_model.always_dropout = False
     kept = features != 0
     torch.testing.assert_close(features[kept], 2 * network.pretrained_model(images)[2][kept])
@@ -146,7 +149,7 @@ def test_dropout_is_drawn_from_torchs_generator_and_doubles_what_it_keeps():
 # --- Losses
 
 
-def test_ranking_loss_is_the_double_loop():
+def test_ranking_loss_equals_a_double_loop():
     scores, losses = torch.randn(5, 6), torch.rand(5, 6)
     losses[0, 1] = losses[0, 4]  # no pair
     expected = 0.0
@@ -160,28 +163,29 @@ def test_ranking_loss_is_the_double_loop():
 def test_losses():
     network, images, labels = small(), torch.rand(3, *SHAPE), torch.tensor([0, 6, 2])
     with torch.no_grad():
-        found, losses = network.outputs(images), network.losses(images, labels)
-    each = [[-part.log_softmax(0)[label] for part in row] for row, label in zip(found.part_logits, labels, strict=True)]
-    each = torch.tensor(each)
+        outputs, losses = network.outputs(images), network.losses(images, labels)
+    part_losses = torch.tensor(
+        [[-part.log_softmax(0)[y] for part in row] for row, y in zip(outputs.part_logits, labels, strict=True)]
+    )
     expected = {
-        "raw": -found.raw_logits.log_softmax(1)[range(3), labels].mean(),
-        "concat": -found.concat_logits.log_softmax(1)[range(3), labels].mean(),
-        "parts": each.mean(),
-        "ranking": ranking_loss(found.scores, each),
+        "raw": -outputs.raw_logits.log_softmax(1)[range(3), labels].mean(),
+        "concat": -outputs.concat_logits.log_softmax(1)[range(3), labels].mean(),
+        "parts": part_losses.mean(),
+        "ranking": ranking_loss(outputs.scores, part_losses),
     }
     assert losses.keys() == expected.keys()
     torch.testing.assert_close(losses, expected)
 
 
 @pytest.mark.parametrize("name", ["raw", "concat", "parts", "ranking"])
-def test_what_each_loss_teaches(name):
+def test_what_each_loss_trains(name):
     network = small().train()
     network.losses(torch.rand(3, *SHAPE), torch.tensor([0, 6, 2]))[name].backward()
-    taught = {key.split(".")[0] for key, weight in network.named_parameters() if weight.grad is not None}
+    trained = {key.split(".")[0] for key, weight in network.named_parameters() if weight.grad is not None}
     if network.pretrained_model.fc.weight.grad is None:
-        taught.add("all but fc")
+        trained.add("all but fc")
     assert (
-        taught
+        trained
         == {
             "raw": {"pretrained_model"},
             "concat": {"pretrained_model", "concat_net", "all but fc"},
@@ -191,8 +195,8 @@ def test_what_each_loss_teaches(name):
     )
 
 
-def descended(network, optimizer, names, steps):
-    """Of some losses' sum the means over the first and the last five steps."""
+def loss_before_and_after(network, optimizer, names, steps):
+    """Minimise the sum of some losses; return its means over the first and the last five steps."""
     images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
     images[labels == 1, :, :16] = 0
     totals = []
@@ -209,27 +213,28 @@ def descended(network, optimizer, names, steps):
 def test_the_network_learns():
     network = small(num_classes=2, input_shape=(3, 32, 32)).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.003, momentum=0.9)
-    before, after = descended(network, optimizer, ["raw", "concat", "parts"], steps=50)
+    before, after = loss_before_and_after(network, optimizer, ["raw", "concat", "parts"], steps=50)
     assert after < 0.6 * before
 
 
 def test_the_proposals_learn():
-    """Of a backbone that stays as it is, which parts are worth more."""
+    """With a fixed backbone, the proposal net learns which parts are better."""
     network = small(num_classes=2, input_shape=(3, 32, 32))
-    before, after = descended(network, torch.optim.Adam(network.proposal_net.parameters(), lr=0.01), ["ranking"], 100)
+    optimizer = torch.optim.Adam(network.proposal_net.parameters(), lr=0.01)
+    before, after = loss_before_and_after(network, optimizer, ["ranking"], steps=100)
     assert after < 0.7 * before
 
 
-# --- Cut, folded, loaded
+# --- Splitting, folding, loading
 
 
 @torch.no_grad()
 def test_split():
     network, images = small(), torch.rand(3, *SHAPE)
     expected = network.outputs(images)
-    found = split(network, "ntsnet", probe_images(SHAPE))
-    assert found.width == 5 * 32 * WIDTH
-    features, logits = found(images)
+    feature_net = split(network, "ntsnet", probe_images(SHAPE))
+    assert feature_net.width == 5 * 32 * WIDTH
+    features, logits = feature_net(images)
     torch.testing.assert_close(features, expected.features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, expected.concat_logits, rtol=1e-4, atol=1e-5)
 
@@ -244,7 +249,7 @@ def test_the_backbones_batch_norms_can_be_folded():
     torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_as_a_frozen_teacher_it_has_no_batch_norms():
+def test_a_frozen_teacher_has_no_batch_norms():
     network, images = small(), torch.rand(3, *SHAPE)
     with torch.no_grad():
         expected = network(images)
@@ -253,7 +258,7 @@ def test_as_a_frozen_teacher_it_has_no_batch_norms():
         torch.testing.assert_close(teacher(images).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_weights_training_begins_with_are_torchvisions():
+def test_training_starts_from_torchvisions_weights():
     assert torchvision.models.get_weight(ntsnet.PRETRAINED).url.endswith("/resnet50-0676ba61.pth")
 
 
@@ -286,48 +291,49 @@ def test_keys_of_the_published_checkpoint():
 
 @torch.no_grad()
 def test_the_backbone_is_torchvisions_resnet50():
-    theirs = torchvision.models.resnet50(weights=None, num_classes=5).eval()
+    reference = torchvision.models.resnet50(weights=None, num_classes=5).eval()
     network = build(5, SHAPE).eval()
-    network.pretrained_model.load_state_dict(theirs.state_dict())
+    network.pretrained_model.load_state_dict(reference.state_dict())
     images = torch.rand(2, *SHAPE)
-    torch.testing.assert_close(network.pretrained_model(images)[0], theirs(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.pretrained_model(images)[0], reference(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [None, "net_state_dict"])
-def test_published_files_load_as_they_are(tmp_path, wrap):
+def test_published_files_load_unchanged(tmp_path, wrap):
     network, again = small(), build(7, SHAPE, width=WIDTH)
     state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "nts.ckpt")
     tensors, options = networks.adapt("ntsnet", weights.read(tmp_path / "nts.ckpt").tensors)
-    weights.load_into(again, tensors, "ntsnet", "nts.ckpt")
+    loading.load_into(again, tensors, "ntsnet", "nts.ckpt")
     assert options == {} and weights.canonical_bytes(again) == weights.canonical_bytes(network)
 
 
 def test_training_can_start_from_imagenet_weights():
     imagenet = torchvision.models.resnet50(weights=None).state_dict()
     with torch.device("meta"):
-        own = build(200).state_dict()
+        initial = build(200).state_dict()
     tensors, options = networks.adapt("ntsnet", imagenet)
-    completed = complete(tensors, own)
-    assert options == {} and completed.keys() == own.keys()
-    for key, value in own.items():
+    completed = complete(tensors, initial)
+    assert options == {} and completed.keys() == initial.keys()
+    for key, value in initial.items():
         name = key.removeprefix("pretrained_model.")
         new = name in ("fc.weight", "fc.bias") or name == key
         assert completed[key] is (value if new else imagenet[name])
 
 
 def test_training_can_start_from_weights_for_other_classes():
-    own, start = small(7).state_dict(), small(9).state_dict()
-    completed = complete(networks.adapt("ntsnet", start)[0], own)
-    new = {key for key in own if completed[key] is own[key]}
-    assert new == {f"{h}.{k}" for h in ("pretrained_model.fc", "concat_net", "partcls_net") for k in ("weight", "bias")}
-    assert complete(own, small(7).state_dict()) == own
+    initial, start = small(7).state_dict(), small(9).state_dict()
+    completed = complete(networks.adapt("ntsnet", start)[0], initial)
+    new = {key for key in initial if completed[key] is initial[key]}
+    heads = ("pretrained_model.fc", "concat_net", "partcls_net")
+    assert new == {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    assert complete(initial, small(7).state_dict()) == initial
 
 
-def test_what_else_is_missing_is_not_made_up():
-    own = small().state_dict()
-    state = {key: value for key, value in own.items() if key != "proposal_net.tidy3.bias"}
-    assert complete(state, own).keys() == state.keys()
+def test_other_missing_keys_are_not_completed():
+    initial = small().state_dict()
+    state = {key: value for key, value in initial.items() if key != "proposal_net.tidy3.bias"}
+    assert complete(state, initial).keys() == state.keys()
 
 
 # --- Refusals
@@ -335,9 +341,9 @@ def test_what_else_is_missing_is_not_made_up():
 
 @pytest.mark.parametrize("input_shape", [(3, 600, 448), (3, 15, 15)], ids=str)
 def test_other_shapes_are_refused(input_shape):
-    with pytest.raises(NetworkError) as caught:
+    with pytest.raises(NetworkError) as error:
         networks.build("ntsnet", 2, input_shape)
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"ntsnet takes square images of 16×16 pixels or more, these have {input_shape[1]}×{input_shape[2]}. "
         "Resize and crop them: --set preprocess.resize=[600,600] --set preprocess.crop=448"
     )
@@ -349,6 +355,6 @@ def test_wrong_numbers_of_parts_are_refused(concatenated, parts):
         networks.build("ntsnet", 2, (3, 16, 16), {"width": 1, "parts": parts, "concatenated": concatenated})
 
 
-def test_images_of_another_size_than_it_was_built_for_are_refused_by_name():
+def test_images_of_another_size_than_at_build_are_refused():
     with pytest.raises(NetworkError, match=r"ntsnet does not take images of \(3, 96, 96\)"):
         split(small(), "ntsnet", probe_images((3, 96, 96)))

@@ -1,13 +1,23 @@
-"""Networks: one file per architecture, the file name is the name on the command line.
+"""Networks: one file per architecture; the file's name is the network's name on the command line.
 
-A network's file defines `build(num_classes, input_shape=(C, H, W), **options) -> nn.Module`, an image classifier
-that returns raw logits (n, num_classes). It may define `adapt(state)`, which renames the keys of a published
-checkpoint to the network's own and gives the options those keys show, and `complete(state, own)`, which makes weights
-to start training from of a file's and a new network's, where more than the last layer may be missing from the file.
-A module that has `losses(images, labels) -> dict[str, Tensor]`, of images (n, C, H, W) and labels (n,) int64, is
-trained as a teacher with the sum of these scalars in place of the cross-entropy of its logits.
-As constants it may name what it is to be had with: `PRETRAINED`, torchvision's weights that training starts from, and
-`PUBLISHED`, by dataset the address of trained ones. `torchvision:NAME` is any classifier of torchvision's.
+A network's file defines `build(num_classes, input_shape=(C, H, W), **options) -> nn.Module`. It returns an image
+classifier that maps images (n, C, H, W) float32 to raw logits (n, num_classes).
+
+A file may also define:
+
+- `VARIANTS`: a literal dict of the names that the file provides in place of its own, each with the arguments that
+  `build` gets for it, as in `{"resnet20": {"blocks": 3}}`;
+- `adapt(state)`: renames the keys of a published checkpoint to the network's, and returns them with the options of
+  `build` that they imply;
+- `complete(state, initial)`: merges a checkpoint with a new network's initial weights, where the checkpoint may lack
+  more than the last layer;
+- `PRETRAINED`: the torchvision weights that training starts from;
+- `PUBLISHED`: the web address of trained weights, by dataset.
+
+A module with a method `losses(images, labels) -> dict[str, Tensor]` is trained as a teacher with the sum of these
+scalars instead of the cross-entropy of its logits. Labels are (n,) int64.
+
+`torchvision:NAME` is any image classifier of torchvision.
 """
 
 import difflib
@@ -18,111 +28,117 @@ from typing import Any
 from torch import Tensor, nn
 
 from tspipe.errors import NetworkError
+from tspipe.models.probe import probe_images, run_probe
 from tspipe.utils import plugins
 
 _TORCHVISION = "torchvision:"
-_GIVEN = {"num_classes", "input_shape"}  # by the dataset, so they are no options
 
 
 def names() -> list[str]:
-    """The networks there are, those of torchvision aside."""
+    """Return the names of tspipe's networks, without those of torchvision."""
     return plugins.names("models.networks")
 
 
 def recorded_name(name: str) -> str:
-    """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself."""
+    """Return the name that a cache or a checkpoint records: `mine` for a user's `./mine.py`, else the name itself."""
     return plugins.recorded_name("models.networks", name)
 
 
 def check_exists(name: str) -> None:
-    """Raise NetworkError unless there is a network of this name, or a file of the user's that defines one."""
-    _defined(name, "build")
+    """Raise NetworkError unless there is a network of this name, or a user's file that defines one."""
+    _attribute(name, "build")
 
 
 def build(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any] = {}) -> nn.Module:
-    """A network with random initial weights, from torch's own generator.
+    """Return a network with random initial weights from torch's generator, checked once on two images.
 
     Args:
         name: one of `names()`, `torchvision:NAME`, or the path of a Python file.
         num_classes: c; the module maps (n, C, H, W) float32 to logits (n, c).
-        input_shape: (C, H, W); a file whose `build` has no such parameter is called without it.
-        options: the network's own, by keyword.
+        input_shape: (C, H, W). A `build` without such a parameter is called without it.
+        options: the network's own options.
 
-    Raises NetworkError: unknown name or option, or images that the network cannot take.
+    Raises NetworkError for an unknown name or option, images that the network cannot take, and a `build` that does not
+    return a classifier. On the meta device the module is not run.
     """
-    recorded_name(name)  # refuses a file that no cache could tell from one of ours
-    if name.startswith(_TORCHVISION):
-        return _build_torchvision(name, num_classes, input_shape, options)
-    function = plugins.load("models.networks", name, "build", NetworkError).build
-    signature = inspect.signature(function)
-    kinds = [parameter.kind for parameter in signature.parameters.values()]
-    takes_shape = "input_shape" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
-    given = {"input_shape": input_shape} if takes_shape else {}
-    try:
-        # Bound before the call, so that a TypeError from inside the file is not taken for a wrong option.
-        signature.bind(num_classes, **given, **options)
-    except TypeError as problem:
-        raise NetworkError(_wrong_options(name, signature, options, problem)) from None
-    try:
-        module = function(num_classes, **given, **options)
-    except (TypeError, ValueError) as problem:
-        if not options:
-            raise
-        raise NetworkError(_unfit_options(name, options, problem)) from problem
+    recorded_name(name)  # refuses a file whose name is one of tspipe's networks
+    make = _build_torchvision if name.startswith(_TORCHVISION) else _build_file
+    module = make(name, num_classes, input_shape, options)
     if not isinstance(module, nn.Module):
         raise NetworkError(f"{name}: build returns a {type(module).__name__}, not an nn.Module.")
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        _check_output(module, name, num_classes, input_shape)
     return module
 
 
 def adapt(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint's tensors under the network's own keys, and the build options that the keys show.
+    """Return a checkpoint's tensors under the network's keys, and the build options that its keys imply.
 
-    A network that defines no `adapt` takes the checkpoint as it is, with no options.
+    For a network without an `adapt`, these are the tensors as given and no options.
     """
-    function = _defined(name, "adapt")
+    function = _attribute(name, "adapt")
     return function(state) if function else (state, {})
 
 
-def complete(name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Weights to start training from, if the network defines a `complete` of its own; else None.
+def complete(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the weights that training starts from, or None if the network does not define `complete`.
 
     Args:
         state: a checkpoint's, after `adapt`.
-        own: the state dict of the network to be trained.
+        initial: the state dict of the network to be trained.
     """
-    function = _defined(name, "complete")
-    return function(state, own) if function else None
+    function = _attribute(name, "complete")
+    return function(state, initial) if function else None
 
 
 def pretrained(name: str) -> str | None:
-    """torchvision's weights that training this network starts from, as `ResNet50_Weights.IMAGENET1K_V1`, if any."""
-    stated: str | None = _defined(name, "PRETRAINED")
-    return stated
+    """Return torchvision's name of the weights that training starts from, as `ResNet50_Weights.IMAGENET1K_V1`."""
+    weights: str | None = _attribute(name, "PRETRAINED")
+    return weights
 
 
 def published(name: str, dataset: str) -> str | None:
-    """Where weights of this network, trained on this dataset, are published, if that is known."""
-    return (_defined(name, "PUBLISHED") or {}).get(dataset)
+    """Return where weights of this network, trained on this dataset, are published, if known."""
+    return (_attribute(name, "PUBLISHED") or {}).get(dataset)
 
 
-def _defined(name: str, what: str) -> Any:
-    """What a network's file may define beside `build`, or None."""
+def _attribute(name: str, attribute: str) -> Any:
+    """Return what a network's file defines under this name, or None."""
     if name.startswith(_TORCHVISION):
         return None
-    return getattr(plugins.load("models.networks", name, "build", NetworkError), what, None)
+    return getattr(plugins.load("models.networks", name, "build", NetworkError), attribute, None)
+
+
+def _build_file(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any]) -> Any:
+    function = _attribute(name, "build")
+    signature = inspect.signature(function)
+    fixed: dict[str, Any] = dict((_attribute(name, "VARIANTS") or {}).get(name, {}))
+    parameters = signature.parameters
+    if "input_shape" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        fixed["input_shape"] = input_shape
+    try:
+        # Bound before the call, so that a TypeError raised by the file is not taken for a wrong option.
+        signature.bind(num_classes, **fixed, **options)
+    except TypeError as error:
+        raise NetworkError(_unknown_options(name, signature, {"input_shape", *fixed}, options, error)) from None
+    try:
+        return function(num_classes, **fixed, **options)
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise NetworkError(_unfit_options(name, options, error)) from error
 
 
 def _build_torchvision(
     name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any]
 ) -> nn.Module:
     from torchvision import models
-    from torchvision.models import get_model, list_models
 
-    # Of this module only: the detection, segmentation, video and quantised networks are no image classifiers.
-    own, known = name.removeprefix(_TORCHVISION), list_models(module=models)
-    if own not in known:
-        near = difflib.get_close_matches(own, known, n=5, cutoff=0)
-        sentence = plugins.unknown("torchvision network", own, near).removesuffix(".")
+    # Listed from this module only: torchvision's detection, segmentation, video and quantised networks are elsewhere.
+    model, known = name.removeprefix(_TORCHVISION), models.list_models(module=models)
+    if model not in known:
+        near = difflib.get_close_matches(model, known, n=5, cutoff=0)
+        sentence = plugins.unknown("torchvision network", model, near).removesuffix(".")
         raise NetworkError(f"{sentence}, and {len(known) - len(near)} more.")
     if input_shape[0] != 3:
         raise NetworkError(
@@ -130,23 +146,43 @@ def _build_torchvision(
             f"tspipe's own networks take any number: {', '.join(names())}."
         )
     try:
-        module: nn.Module = get_model(own, weights=None, num_classes=num_classes, **options)
-    except Exception as problem:  # what a wrong option raises differs from network to network
+        module: nn.Module = models.get_model(model, weights=None, num_classes=num_classes, **options)
+    except Exception as error:  # the type for a wrong option differs from network to network
         if not options:
             raise
-        raise NetworkError(_unfit_options(name, options, problem)) from problem
+        raise NetworkError(_unfit_options(name, options, error)) from error
     return module
 
 
-def _wrong_options(name: str, signature: inspect.Signature, options: Mapping[str, Any], problem: TypeError) -> str:
-    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = [p.name for p in list(signature.parameters.values())[1:] if p.kind in keyword and p.name not in _GIVEN]
-    if wrong := [option for option in options if option not in known]:
-        there_are = f"There are: {', '.join(sorted(known))}." if known else "It has none."
-        return f"{name} has no option {', '.join(map(repr, wrong))}. {there_are}"
-    return f"{name} cannot be built: {problem}."
+def _check_output(module: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
+    images = probe_images(input_shape)
+    output = run_probe(module, name, images)
+    if not isinstance(output, Tensor):
+        returned = f"a {type(output).__name__}"
+    elif output.shape != (len(images), num_classes) or not output.is_floating_point():
+        returned = f"{tuple(output.shape)} {str(output.dtype).removeprefix('torch.')}"
+    elif not output.isfinite().all():
+        returned = "numbers that are not finite"
+    else:
+        return
+    raise NetworkError(
+        f"{name} must return logits of shape (n, {num_classes}), floating-point and finite, for n images of "
+        f"{input_shape}. For {len(images)} images it returns {returned}."
+    )
 
 
-def _unfit_options(name: str, options: Mapping[str, Any], problem: Exception) -> str:
-    given = ", ".join(f"{option}={value!r}" for option, value in options.items())
-    return f"{name} cannot be built with {given}: {problem}."
+def _unknown_options(
+    name: str, signature: inspect.Signature, fixed: set[str], options: Mapping[str, Any], error: TypeError
+) -> str:
+    parameters = list(signature.parameters.values())[1:]  # the first is the number of classes
+    known = sorted(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    known = [option for option in known if option not in fixed]
+    if unknown := [option for option in options if option not in known]:
+        available = f"There are: {', '.join(known)}." if known else "It has none."
+        return f"{name} has no option {', '.join(map(repr, unknown))}. {available}"
+    return f"{name} cannot be built: {error}."
+
+
+def _unfit_options(name: str, options: Mapping[str, Any], error: Exception) -> str:
+    values = ", ".join(f"{option}={value!r}" for option, value in options.items())
+    return f"{name} cannot be built with {values}: {error}."

@@ -5,24 +5,23 @@ from torch import Tensor, nn
 
 
 def max_pool_dropout(images: Tensor, keep: float, training: bool) -> Tensor:
-    """2×2 max-pooling of stride 2 in which every activation is kept with a probability only.
+    """Max-pool 2×2 regions with stride 2, keeping each activation with a probability.
 
-    In training, dropped activations are 0 before the maximum is taken. At test a region gives the expectation of that,
-    Σ p·q^(n−i)·a_i over its n activations in ascending order: a_i is the maximum where it is kept and the n − i larger
-    ones are not.
+    In training, dropped activations are 0 before the maximum is taken. In evaluation, a region returns the expectation
+    of that, Σ p·q^(n−i)·a_i over its n activations in ascending order: a_i is the maximum if it is kept and the n − i
+    larger ones are dropped.
 
     Args:
-        images: (n, C, H, W) activations of 0 or more; an odd last row or column is cut off, as by `max_pool2d`.
+        images: activations (n, C, H, W) of 0 or more; an odd last row or column is ignored, as by `max_pool2d`.
         keep: p; q is 1 − p.
-        training: whether activations are dropped, by torch's own generator.
+        training: whether to drop activations, with torch's generator.
     """
     height, width = (extent // 2 * 2 for extent in images.shape[2:])
     regions = torch.stack([images[:, :, y:height:2, x:width:2] for y in (0, 1) for x in (0, 1)])
     if training:
         return (regions * torch.empty_like(regions).bernoulli_(keep)).amax(0)
-    size = len(regions)
-    chances = keep * (1 - keep) ** torch.arange(size - 1, -1, -1, dtype=images.dtype, device=images.device)
-    return torch.einsum("i,inchw->nchw", chances, regions.sort(0).values)
+    exponents = torch.arange(len(regions) - 1, -1, -1, dtype=images.dtype, device=images.device)
+    return torch.einsum("i,inchw->nchw", keep * (1 - keep) ** exponents, regions.sort(0).values)
 
 
 class MaxPoolDropout(nn.Module):
@@ -33,9 +32,9 @@ class MaxPoolDropout(nn.Module):
         self.keep = keep
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pool, dropping activations in training mode."""
+        """Pool; drop activations in training mode."""
         return max_pool_dropout(images, self.keep, self.training)
 
     def extra_repr(self) -> str:
-        """What is printed of it."""
+        """Return the text between the parentheses of `repr`."""
         return f"keep={self.keep}"

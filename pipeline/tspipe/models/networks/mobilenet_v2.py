@@ -1,22 +1,24 @@
-"""MobileNetV2, torchvision's (Sandler, Howard, Zhu, Zhmoginov and Chen, MobileNetV2: Inverted Residuals and Linear
-Bottlenecks, arXiv 1801.04381, Table 2), with early strides for small images."""
+"""torchvision's MobileNetV2 (Sandler, Howard, Zhu, Zhmoginov and Chen, MobileNetV2: Inverted Residuals and Linear
+Bottlenecks, arXiv 1801.04381, Table 2), with smaller strides for small images."""
 
 from torch import nn
 from torchvision.models.mobilenetv2 import mobilenet_v2
 
-from tspipe.models.networks._stem import Stem, first_conv, is_cifar
+from tspipe.models.networks._stem import Stem, first_conv, uses_cifar_stem
 
 
 def build(num_classes: int, input_shape: tuple[int, int, int] = (3, 32, 32), stem: Stem = "auto") -> nn.Module:
-    """(n, C, H, W) float32 to logits (n, num_classes), for any C, H and W. Keys are those of torchvision's checkpoints.
+    """Return a network from (n, C, H, W) float32 to logits (n, num_classes), for any C, H and W.
+
+    The state dict has the keys of torchvision's checkpoints.
 
     Args:
-        stem: `imagenet` has the paper's strides; `cifar` has stride 1 in the first convolution and in the second
-            inverted-residual stage (24 maps), so the last map of a 32×32 image is 4×4, not 1×1; `auto` takes
-            `cifar` where H and W are 64 or less. Both have the same keys and shapes, so weights do not show theirs.
+        stem: `imagenet` has the paper's strides. `cifar` has stride 1 in the first convolution and in the second
+            stage (24 channels): the last map of a 32×32 image is 4×4 instead of 1×1. `auto` is `cifar` where H and W
+            are 64 or less. Both have the same keys and shapes, so weights do not imply a stem.
     """
-    cifar = is_cifar(stem, input_shape)
-    stages = [  # t, c, n, s of Table 2: expansion, maps, blocks, first stride
+    cifar = uses_cifar_stem(stem, input_shape)
+    stages = [  # t, c, n, s of Table 2: expansion, channels, blocks, first stride
         [1, 16, 1, 1],
         [6, 24, 2, 1 if cifar else 2],
         [6, 32, 3, 2],

@@ -1,0 +1,70 @@
+"""Networks prepared for inference: frozen, batch norms folded into convolutions, channels-last."""
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from tspipe.models.feature_net import FeatureNet, split
+from tspipe.models.probe import eval_mode, probe_images
+
+
+def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
+    """Return a classifier as a FeatureNet for inference: in eval mode, without gradients, on the device.
+
+    Batch norms are folded into the convolutions before them, and convolutions run channels-last. If folding changes
+    the features of a probe by more than 1e-4, max|Δ| / max|f|, nothing is folded. The module is modified.
+    """
+    probe = probe_images(input_shape)
+    network = split(module.eval().requires_grad_(False), name, probe)
+    folded = FeatureNet(fold_batch_norms(network.backbone), network.head).eval()
+    if _same_features(network, folded, probe):
+        network = folded
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _same_features(plain: FeatureNet, folded: FeatureNet, probe: Tensor) -> bool:
+    with eval_mode(plain):
+        expected = plain(probe).features
+    try:
+        with eval_mode(folded):
+            features = folded(probe).features
+    except Exception:  # its code may need attributes that a folded part lacks, as a Sequential's length
+        return False
+    return bool((features - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+def fold_batch_norms(module: nn.Module) -> nn.Module:
+    """Return a module in eval mode without the batch norms that directly follow a convolution used only once.
+
+    If its control flow cannot be traced, its parts are folded one by one. The given module is not modified.
+    """
+    if not any(module.children()):
+        return module
+    try:
+        traced = fx.symbolic_trace(module)
+        _fold(traced)
+    except Exception:  # tracing runs the module's code on proxies, which can raise anything
+        folded = copy.copy(module)
+        folded._modules = {name: part and fold_batch_norms(part) for name, part in module._modules.items()}
+        return folded
+    return traced
+
+
+def _fold(traced: fx.GraphModule) -> None:
+    layers, nodes = dict(traced.named_modules()), list(traced.graph.nodes)
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    for node in nodes:
+        norm = layers.get(node.target) if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or len(node.args) != 1:
+            continue
+        previous = node.args[0]
+        conv = layers.get(previous.target) if previous.op == "call_module" else None
+        if isinstance(conv, nn.Conv2d) and len(previous.users) == 1 and calls[previous.target] == 1:
+            traced.set_submodule(previous.target, fuse_conv_bn_eval(conv, norm))
+            node.replace_all_uses_with(previous)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()

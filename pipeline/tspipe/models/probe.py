@@ -1,0 +1,47 @@
+"""Probes: running a network on a small batch without leaving a trace in it or in torch's generators."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tspipe.errors import NetworkError
+
+
+def probe_images(input_shape: tuple[int, int, int]) -> Tensor:
+    """Return two fixed random images (2, C, H, W) float32 in [0, 1).
+
+    Two functions that agree on zeros usually differ on these.
+    """
+    return torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Run the body in eval mode without gradients, then restore the mode and the state of torch's CPU generator.
+
+    The generator is seeded inside, so a module that samples at random in eval mode samples the same on every probe.
+    """
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+            yield
+    finally:
+        module.train(training)
+
+
+def run_probe(module: nn.Module, name: str, images: Tensor) -> Any:
+    """Return the output of a network for images (n, C, H, W), in eval mode; `name` is its name in an error.
+
+    Raises NetworkError where the network does not take such images.
+    """
+    try:
+        with eval_mode(module):
+            return module(images)
+    except Exception as error:  # the type for images that do not fit differs from network to network
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NetworkError(f"{name} does not take images of {tuple(images.shape[1:])}: {reason}") from error

@@ -1,0 +1,132 @@
+"""Loading weights into a network, and the messages for weights that do not fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tspipe.errors import NetworkError
+from tspipe.models import loading, networks, weights
+
+PUBLISHED = Path(__file__).parents[2] / "../shared/data/resnet56-cifar10.th"
+SHAPE = (3, 32, 32)
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def error_message(function, *arguments):
+    with pytest.raises(NetworkError) as error:
+        function(*arguments)
+    return str(error.value)
+
+
+def on_meta(name, num_classes=10, input_shape=(3, 32, 32), **options):
+    with torch.device("meta"):
+        return networks.build(name, num_classes, input_shape, options)
+
+
+def misfit(name, tensors, num_classes=10, input_shape=(3, 32, 32), **options):
+    module = on_meta(name, num_classes, input_shape, **options)
+    return error_message(loading.check_fit, module, tensors, name, "w.pt")
+
+
+def test_load_network_returns_the_options_that_the_weights_imply() -> None:
+    module = networks.build("resnet20", 10, SHAPE, {"shortcut": "B"})
+    options = {"input_shape": list(SHAPE), "shortcut": "A"}
+    loaded, implied = loading.load_network("resnet20", 10, SHAPE, options, module.state_dict(), "w.pt")
+    assert implied == {"input_shape": [3, 32, 32], "shortcut": "B"}
+    assert weights.canonical_bytes(loaded) == weights.canonical_bytes(module)
+
+
+def test_load_into_copies_and_does_not_need_counters():
+    source, target = networks.build("resnet20", 10, (3, 8, 8)), networks.build("resnet20", 10, (3, 8, 8))
+    tensors = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
+    loading.load_into(target, tensors, "resnet20", "w.pt")
+    assert equal(source.state_dict(), target.state_dict())
+
+
+def test_load_into_changes_nothing_if_the_weights_do_not_fit():
+    target = networks.build("lenet5", 10, (1, 16, 16))
+    before = weights.canonical_bytes(target)
+    tensors = {key: value + 1 for key, value in target.state_dict().items() if key != "classifier.4.bias"}
+    assert error_message(loading.load_into, target, tensors, "lenet5", "w.pt") == (
+        "w.pt does not fit lenet5: 1 key of the network is not in the weights (classifier.4.bias). "
+        "Name the network that they belong to: --teacher NAME"
+    )
+    assert weights.canonical_bytes(target) == before
+
+
+def test_weights_of_a_deeper_network():
+    assert misfit("resnet20", on_meta("resnet56").state_dict()) == (
+        "w.pt does not fit resnet20: 216 keys are not in the network (layer1.3.conv1.weight, layer1.3.bn1.weight, …). "
+        "It seems to be resnet56 with 10 classes: use --teacher resnet56"
+    )
+
+
+def test_weights_of_another_network_under_published_keys():
+    published = {
+        key.replace("fc.", "linear.").replace("downsample", "shortcut"): value
+        for key, value in on_meta("resnet32", 100, shortcut="B").state_dict().items()
+    }
+    assert misfit("lenet5", published) == (
+        "w.pt does not fit lenet5: 200 keys are not in the network (conv1.weight, bn1.weight, …), "
+        "10 keys of the network are not in the weights (features.0.weight, features.0.bias, …). "
+        "It seems to be resnet32 with 100 classes: use --teacher resnet32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape"), [*((name, (1, 32, 32)) for name in networks.names()), ("resnet18", (3, 224, 224))]
+)
+def test_every_network_is_recognised(name, input_shape):
+    tensors = dict(sorted(on_meta(name, 7, input_shape).state_dict().items()))  # in the order of safetensors
+    message = error_message(loading.check_fit, nn.Linear(1, 1), tensors, "./mine.py", "w.pt")
+    assert message.endswith(f" It seems to be {name} with 7 classes: use --teacher {name}")
+
+
+def test_weights_of_the_same_network_with_another_option():
+    assert misfit("resnet18", on_meta("resnet18", stem="imagenet").state_dict()) == (
+        "w.pt does not fit resnet18: 1 key has another shape (conv1.weight (64, 3, 7, 7), not (64, 3, 3, 3)). "
+        "It seems to be resnet18 with 10 classes: use --set teacher.options.stem=imagenet"
+    )
+
+
+def test_weights_of_the_same_network_for_other_images():
+    assert misfit("lenet5", on_meta("lenet5", input_shape=(1, 28, 28)).state_dict()) == (
+        "w.pt does not fit lenet5: 2 keys have another shape (features.0.weight (6, 1, 5, 5), not (6, 3, 5, 5), "
+        "classifier.0.weight (120, 256), not (120, 400)). It seems to be lenet5 with 10 classes for images of 1×28×28."
+    )
+
+
+def test_no_network_is_suggested_for_weights_that_fit_none():
+    tensors = {**on_meta("resnet56").state_dict(), "extra": torch.zeros(1)}
+    assert misfit("resnet20", tensors) == (
+        "w.pt does not fit resnet20: 217 keys are not in the network (layer1.3.conv1.weight, layer1.3.bn1.weight, …). "
+        "Name the network that they belong to: --teacher NAME"
+    )
+    assert misfit("torchvision:squeezenet1_0", {"a": torch.zeros(1)}).endswith(
+        "Name the network that they belong to: --teacher NAME"
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet56", "lenet5", "torchvision:resnet18", "torchvision:squeezenet1_0"])
+def test_another_number_of_classes(name):
+    assert misfit(name, on_meta(name, 100).state_dict()) == (
+        "w.pt has 100 classes, the dataset has 10. Give weights for these classes, or fine-tune them first: "
+        "tspipe teacher --dataset NAME --weights w.pt"
+    )
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="needs the published ResNet-56")
+def test_the_published_resnet56_fits():
+    published = weights.read(PUBLISHED)
+    tensors, options = networks.adapt("resnet56", published.tensors)
+    assert options == {"shortcut": "A"}
+    network = networks.build("resnet56", 10, (3, 32, 32), options)
+    loading.load_into(network, tensors, "resnet56", published.source)
+    assert torch.equal(network.fc.weight, published.tensors["linear.weight"])
+    with pytest.raises(NetworkError, match=r"It seems to be resnet56 with 10 classes: use --teacher resnet56$"):
+        loading.check_fit(on_meta("resnet20"), tensors, "resnet20", published.source)
