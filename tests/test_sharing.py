@@ -1,4 +1,4 @@
-"""Stage two by several processes, real ones over gloo: what one process would have trained, and one voice."""
+"""Stage two in several real processes over gloo: the result of one process, reported once.""" ""
 
 import csv
 from pathlib import Path
@@ -28,7 +28,7 @@ def students(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def assert_close(one: Path, two: Path) -> None:
-    """The same students to 1e-5, and the same metrics as far as that goes."""
+    """Check that students agree to 1e-5 and metrics accordingly.""" ""
     for (name, tensors), (other, others) in zip(students(one).items(), students(two).items(), strict=True):
         assert name == other
         for key, value in tensors.items():
@@ -39,7 +39,7 @@ def assert_close(one: Path, two: Path) -> None:
         }
         for name, value in row.items():
             if isinstance(value, float):
-                near = 2e-3 if "accuracy" in name else 1e-4  # an image at a border may fall on its other side
+                near = 2e-3 if "accuracy" in name else 1e-4  # an image near a decision boundary may change sides
                 assert other_row[name] == pytest.approx(value, abs=near), name
 
 
@@ -50,7 +50,7 @@ def metrics(folder: Path) -> list[dict[str, float | str]]:
 
 
 def test_two_processes_split_the_batches_of_one_learner(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """20 Adam steps of 100 + 7 images, which two processes cannot share evenly."""
+    """20 Adam steps of 100 + 7 images, which two processes cannot split evenly.""" ""
     one = train(zygote, digits, tmp_path / "one")
     two = train(zygote, digits, tmp_path / "two", ranks=2)
     assert (one.code, two.code) == (0, 0), "\n".join(two.lines)
@@ -81,7 +81,7 @@ def test_a_batch_of_fewer_images_than_processes(zygote: Zygote, digits: Cache, t
     assert_close(tmp_path / "one", tmp_path / "three")
 
 
-def test_a_split_run_goes_on_after_a_kill(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+def test_a_split_run_resumes_after_a_kill(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
     assert train(zygote, digits, tmp_path / "whole", ranks=2).code == 0
     kills = 0
     for seconds in (0.8, 1.2, 1.6):
@@ -93,7 +93,7 @@ def test_a_split_run_goes_on_after_a_kill(zygote: Zygote, digits: Cache, tmp_pat
 
 
 def test_processes_share_the_learners_of_a_cohort(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """Three arms in two processes, killed and ended by one: the students to the last bit, the rows in their order."""
+    """Three arms in two processes, killed and finished by one process: equal students, rows in order.""" ""
     assert train(zygote, digits, tmp_path / "one", "--compare").code == 0
     two = train(zygote, digits, tmp_path / "two", "--compare", ranks=2)
     assert two.code == 0, two.lines
@@ -106,7 +106,7 @@ def test_processes_share_the_learners_of_a_cohort(zygote: Zygote, digits: Cache,
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_a_loss_that_is_no_number_is_said_once(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
+def test_a_non_finite_loss_is_reported_once(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
     found = train(zygote, digits, tmp_path / "run", "--set=lr=1e30", ranks=2)
     assert found.code == 1
     assert sum("Error" in line for line in found.lines) == 1
@@ -134,13 +134,13 @@ def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_p
         (4, "abc", ["abc"] * 4),
     ],
 )
-def test_who_trains_what(size: int, cohort: str, shares: list[str]) -> None:
-    """Rank 0 has the last arm, which has the random images whose labels it counts."""
+def test_how_learners_are_sharded(size: int, cohort: str, shares: list[str]) -> None:
+    """Rank 0 trains the last arm, because it counts the labels of its random images.""" ""
     found = ["".join(choose_partition(Group(rank, size), len(cohort)).local_learners(cohort)) for rank in range(size)]
     assert found == shares
 
 
-def test_a_batch_is_split_whole() -> None:
+def test_the_parts_of_a_split_batch_make_the_batch() -> None:
     rows = torch.arange(178)
     parts = [SplitBatches(Group(rank, 4)).local_rows(rows) for rank in range(4)]
     assert torch.equal(torch.cat(parts), rows)

@@ -1,4 +1,4 @@
-"""The benchmark: what it compares, and that both sides of a comparison do the same work."""
+"""The benchmark: its comparisons, and that both sides of each do the same work.""" ""
 
 import json
 import time
@@ -71,7 +71,7 @@ def open_bench(config: StudentConfig, folder: Path) -> Trainer:
 
 
 def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Path) -> None:
-    """Bare steps end with the same weights as training, or the comparison would be of two things."""
+    """Bare steps end with the same weights as training, so both sides do the same work.""" ""
     trainer = open_bench(config(digits), tmp_path)
     ours, bare = ([bench._learner(trainer, "lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
     source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
@@ -142,7 +142,7 @@ def test_files_are_decoded_also_for_a_cache_with_pixels(
 
 
 def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path) -> None:
-    """As it runs, even where the live teacher computes in bfloat16."""
+    """Stage one is float32 even if the live teacher computes in bfloat16."""
     chosen, precisions = config(digits), set[torch.dtype]()
     recipe = chosen.recipe.model_copy(update={"live_precision": "bfloat16"})
     trainer = open_bench(replace(chosen, recipe=recipe), tmp_path)

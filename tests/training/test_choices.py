@@ -1,4 +1,4 @@
-"""Stage two's choices: several losses side by side, a validation split, the loss's weight, curves for TensorBoard."""
+"""Settings of stage two: several losses, a validation split, loss weights, TensorBoard, the random generator.""" ""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ def weights_of(run: RunFolder) -> dict[str, bytes]:
 
 
 def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:
-    """Each has the weights it has by itself, beside the student alone, which is trained once."""
+    """Each loss ends with the same weights as in a run of its own, and the student alone is trained once.""" ""
     both = train_students(config(digits, tmp_path / "both", 'loss=["ts", "kd", "vid"]'))
     assert [(row["arm"], row["loss"]) for row in both.rows()[:7]] == [
         (ALONE, "xent"), (TAUGHT, "ts"), (TAUGHT, "kd"), (TAUGHT, "vid"), (RANDOM, "ts"), (RANDOM, "kd"),
@@ -50,7 +50,7 @@ def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_compiled_students_learn_the_same(digits: Cache, tmp_path: Path) -> None:
-    """To rounding, under the same names; and they were compiled."""
+    """Weights are equal up to rounding, parameter names are unchanged, and the students were compiled.""" ""
     tiny = tmp_path / "tiny.py"
     tiny.write_text(
         "from torch import nn\n\n\n"
@@ -70,7 +70,7 @@ def test_compiled_students_learn_the_same(digits: Cache, tmp_path: Path) -> None
     assert compiled.config == {**plain.config, "compile": True}
 
 
-def test_without_a_compiler(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_a_compiler_is_refused(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RecipeError) as refused:
@@ -91,7 +91,7 @@ def test_options_of_a_loss(digits: Cache, tmp_path: Path) -> None:
     assert str(refused.value) == "The loss kd has no option 'beta'. There are: temperature, alpha."
 
 
-def test_a_validation_split_chooses_and_is_not_trained_on(digits: Cache, tmp_path: Path) -> None:
+def test_validation_images_are_not_trained_on(digits: Cache, tmp_path: Path) -> None:
     run_config = config(digits, tmp_path / "run", "val_fraction=0.2", "seeds=2", arms=(TAUGHT,))
     trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
     data, source = trainer.data, BatchSource(trainer.data, trainer.targets, None, trainer.partition, 100)
@@ -121,7 +121,7 @@ def test_a_validation_split_chooses_and_is_not_trained_on(digits: Cache, tmp_pat
          "val_fraction=0.1"),
     ],
 )  # fmt: skip
-def test_a_validation_split_that_leaves_nothing(
+def test_an_unusable_validation_fraction_is_refused(
     digits: Cache, tmp_path: Path, fraction: float, kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind) as refused:
@@ -156,7 +156,7 @@ def test_equal_features_have_no_variance(digits: Cache, monkeypatch: pytest.Monk
     )
 
 
-def test_the_ratio_of_the_losses_is_said_once(
+def test_the_ratio_of_the_losses_is_printed_once(
     digits: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train_students(config(digits, tmp_path / "run", "seeds=2", "mse_weight=100", arms=(ALONE, TAUGHT)))
@@ -192,7 +192,7 @@ def test_curves_for_tensorboard(digits: Cache, tmp_path: Path) -> None:
     assert (run.path / "summary.json").exists()
 
 
-def test_the_other_generator_is_another_run_and_says_when_it_repeats(
+def test_minstd_is_another_run_and_warns_when_it_repeats(
     digits: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train_students(config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,)))
@@ -204,7 +204,7 @@ def test_the_other_generator_is_another_run_and_says_when_it_repeats(
     assert run.rows()[0]["mse"] != usual.rows()[0]["mse"]
 
 
-def test_batches_of_the_other_generator_follow_one_another_over_epochs(digits: Cache, tmp_path: Path) -> None:
+def test_minstd_continues_over_batches_and_epochs(digits: Cache, tmp_path: Path) -> None:
     run_config = config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,))
     trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
     source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)

@@ -46,11 +46,11 @@ def test_settings_that_change_results_change_the_identity(digits: Cache, overrid
 
 
 @pytest.mark.parametrize("override", ["memory=1MB", "checkpoint_seconds=1", "tensorboard=true", "device=cpu"])
-def test_settings_that_do_not_change_results_keep_it(digits: Cache, override: str) -> None:
+def test_settings_that_do_not_change_results_keep_the_identity(digits: Cache, override: str) -> None:
     assert identity(config(digits, override)) == identity(config(digits))
 
 
-def test_the_path_of_the_data_is_not_part_of_it_and_trusting_them_is(digits: Cache) -> None:
+def test_trusting_the_data_changes_the_identity_and_their_path_does_not(digits: Cache) -> None:
     plain = config(digits)
     assert identity(replace(plain, data=Path("elsewhere"))) == identity(plain)
     assert identity(replace(plain, trust_data=True)) != identity(plain)

@@ -1,4 +1,4 @@
-"""The teacher over random images: ahead of the students, and yet what it would say in turn."""
+"""The live teacher runs ahead of the students, with the same results as in turn.""" ""
 
 import threading
 
@@ -16,7 +16,7 @@ GREY = Preprocess((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 class Backbone(nn.Module):
-    """Means of the channels; says when it has been called for the n-th time."""
+    """Returns channel means; sets an event at each call.""" ""
 
     def __init__(self, *, draws: bool = False):
         super().__init__()
@@ -31,7 +31,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture(autouse=True)
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One core more than PyTorch uses."""
+    """Have one core more than PyTorch uses.""" ""
     monkeypatch.setattr("tspipe.training.live_teacher.cores", lambda: torch.get_num_threads() + 1)
 
 
@@ -41,7 +41,7 @@ def live(backbone: Backbone) -> LiveTeacher:
     return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), spec)
 
 
-def test_it_runs_a_batch_ahead() -> None:
+def test_the_teacher_runs_one_batch_ahead() -> None:
     backbone = Backbone()
     teacher = live(backbone)
     before = backbone.calls
@@ -52,7 +52,7 @@ def test_it_runs_a_batch_ahead() -> None:
     assert backbone.calls == before + 3
 
 
-def test_it_runs_in_turn_where_no_core_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_waits_its_turn_if_no_core_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tspipe.training.live_teacher.cores", torch.get_num_threads)
     backbone = Backbone()
     teacher = live(backbone)
@@ -63,7 +63,7 @@ def test_it_runs_in_turn_where_no_core_is_left(monkeypatch: pytest.MonkeyPatch) 
     assert len(list(batches)) == 2
 
 
-def test_ahead_it_says_what_it_says_in_turn() -> None:
+def test_running_ahead_does_not_change_the_output() -> None:
     for backbone in (Backbone(), Backbone(draws=True)):
         teacher, result = live(backbone), []
         for images, output in teacher.batches(7, 2, range(4, 7)):
@@ -76,12 +76,12 @@ def test_ahead_it_says_what_it_says_in_turn() -> None:
         assert not torch.equal(result[0][1], result[1][1])
 
 
-def test_what_it_says_can_be_learned_from() -> None:
+def test_its_output_can_be_used_in_a_loss() -> None:
     _, output = live(Backbone()).batch(0, 0, 0)
     student = torch.ones(5, 3, requires_grad=True)
     (student * output.features).sum().backward()  # refused of tensors that inference mode made
     assert torch.equal(student.grad, output.features)
 
 
-def test_no_batches_at_all() -> None:
+def test_no_batches() -> None:
     assert list(live(Backbone()).batches(0, 0, range(0))) == []

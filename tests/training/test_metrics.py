@@ -1,4 +1,4 @@
-"""What a learner counts: the same, however many steps are counted at once, by one process or several."""
+"""Epoch metrics do not depend on how many steps are evaluated at once, or in how many processes.""" ""
 
 import math
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tspipe.training.metrics import EpochMetrics, merge_metrics
 
-STEPS = 150  # more than are counted at once
+STEPS = 150  # more than are evaluated at once
 
 
 def steps(first: int = 0, stop: int = STEPS) -> list[tuple[int, Tensor, float, Tensor, Tensor]]:
-    """Numbers, loss terms, weights, logits and labels."""
+    """Return step numbers, loss terms, weights, logits and labels.""" ""
     draw = torch.Generator().manual_seed(0)
     made = [
         (
@@ -34,7 +34,7 @@ def counted(some: list[tuple[int, Tensor, float, Tensor, Tensor]]) -> EpochMetri
     return metrics
 
 
-def test_it_counts_what_a_plain_loop_counts() -> None:
+def test_metrics_equal_those_of_a_plain_loop() -> None:
     result, sums, right = counted(steps()).means(), [0.0, 0.0], 0
     for _, terms, weight, logits, labels in steps():
         sums = [total + weight * term for total, term in zip(sums, terms.tolist(), strict=True)]
@@ -49,7 +49,7 @@ def test_it_counts_what_a_plain_loop_counts() -> None:
 
 @pytest.mark.parametrize("bad", [[], [0], [63], [64], [149], [70, 71], [3, 140]])
 @pytest.mark.parametrize("left_out", [set(), {2, 65, 66}])
-def test_the_first_loss_that_is_no_number(bad: list[int], left_out: set[int]) -> None:
+def test_the_first_non_finite_loss_is_recorded(bad: list[int], left_out: set[int]) -> None:
     some = [step for step in steps() if step[0] not in left_out]
     for step, terms, *_ in some:
         if step in bad:
@@ -58,7 +58,7 @@ def test_the_first_loss_that_is_no_number(bad: list[int], left_out: set[int]) ->
 
 
 @pytest.mark.parametrize("stop", [0, 1, 64, 100])
-def test_to_the_last_bit_it_goes_on_where_it_was_packed(stop: int) -> None:
+def test_metrics_resume_bit_for_bit_from_a_state_dict(stop: int) -> None:
     resumed = counted([])
     resumed.load_state_dict(counted(steps(0, stop)).state_dict())
     for step in steps(stop):
@@ -68,7 +68,7 @@ def test_to_the_last_bit_it_goes_on_where_it_was_packed(stop: int) -> None:
     assert all(torch.equal(value, whole[name]) for name, value in resumed.state_dict().items())
 
 
-def test_several_processes_count_as_one() -> None:
+def test_merged_metrics_equal_those_of_one_process() -> None:
     some = steps()
     for number, *_, labels in some:
         labels[:] = number % 4

@@ -1,4 +1,4 @@
-"""Students of the random pool: the pixels of stage one drawn again, its targets, and no teacher."""
+"""Training with the random pool: stage one's pixels drawn again, with its targets and without the teacher.""" ""
 
 import zlib
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def run(pool: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @given(seed=st.integers(0, 3), step=st.integers(0, 10**6), count=st.integers(1, POOL_ROWS))
-def test_a_batch_is_rows_that_follow_one_another_around_the_pool(pool: Cache, seed: int, step: int, count: int) -> None:
+def test_a_batch_has_consecutive_rows_and_wraps_around(pool: Cache, seed: int, step: int, count: int) -> None:
     entropy = np.random.SeedSequence([seed, zlib.crc32(b"random pool offset"), 0, 0])
     offset = int(np.random.MT19937(entropy).random_raw())
     rows = (offset % POOL_ROWS + step * count + np.arange(count)) % POOL_ROWS
@@ -70,7 +70,7 @@ def test_a_batch_is_rows_that_follow_one_another_around_the_pool(pool: Cache, se
     np.testing.assert_array_equal(output.logits, pool.random.logits[rows])
 
 
-def test_ahead_of_the_students_it_gives_what_it_gives_in_turn(pool: Cache) -> None:
+def test_drawing_ahead_does_not_change_the_batches(pool: Cache) -> None:
     preprocess = Preprocess.from_dict(pool.manifest["preprocess"])
     batches, numbers = batches_of(pool, 7), [3, 4, 5, 9]
     for number, result in zip(numbers, batches.batches(1, 2, numbers), strict=True):
@@ -81,10 +81,10 @@ def test_ahead_of_the_students_it_gives_what_it_gives_in_turn(pool: Cache) -> No
     assert list(batches.batches(1, 0, [])) == []
 
 
-def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
+def test_an_epoch_continues_where_the_previous_one_ended(
     pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """10 batches of 100 images an epoch, and of 128 images 8, the last of them of 104."""
+    """An epoch has 10 batches of 100 images, or 8 of 128 of which the last has 104.""" ""
     for size, per_epoch in ((100, 10), (128, 8)):
         learnt: list[Target] = []
         step = learner.Learner.step
@@ -104,21 +104,21 @@ def test_an_epoch_goes_on_in_the_pool_where_the_one_before_ended(
             assert result.labels.equal(output.logits.argmax(1))
 
 
-def test_students_of_the_pool_need_no_teacher(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
+def test_training_with_the_pool_needs_no_teacher(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
     bare = replace(pool, _weights=None)
     assert students(train_students(stage_two(bare, tmp_path / "bare"))) == students(run)
 
 
-def test_the_labels_are_counted_from_the_pool(run: RunFolder, pool: Cache) -> None:
+def test_label_counts_come_from_the_pool(run: RunFolder, pool: Cache) -> None:
     assert pool.random is not None
     counts = np.bincount(pool.random.logits.load().argmax(1), minlength=10)
     assert run.read_json("random_labels.json") == {str(i): int(n) for i, n in enumerate(counts) if n}
 
 
-def test_killed_and_resumed_a_run_ends_with_the_same_students(
+def test_an_interrupted_run_ends_with_the_same_students(
     run: RunFolder, pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two learners take 20 steps an epoch of a seed; killed within an epoch, at its end, and in the second seed."""
+    """Two learners take 20 steps per epoch; interrupted within an epoch, at its end, and in the second seed.""" ""
     run_config = stage_two(pool, tmp_path / "killed", "checkpoint_seconds=0")
     taken = interrupted_at(monkeypatch, 8, 21, 40, 64)
     for _ in range(4):
@@ -130,7 +130,7 @@ def test_killed_and_resumed_a_run_ends_with_the_same_students(
     assert metrics(result) == metrics(run)
 
 
-def test_the_pools_images_given_live_teach_the_same(
+def test_the_pool_and_a_live_teacher_on_its_images_agree(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = extract(pool_config(teacher, tmp_path / "digits.h5", "features.dtype=float32"))
@@ -203,7 +203,7 @@ def test_a_pool_of_images_of_another_shape_is_refused(pool: Cache, tmp_path: Pat
     )
 
 
-def test_students_of_the_pool_on_the_command_line(tspipe: Tspipe, pool: Cache) -> None:
+def test_the_pool_on_the_command_line(tspipe: Tspipe, pool: Cache) -> None:
     settings = [f"--set={setting}" for setting in [*SMALL, "seeds=1"]]
     made = tspipe("student", "--cache", pool.path, "--compare", *settings)
     assert (made.code, made.error) == (0, "")

@@ -10,8 +10,8 @@ from tspipe.training.targets import TargetLoader
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_rows_are_asked_for_ahead_where_they_come_slowly(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first batch, which shows it, each row once, so many batches before it is read."""
+def test_slow_rows_are_announced_ahead(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first slow batch, each row is announced once, a few batches before it is read.""" ""
     monkeypatch.setattr(targets_module, "READ_AHEAD", 3)
     monkeypatch.setattr(targets_module, "SLOW_ROW", -1 if slow else 1)
     monkeypatch.setattr(targets_module, "GATHER_BYTES", 1)
@@ -43,7 +43,7 @@ def test_rows_are_asked_for_ahead_where_they_come_slowly(slow: bool, monkeypatch
 @pytest.mark.parametrize("memory", [0, 2**20])
 @pytest.mark.parametrize("taken", [1, 3 * 300 * (8 + 4 * 84), 2**20])
 @pytest.mark.parametrize("needs", [{"features", "logits"}, {"features"}, set()])
-def test_batches_are_rows_however_many_are_taken_together(
+def test_batches_do_not_depend_on_how_many_are_gathered_together(
     digits: Cache, memory: int, taken: int, needs: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(targets_module, "GATHER_BYTES", taken)
@@ -64,7 +64,7 @@ def test_batches_are_rows_however_many_are_taken_together(
 
 
 @pytest.mark.parametrize(("memory", "held"), [(8000, torch.float32), (4000, torch.float16)])
-def test_targets_are_held_as_float32_where_there_is_room(memory: int, held: torch.dtype) -> None:
+def test_targets_are_held_as_float32_if_they_fit(memory: int, held: torch.dtype) -> None:
     class Rows:
         shape, nbytes = (1000, 2), 4000
 

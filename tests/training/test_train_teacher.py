@@ -1,4 +1,4 @@
-"""A teacher is trained once: a kill loses nothing, and nobody's weights are overwritten."""
+"""Training a teacher: it survives kills, and never overwrites other weights.""" ""
 
 import random
 from dataclasses import replace
@@ -19,7 +19,7 @@ def config(out: Path, *overrides: str) -> TeacherConfig:
     return TeacherConfig(load.load("digits", [*TEACHER, *overrides]), out=out)
 
 
-def test_the_file_says_what_it_is(teacher: Path) -> None:
+def test_the_file_describes_itself(teacher: Path) -> None:
     result = weights.read(teacher)
     assert result.metadata["dataset"] == "digits"
     assert result.metadata["network"] == "lenet5"
@@ -29,7 +29,7 @@ def test_the_file_says_what_it_is(teacher: Path) -> None:
     assert 0.5 < float(result.metadata["accuracy"]) < 1  # three epochs: far from chance, far from done
 
 
-def test_views_change_what_is_learned_and_are_the_same_again(tmp_path: Path) -> None:
+def test_augmentation_changes_the_weights_and_is_reproducible(tmp_path: Path) -> None:
     files = []
     for name, shift in (("a", 2), ("b", 2), ("c", 0)):
         made = train_teacher(config(tmp_path / name, f"teacher.shift={shift}", "teacher.epochs=1"))
@@ -38,7 +38,7 @@ def test_views_change_what_is_learned_and_are_the_same_again(tmp_path: Path) -> 
     assert not files[0].equal(files[2])
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_weights(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_training_ends_with_the_same_weights(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "digits-lenet5.safetensors"
     part = tmp_path / "digits-lenet5.safetensors.part"
     settings = [f"--set={setting}" for setting in [*TEACHER, "checkpoint_seconds=0"]]
@@ -53,14 +53,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(zygote: Zygote, teac
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name]
 
 
-def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+def test_a_non_finite_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         train_teacher(config(tmp_path / "x.safetensors", "teacher.lr=1e30", "checkpoint_seconds=0"))
     assert str(refused.value) == (
         "The teacher's loss is not finite in epoch 1. The last checkpoint is kept. "
         "Try a smaller learning rate: --set teacher.lr=1e+29"
     )
-    # What was begun is not thrown away for other settings.
+    # Other settings do not discard the checkpoint.
     with pytest.raises(TrainingError) as refused:
         train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=1"))
     assert str(refused.value) == (

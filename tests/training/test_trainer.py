@@ -1,4 +1,4 @@
-"""Stage two: what a cohort shares, what a run leaves, and that a kill changes nothing."""
+"""Stage two: what a cohort shares, what a run folder holds, and when a run is refused.""" ""
 
 import json
 import platform
@@ -54,18 +54,18 @@ def weights_of(run: RunFolder) -> dict[str, bytes]:
 
 
 def metrics_of(run: RunFolder) -> list[dict[str, object]]:
-    """All metrics but the seconds."""
+    """Return all metrics except the seconds.""" ""
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
 
 
 @pytest.fixture(scope="module")
 def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Three arms, two seeds, two epochs."""
+    """Train three arms, two seeds, two epochs.""" ""
     return train_students(config(digits, tmp_path_factory.mktemp("runs") / "run", "seeds=2"))
 
 
-def test_a_batch_gives_its_memory_to_the_next(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one is used the next is made, in the memory of the last: more memory is slower, by 2 % of a small step."""
+def test_a_batch_reuses_memory(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two batches are alive at a time: more memory makes a small step 2 % slower.""" ""
     made: list[weakref.ref[Tensor]] = []
     normalise = Preprocess.normalise
 
@@ -87,7 +87,7 @@ def test_a_batch_gives_its_memory_to_the_next(digits: Cache, tmp_path: Path, mon
     assert len(made) > 10
 
 
-def test_what_a_run_leaves(run: RunFolder, digits: Cache) -> None:
+def test_the_files_of_a_run(run: RunFolder, digits: Cache) -> None:
     names = {path.name for path in run.path.iterdir()}
     students = {
         f"student-lenet5-{arm}-seed{s}.safetensors" for arm in ("alone", "taught", "taught-random") for s in (0, 1)
@@ -112,7 +112,7 @@ def test_what_a_run_leaves(run: RunFolder, digits: Cache) -> None:
     assert all(row["mse"] == "" for row in rows if row["arm"] == ALONE)
 
 
-def test_a_saved_student_gives_the_accuracy_of_its_last_row(run: RunFolder, digits: Cache) -> None:
+def test_a_saved_student_has_the_accuracy_of_its_last_row(run: RunFolder, digits: Cache) -> None:
     row = next(r for r in run.rows() if (r["seed"], r["epoch"], r["arm"]) == (1, 2, TAUGHT))
     path = run.path / "student-lenet5-taught-seed1.safetensors"
     with safetensors.safe_open(path, "pt") as file:
@@ -144,7 +144,7 @@ def test_an_arm_does_not_depend_on_the_arms_beside_it(run: RunFolder, digits: Ca
 @pytest.mark.parametrize(
     ("field", "arms", "loss"), [("precision", (ALONE, TAUGHT), "xent"), ("live_precision", (RANDOM,), "mse")]
 )
-def test_bfloat16_is_another_run_that_learns_about_the_same(
+def test_bfloat16_is_another_run_with_about_the_same_losses(
     field: str, arms: tuple[str, ...], loss: str, run: RunFolder, digits: Cache, tmp_path: Path
 ) -> None:
     rounded = train_students(config(digits, tmp_path / "run", f"{field}=bfloat16", arms=arms))
@@ -155,14 +155,14 @@ def test_bfloat16_is_another_run_that_learns_about_the_same(
         assert row["xent"] == pytest.approx(exact[row["arm"]]["xent"], rel=0.05)
 
 
-def test_a_finished_run_is_left_as_it_is(run: RunFolder, digits: Cache) -> None:
+def test_a_finished_run_is_left_unchanged(run: RunFolder, digits: Cache) -> None:
     before = {path: untouched(path) for path in run.path.iterdir()}
     assert train_students(config(digits, run.path, "seeds=2")).path == run.path
     assert {path: untouched(path) for path in run.path.iterdir()} == before
 
 
 def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
-    """One epoch of the method, written as one would without tspipe, in the arm that has everything."""
+    """Compare with one epoch of taught + random images, written in plain PyTorch.""" ""
     result = train_students(config(digits, tmp_path / "run", "epochs=1", arms=(RANDOM,)))
     preprocess = Preprocess.from_dict(digits.manifest["preprocess"])
     images = datasets.open_dataset("digits").train
@@ -210,7 +210,7 @@ def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, 
         assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one) == same
 
 
-def test_arms_of_a_command() -> None:
+def test_arms_are_selected_by_the_recipe() -> None:
     def arms(compare: bool, *overrides: str) -> tuple[str, ...]:
         return select_arms(compare, load.load("digits", overrides))
 
@@ -221,8 +221,8 @@ def test_arms_of_a_command() -> None:
     assert arms(True, "alone.lr=1e-4") == (ALONE, OWN, TAUGHT, RANDOM)
 
 
-def test_the_student_alone_may_have_a_schedule_of_its_own(digits: Cache, tmp_path: Path) -> None:
-    """With the settings of the other arms in it, it is the student alone to the last bit."""
+def test_the_student_alone_with_its_own_schedule(digits: Cache, tmp_path: Path) -> None:
+    """With the settings of the other arms, its weights are those of the student alone, bit for bit.""" ""
     both = (ALONE, OWN)
     same = train_students(config(digits, tmp_path / "same", "alone.lr=0.001", "lr=0.001", arms=both))
     other = train_students(config(digits, tmp_path / "other", "alone.lr=0.01", "lr=0.001", arms=both))
@@ -235,7 +235,7 @@ def test_the_student_alone_may_have_a_schedule_of_its_own(digits: Cache, tmp_pat
     assert other.config["alone"] == {"lr": 0.01}
 
 
-def test_rows_read_from_the_file_teach_what_loaded_rows_teach(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
+def test_reading_rows_from_the_file_gives_the_same_students(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
     small = train_students(config(digits, tmp_path / "small", "memory=1", arms=(TAUGHT,)))
     ((name, weights),) = weights_of(small).items()
     assert weights == weights_of(run)[name]
@@ -246,7 +246,7 @@ def position(out: Path) -> dict[str, int] | None:
     return result and result[1]
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(digits: Cache, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_training_and_keeps_the_checkpoint(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         train_students(config(digits, tmp_path / "nan", "lr=1e30", "checkpoint_seconds=0", arms=(TAUGHT,)))
     assert str(refused.value) == (
@@ -293,7 +293,7 @@ def test_the_folder_of_another_run_is_refused(run: RunFolder, digits: Cache) -> 
     )
 
 
-def test_a_student_that_does_not_take_the_images(digits: Cache, tmp_path: Path) -> None:
+def test_a_student_for_other_images_is_refused(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(NetworkError) as refused:
         train_students(config(digits, tmp_path / "x", "student=torchvision:resnet18"))
     assert str(refused.value).startswith("torchvision:resnet18 takes images of 3 channels, these have 1. ")
@@ -313,14 +313,14 @@ def test_a_users_own_student(digits: Cache, tmp_path: Path) -> None:
         train_students(config(digits, tmp_path / "run", f"student={user_file}", arms=(TAUGHT,)))
 
 
-def test_the_teacher_of_a_cache_without_weights(digits: Cache, tmp_path: Path) -> None:
+def test_training_from_a_cache_without_its_teacher(digits: Cache, tmp_path: Path) -> None:
     bare = replace(digits, _weights=None)
     result = train_students(config(bare, tmp_path / "taught", arms=(TAUGHT,)))
     assert not (result.path / "random_labels.json").exists()
 
 
-def test_a_run_goes_on_with_the_threads_it_was_begun_with(digits: Cache, tmp_path: Path) -> None:
-    """Sums are split among threads, so another number of them would end with other weights."""
+def test_a_run_resumes_with_the_same_number_of_threads(digits: Cache, tmp_path: Path) -> None:
+    """Threads split sums, so another number of threads changes the weights.""" ""
     run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
         train_students(run_config)
@@ -342,7 +342,7 @@ def test_two_students_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> 
 
 
 def test_two_learners_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
-    """The taught arm's with a loss `random`, and that of random images with the paper's."""
+    """`taught` with a loss named random, and `taught + random` with the default loss.""" ""
     user_file = tmp_path / "random.py"
     user_file.write_text(LOSS)
     with pytest.raises(RecipeError) as refused:
@@ -371,10 +371,10 @@ class Loss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Linear(1, 1)  # a loss may learn too
+        self.scale = nn.Linear(1, 1)  # a loss may have weights
 
     def forward(self, student, target):
-        assert target.features.shape[1] == 0  # what it does not need is not loaded
+        assert target.features.shape[1] == 0  # columns that the loss does not need are not loaded
         mine, its = student.logits.log_softmax(1), target.logits.log_softmax(1)
         kl = F.kl_div(mine, its, reduction="batchmean", log_target=True)
         return {"kl": kl, "scale": (self.scale.weight**2).sum()}
@@ -390,10 +390,8 @@ def test_a_loss_of_the_users_own(digits: Cache, tmp_path: Path) -> None:
     assert "xent" in result.rows()[0]
 
 
-def test_a_teacher_whose_code_changed_is_noticed(
-    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same weights in another network: the live features would not be those of the file."""
+def test_changed_code_of_the_teacher_is_refused(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights in another network give features other than the cached ones.""" ""
     from torch import nn
 
     from tspipe.models.networks import lenet5
@@ -410,7 +408,7 @@ def test_a_teacher_whose_code_changed_is_noticed(
         train_students(config(digits, tmp_path / "run"))
 
 
-def test_a_run_does_not_go_on_on_another_device(digits: Cache, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_on_another_kind_of_device(digits: Cache, tmp_path: Path) -> None:
     run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
         train_students(run_config)
@@ -424,10 +422,10 @@ def test_a_run_does_not_go_on_on_another_device(digits: Cache, tmp_path: Path) -
     )
 
 
-def test_a_run_goes_on_on_another_device_of_its_kind(
+def test_a_run_resumes_on_another_device_of_the_same_kind(
     digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As each of torchrun's processes does, on its own GPU: only the first had begun on number 0."""
+    """Each process of torchrun has a GPU of its own, and only the first has number 0.""" ""
     run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         monkeypatch.setattr("tspipe.training.trainer.pick_device", lambda _, device=device: device)
@@ -436,14 +434,14 @@ def test_a_run_goes_on_on_another_device_of_its_kind(
     assert json.loads((tmp_path / "run/config.json").read_text())["environment"]["device"] == "cpu"
 
 
-def test_half_a_line_of_metrics_is_no_line(run: RunFolder, tmp_path: Path) -> None:
+def test_half_a_line_of_metrics_is_ignored(run: RunFolder, tmp_path: Path) -> None:
     text = (run.path / "metrics.csv").read_text()
     for cut in (1, 5, 30):
         (tmp_path / "metrics.csv").write_text(text[:-cut])
         assert RunFolder(tmp_path, {}, {}).rows() == run.rows()[:-1]
 
 
-def test_settings_of_a_student_that_does_not_exist_are_refused() -> None:
+def test_settings_for_an_unknown_student_are_refused() -> None:
     with pytest.raises(RecipeError) as refused:
         load.load("digits", ["students.lenett.lr=9"])
     assert str(refused.value) == (

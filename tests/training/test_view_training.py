@@ -1,4 +1,4 @@
-"""Views: what students see is what the teacher saw, to the last bit; and nothing else is taken for it."""
+"""Views: students see the teacher's pixels, bit for bit, and other views are refused.""" ""
 
 import contextlib
 import random
@@ -76,7 +76,7 @@ def words(seed: int, purpose: str, number: int, block: int) -> Iterator[int]:
     flip=st.booleans(),
     block=st.integers(0, 3),
 )
-def test_views_are_drawn_as_the_format_says(seed: int, count: int, shift: int, flip: bool, block: int) -> None:
+def test_views_are_drawn_as_the_format_specifies(seed: int, count: int, shift: int, flip: bool, block: int) -> None:
     draw, expected = words(seed, "cached views", 0, block), []
     assert zlib.crc32(b"cached views") == 1_604_584_741
     for _ in range(7):
@@ -90,7 +90,7 @@ def test_views_are_drawn_as_the_format_says(seed: int, count: int, shift: int, f
     assert result.tolist() == expected
 
 
-def test_a_cache_says_what_its_views_are(cropped: Cache) -> None:
+def test_a_cache_describes_its_views(cropped: Cache) -> None:
     assert cropped.manifest["views"] == {"count": V, "flip": True, "seed": 0, "shift": 3}
     assert cropped.train.views is not None
     assert (cropped.train.views.shape, cropped.train.views.dtype) == ((16 * V, 3), np.dtype("<i2"))
@@ -103,7 +103,7 @@ def test_a_cache_says_what_its_views_are(cropped: Cache) -> None:
     assert (cropped.test.features.shape, cropped.test.checksums.shape) == ((8, 84), (2, 5, 32))
 
 
-def test_the_first_view_and_the_test_split_are_as_without_views(cropped: Cache) -> None:
+def test_the_first_view_and_the_test_split_are_plain(cropped: Cache) -> None:
     folder = cropped.path.parent / "shapes"
     plain = extract(replace(small(folder, "features.dtype=float32", *CROP), out=folder.parent / "plain.h5"))
     assert plain.test.checksums.load().tobytes() == cropped.test.checksums.load().tobytes()
@@ -112,7 +112,7 @@ def test_the_first_view_and_the_test_split_are_as_without_views(cropped: Cache) 
 
 
 class Noted:
-    """What the teacher saw and what students see, as the networks get it."""
+    """Records the images that the teacher and the students get.""" ""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.taught: list[torch.Tensor] = []
@@ -139,12 +139,12 @@ class Noted:
 def test_students_see_what_the_teacher_saw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], images: bool, limits: list[str]
 ) -> None:
-    """Bit for bit, in every arm; and the live teacher says of it what the cache says, to float32's rounding."""
+    """Pixels are equal in every arm, and the live teacher's output equals the cached one up to float32 rounding.""" ""
     noted, arms, folder = Noted(monkeypatch), (ALONE, TAUGHT, RANDOM), tmp_path / "shapes"
     cache = extract(replace(small(folder, *VIEWS, *settings, "compute.batch_size=5"), images=images))
     saw = torch.cat(noted.taught)
     assert (saw.shape, saw.dtype) == ((16 * V, 3, 16, 16), torch.uint8)
-    if images:  # stage two then needs no others
+    if images:  # stage two needs no dataset then
         folder.rename(tmp_path / "away")
     train_students(stage_two(cache, folder, *limits, arms=arms))
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
@@ -183,7 +183,7 @@ def test_a_view_is_a_crop_from_elsewhere_in_the_image(cropped: Cache) -> None:
     np.testing.assert_array_equal(preprocess.replay(given)[0].permute(1, 2, 0), preprocess.apply(image))
 
 
-def test_killed_and_by_any_number_of_processes_it_is_the_same_file(
+def test_kills_and_several_processes_do_not_change_the_file(
     cropped: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_config = replace(small(cropped.path.parent / "shapes", *VIEWS, *CROP), out=tmp_path / "again.h5")
@@ -237,7 +237,7 @@ def test_a_feature_beyond_float16_names_the_image_of_the_view(tmp_path: Path, mo
     )
 
 
-def test_pixels_that_are_cropped_cannot_be_kept_for_views(tmp_path: Path) -> None:
+def test_cropped_pixels_cannot_be_stored_with_views(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         extract(replace(small(tmp_path / "shapes", *VIEWS, *CROP), images=True))
     assert str(refused.value) == (
@@ -283,7 +283,7 @@ def test_damaged_views_are_named_with_their_rows(tspipe: Tspipe, cropped: Cache,
     )
 
 
-def test_other_views_than_the_caches_are_refused(cropped: Cache) -> None:
+def test_views_other_than_the_cached_ones_are_refused(cropped: Cache) -> None:
     folder = cropped.path.parent / "shapes"
     for field, stored, local in (("shift", 3, 2), ("count", 3, 0), ("flip", True, False)):
         with pytest.raises(CacheMismatch) as refused:
@@ -295,7 +295,7 @@ def test_other_views_than_the_caches_are_refused(cropped: Cache) -> None:
     assert not (folder.parent / "run1").exists()
 
 
-def test_views_that_no_target_belongs_to_are_refused_where_an_arm_is_taught(tmp_path: Path) -> None:
+def test_fresh_views_are_refused_if_an_arm_is_taught(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     cache = extract(small(folder))
     for arms in ((TAUGHT,), (ALONE, RANDOM)):
@@ -310,7 +310,7 @@ def test_views_that_no_target_belongs_to_are_refused_where_an_arm_is_taught(tmp_
 
 
 def test_students_alone_may_have_fresh_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawn again each epoch; what the settings say of how many there are does not matter then."""
+    """Views are drawn again each epoch.""" ""
     noted, folder = Noted(monkeypatch), tmp_path / "shapes"
     cache = extract(small(folder, *CROP))
     run = train_students(stage_two(cache, folder, "views.count=8", "views.shift=2", arms=(ALONE,)))
@@ -333,8 +333,8 @@ def images_of(folder: Path) -> list[Any]:
     return [Image.open(path) for path in sorted((folder / "train").rglob("*.png"))]
 
 
-def test_a_run_says_which_views_it_shows(cropped: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed within an epoch, it goes on with the same views."""
+def test_a_run_records_its_views(cropped: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted epoch resumes with the same views.""" ""
     folder = cropped.path.parent / "shapes"
     run_config = replace(stage_two(cropped, folder, "checkpoint_seconds=0"), out=tmp_path / "killed")
     whole = train_students(replace(run_config, out=tmp_path / "whole"))

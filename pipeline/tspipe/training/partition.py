@@ -90,11 +90,9 @@ class ShardLearners(Partition):
         return [one for i, one in enumerate(reversed(cohort)) if i % self.group.size == self.group.rank][::-1]
 
     def local_rows(self, rows: Tensor) -> Tensor:
-        """Return the whole batch."""
         return rows
 
     def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
-        """Return all batches."""
         return batches
 
     def global_batch(self, images: int, random: int) -> None:
@@ -104,11 +102,9 @@ class ShardLearners(Partition):
         """Do nothing: a learner is trained by one process."""
 
     def sum_counts(self, counts: list[int]) -> list[int]:
-        """Return the counts: they are of the whole split."""
         return counts
 
     def gather_rows(self, rows: list[T]) -> list[T]:
-        """Return the rows of all processes."""
         return [row for rows in self.group.gather(rows) for row in rows]
 
     def merge_metrics(self, learners: list[Learner]) -> None:
@@ -118,7 +114,6 @@ class ShardLearners(Partition):
         """Do nothing: metrics are of whole batches."""
 
     def gather_states(self, learners: list[Learner]) -> dict[str, Tensor]:
-        """Return the states of the learners of all processes."""
         tensors = _states(learners)
         if self.group.size == 1:
             return tensors
@@ -139,15 +134,12 @@ class SplitBatches(Partition):
         return list(cohort)
 
     def local_rows(self, rows: Tensor) -> Tensor:
-        """Return this rank's part of the rows; sizes differ by one at most."""
         return self.group.share(rows)
 
     def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
-        """Return every n-th batch."""
         return batches[self.group.rank :: self.group.size]
 
     def global_batch(self, images: int, random: int) -> GlobalBatch:
-        """Describe the batch over all processes."""
         return GlobalBatch(images, random, self.group.size)
 
     def distribute(self, learner: Learner) -> None:
@@ -155,15 +147,12 @@ class SplitBatches(Partition):
         learner.distribute(self.group)
 
     def sum_counts(self, counts: list[int]) -> list[int]:
-        """Return the sums over all processes."""
         return [sum(parts) for parts in zip(*self.group.gather(counts), strict=True)]
 
     def gather_rows(self, rows: list[T]) -> list[T]:
-        """Return the rows: every process has all of them."""
         return rows
 
     def merge_metrics(self, learners: list[Learner]) -> None:
-        """Sum the metrics over all processes."""
         for learner in learners:
             local = {name: value.cpu() for name, value in learner.metrics.state_dict().items()}
             learner.metrics.load_state_dict(merge_metrics(self.group.gather(local)))
@@ -174,7 +163,6 @@ class SplitBatches(Partition):
             learner.metrics.reset()
 
     def gather_states(self, learners: list[Learner]) -> dict[str, Tensor]:
-        """Return the states: they are the same in every process."""
         return _states(learners)
 
 
