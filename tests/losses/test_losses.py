@@ -1,6 +1,7 @@
-"""Every loss keeps the contract; `ts` is Equations 5 and 6, `kd` and `vid` are what their papers say."""
+"""The contract of every loss, the values of `ts`, `kd` and `vid`, and where options come from."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tspipe.losses import Target
 from tspipe.losses.kd import kd_loss
 from tspipe.losses.ts import ts_loss
 from tspipe.models.output import Output
+from tspipe.recipes import load
 
 
 def batch(n: int = 6, d: int = 5, c: int = 3) -> tuple[Output, Target]:
@@ -26,10 +28,12 @@ def batch(n: int = 6, d: int = 5, c: int = 3) -> tuple[Output, Target]:
 
 @pytest.mark.parametrize("name", losses.names())
 def test_contract(name: str) -> None:
-    loss = losses.build(name, {"width": 5}).double()
+    built = losses.build(name, feature_dim=5, num_classes=3)
+    loss = built.module.double()
     assert loss.needs <= {"features", "logits", "labels"}
     output, target = batch()
     terms = loss(output, target)
+    assert list(terms) == built.terms
     assert terms
     assert all(term.shape == () and term.isfinite() for term in terms.values())
     sum(terms.values()).backward()
@@ -37,17 +41,15 @@ def test_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", losses.names())
-def test_what_a_loss_does_not_need_it_does_not_read(name: str) -> None:
-    loss = losses.build(name, {"width": 5}).double()
+def test_a_loss_reads_only_what_it_needs(name: str) -> None:
+    loss = losses.build(name, 5, 3).module.double()
     output, target = batch()
-    nothing = torch.empty(6, 0)
-    bare = Target(*(v if field in loss.needs else nothing for field, v in target._asdict().items()))
-    assert {k: v.item() for k, v in loss(output, bare).items()} == {
-        k: v.item() for k, v in loss(output, target).items()
-    }
+    empty = torch.empty(6, 0)
+    needed = Target(*(value if field in loss.needs else empty for field, value in target._asdict().items()))
+    assert loss(output, needed) == loss(output, target)
 
 
-def test_ts_is_the_papers_sums() -> None:
+def test_ts_equals_the_papers_sums() -> None:
     output, target = batch()
     (m, d), c = output.features.shape, output.logits.shape[1]
     g, f, z = output.features.tolist(), target.features.tolist(), output.logits.tolist()
@@ -60,7 +62,7 @@ def test_ts_is_the_papers_sums() -> None:
     assert terms["xent"].item() == pytest.approx(0.5 * xent, abs=1e-12)
 
 
-def test_the_gradient_of_ts_is_the_derivative() -> None:
+def test_the_gradient_of_ts() -> None:
     output, target = batch()
     assert torch.autograd.gradcheck(
         lambda g, z: sum(ts_loss(g, z, target.features, target.labels, 1.5, 0.5).values()), tuple(output)
@@ -73,62 +75,63 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(4.0, 0.9), (1.0, 0.5), (2.0, 0.0), (3.0, 1.0)])
-def test_kd_is_hintons(temperature: float, alpha: float) -> None:
-    """With its gradient, which for the first term is α·T·(p − q) / m."""
+def test_kd_equals_hintons(temperature: float, alpha: float) -> None:
+    """Values and gradients; that of the first term is α·T·(p − q) / m."""
     output, target = batch()
     terms = kd_loss(output.logits, target.logits, target.labels, temperature, alpha)
     (kl, xent), m = terms.values(), len(target.labels)
-    z, t, right = output.logits.detach().numpy(), target.logits.numpy(), np.eye(3)[target.labels]
+    z, t, one_hot = output.logits.detach().numpy(), target.logits.numpy(), np.eye(3)[target.labels]
     student, teacher = softmax(z / temperature), softmax(t / temperature)
     assert list(terms) == ["kl", "xent"]
     assert kl.item() == pytest.approx(alpha * temperature**2 * (teacher * np.log(teacher / student)).sum() / m, 1e-12)
-    assert xent.item() == pytest.approx(-(1 - alpha) * (right * np.log(softmax(z))).sum() / m, 1e-12)
+    assert xent.item() == pytest.approx(-(1 - alpha) * (one_hot * np.log(softmax(z))).sum() / m, 1e-12)
     (kl + xent).backward()
-    expected = alpha * temperature * (student - teacher) / m + (1 - alpha) * (softmax(z) - right) / m
+    expected = alpha * temperature * (student - teacher) / m + (1 - alpha) * (softmax(z) - one_hot) / m
     np.testing.assert_allclose(output.logits.grad, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_vid_is_ahns() -> None:
-    """With the gradients of the student's features, of the regressor and of the variances."""
+def test_vid_equals_ahns() -> None:
+    """Values, and the gradients of the student's features, the regressor and the variances."""
     output, target = batch()
-    loss = losses.build("vid", {"width": 5}).double()
+    loss = losses.build("vid", 5, 3).module.double()
     assert loss.alpha.detach().exp().log1p().add(1e-5).numpy() == pytest.approx(np.full(5, 5.0))
     with torch.no_grad():
         loss.alpha.copy_(torch.linspace(-2, 2, 5))
     terms = loss(output, target)
     weight, bias, alpha = (p.detach().numpy() for p in (*loss.regressor.parameters(), loss.alpha))
     s, t, (m, d) = output.features.detach().numpy(), target.features.numpy(), target.features.shape
-    off, variance = s @ weight.T + bias - t, np.log(1 + np.exp(alpha)) + 1e-5
-    right = np.eye(3)[target.labels]
-    assert terms["vid"].item() == pytest.approx((off**2 / variance + np.log(variance)).sum() / 2 / (m * d), 1e-12)
-    assert terms["xent"].item() == pytest.approx(-(right * np.log(softmax(output.logits.detach().numpy()))).sum() / m)
+    error, variance = s @ weight.T + bias - t, np.log(1 + np.exp(alpha)) + 1e-5
+    one_hot = np.eye(3)[target.labels]
+    assert terms["vid"].item() == pytest.approx((error**2 / variance + np.log(variance)).sum() / 2 / (m * d), 1e-12)
+    assert terms["xent"].item() == pytest.approx(-(one_hot * np.log(softmax(output.logits.detach().numpy()))).sum() / m)
     sum(terms.values()).backward()
-    of_mean = off / variance / (m * d)
-    of_variance = (1 / variance - off**2 / variance**2).sum(axis=0) / 2 / (m * d)
-    for found, expected in (
-        (output.features.grad, of_mean @ weight),
-        (loss.regressor.weight.grad, of_mean.T @ s),
-        (loss.regressor.bias.grad, of_mean.sum(axis=0)),
-        (loss.alpha.grad, of_variance / (1 + np.exp(-alpha))),
+    mean_gradient = error / variance / (m * d)
+    variance_gradient = (1 / variance - error**2 / variance**2).sum(axis=0) / 2 / (m * d)
+    for gradient, expected in (
+        (output.features.grad, mean_gradient @ weight),
+        (loss.regressor.weight.grad, mean_gradient.T @ s),
+        (loss.regressor.bias.grad, mean_gradient.sum(axis=0)),
+        (loss.alpha.grad, variance_gradient / (1 + np.exp(-alpha))),
     ):
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(0.0, 0.9), (4.0, 1.5)])
-def test_numbers_that_make_no_kd(temperature: float, alpha: float) -> None:
-    with pytest.raises(RecipeError) as refused:
-        losses.build("kd", {}, {"temperature": temperature, "alpha": alpha})
-    assert str(refused.value) == (
+def test_kd_options_out_of_range(temperature: float, alpha: float) -> None:
+    with pytest.raises(RecipeError) as error:
+        losses.build("kd", 5, 3, {"temperature": temperature, "alpha": alpha})
+    assert str(error.value) == (
         f"The loss kd cannot have temperature={temperature:g} and alpha={alpha:g}: a temperature is above 0, alpha "
         "from 0 to 1."
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("kd", {"temprature": 2}, "The loss kd has no option 'temprature'. There are: temperature, alpha."),
         ("xent", {"foo": 1}, "The loss xent has no option 'foo'. There are: none."),
+        ("vid", {"feature_dim": 4}, "The loss vid has no option 'feature_dim'. There are: none."),
         (
             "kd",
             {"temperature": "two"},
@@ -137,18 +140,117 @@ def test_numbers_that_make_no_kd(temperature: float, alpha: float) -> None:
         ),
     ],
 )
-def test_options_that_a_loss_does_not_take(name: str, options: dict[str, object], said: str) -> None:
-    with pytest.raises(RecipeError) as refused:
-        losses.build(name, {}, options)
-    assert str(refused.value) == said
+def test_wrong_options(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        losses.build(name, 5, 3, options)
+    assert str(error.value) == message
 
 
-def test_options_go_to_the_losses_that_name_them() -> None:
-    assert losses.build("ts", {"mse_weight": 3.0, "epochs": 5}).mse_weight == 3.0
-    losses.build("xent", {"mse_weight": 3.0})
+USERS_LOSS = """
+from torch import nn
+
+class Loss(nn.Module):
+    needs = {needs}
+
+    def __init__(self{parameters}):
+        super().__init__()
+        self.options = {options}
+
+    def forward(self, student, target):
+        return {returned}
+"""
+
+
+def users_loss(
+    folder: Path,
+    parameters: str = "",
+    options: str = "None",
+    needs: str = "frozenset({'features'})",
+    returned: str = "{'a': student.features.sum()}",
+) -> str:
+    path = folder / "mine.py"
+    path.write_text(USERS_LOSS.format(parameters=parameters, options=options, needs=needs, returned=returned))
+    return str(path)
+
+
+def test_a_users_loss_gets_its_options_from_its_own_section_alone(tmp_path: Path) -> None:
+    """Recipe fields of the same name are not its options, not even the weights of `ts`."""
+    path = users_loss(tmp_path, ", momentum=0.999, lr=7, mse_weight=5", "(momentum, lr, mse_weight)")
+    recipe = load.load("digits", [f"loss={path}", "losses.mine.lr=8", "momentum=0.5", "mse_weight=2"])
+    assert recipe.loss_options(path) == {"lr": 8}
+    assert losses.build(path, 5, 3, recipe.loss_options(path)).module.options == (0.999, 8, 5)
+
+
+def test_a_loss_gets_the_dimensions_if_its_constructor_has_them(tmp_path: Path) -> None:
+    path = users_loss(tmp_path, ", num_classes, feature_dim=1, width=9", "(num_classes, feature_dim, width)")
+    assert losses.build(path, 5, 3).module.options == (3, 5, 9)
+
+
+def test_the_weights_of_ts_are_fields_of_the_recipe() -> None:
+    recipe = load.load("digits", ["mse_weight=3", "xent_weight=0.5", "losses.kd.alpha=0.2"])
+    loss = losses.build("ts", 5, 3, recipe.loss_options("ts")).module
+    assert (loss.mse_weight, loss.xent_weight) == (3.0, 0.5)
+    assert recipe.loss_options("kd") == {"alpha": 0.2}
+    assert recipe.loss_options("xent") == {}
+    recipe = load.load("digits", ["mse_weight=3", "losses.ts.mse_weight=4"])
+    assert recipe.loss_options("ts") == {"mse_weight": 4, "xent_weight": 1.0}
+
+
+def test_a_missing_option(tmp_path: Path) -> None:
+    path = users_loss(tmp_path, ", width")
+    with pytest.raises(RecipeError) as error:
+        losses.build(path, 5, 3)
+    assert str(error.value) == (
+        f"The loss {path} cannot be built: missing a required argument: 'width'. Set it in [losses.mine] of the recipe."
+    )
+
+
+@pytest.mark.parametrize("needs", ["{'images'}", "'labels'", "None", "[['features']]"])
+def test_needs_are_checked(tmp_path: Path, needs: str) -> None:
+    path = users_loss(tmp_path, needs=needs)
+    with pytest.raises(RecipeError) as error:
+        losses.build(path, 5, 3)
+    assert str(error.value) == (
+        f"The loss {path} must define `needs`, a subset of {{'features', 'logits', 'labels'}}; it is {needs}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ("student.features.sum()", "a Tensor"),
+        ("{}", "an empty dict"),
+        ("{'a': student.features.sum(), 'b': 1.0}", "'b': a float"),
+        ("{'a': student.features.sum(1)}", "'a': (2,) torch.float32"),
+        ("{'a': target.labels.sum()}", "'a': () torch.int64"),
+        ("{0: student.features.sum()}", "0: () torch.float32"),
+    ],
+)
+def test_terms_are_checked(tmp_path: Path, returned: str, problem: str) -> None:
+    path = users_loss(tmp_path, returned=returned)
+    with pytest.raises(RecipeError) as error:
+        losses.build(path, 5, 3)
+    assert str(error.value) == (
+        f"The loss {path} must return a dict of names and floating-point scalar tensors, such as "
+        f"{{'mse': tensor(0.5)}}; it returns {problem}."
+    )
+
+
+def test_a_loss_is_a_module(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def Loss():\n    return [1]\n")
+    with pytest.raises(RecipeError) as error:
+        losses.build(f"{tmp_path}/mine.py", 5, 3)
+    assert str(error.value) == f"The loss {tmp_path}/mine.py must be an nn.Module, not a list."
+
+
+def test_the_check_does_not_change_what_training_draws(tmp_path: Path) -> None:
+    path = users_loss(tmp_path, returned="{'a': nn.functional.dropout(student.features, 0.5).sum()}")
+    state = torch.get_rng_state()
+    losses.build(path, 5, 3)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_unknown_loss() -> None:
-    with pytest.raises(RecipeError) as refused:
-        losses.build("xnet", {})
-    assert str(refused.value) == "Unknown loss 'xnet'. There are: xent, kd, ts, vid."
+    with pytest.raises(RecipeError) as error:
+        losses.build("xnet", 5, 3)
+    assert str(error.value) == "Unknown loss 'xnet'. There are: xent, kd, ts, vid."

@@ -81,7 +81,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
             for student in chosen.student:
                 networks.check_exists(student)
             for loss in chosen.loss:
-                losses.build(loss, {"width": 1}, chosen.loss_options(loss))
+                losses.build(loss, 8, 8, chosen.stated_loss_options(loss))
     caches = [config.cache or _cache(config, part, group) for part in found]
     runs: list[RunFolder] = []
     with group.first():

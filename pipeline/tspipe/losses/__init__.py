@@ -1,56 +1,126 @@
-"""Losses: one paper, one file; the file name is the name on the command line.
+"""Losses: one file per paper; the file's name is the loss's name on the command line.
 
-A loss's file defines a class `Loss`, an `nn.Module` with `needs`, a subset of {"features", "logits", "labels"}, and
-`forward(student, target)`, which gives a dict of named terms, each a scalar. Training minimises their sum.
+A loss's file defines a class `Loss`, an `nn.Module` with two members:
+
+- `needs`: a subset of {"features", "logits", "labels"}, the fields of the target that it reads;
+- `forward(student, target)`: returns a non-empty dict of named terms, each a floating-point scalar.
+
+Training minimises the sum of the terms. The arguments of the constructor are the loss's options. They come from
+`[losses.NAME]` in the recipe, except `feature_dim` and `num_classes`, which are given if the constructor has them.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tspipe.errors import RecipeError
+from tspipe.models.output import Output
 from tspipe.utils import plugins
 
 
 class Target(NamedTuple):
-    """What a student should give for n images: the teacher's features and logits, and labels (n,) int64."""
+    """What a student learns from n images: the teacher's features and logits, and labels (n,) int64.
+
+    A field that the loss does not need is empty, (n, 0).
+    """
 
     features: Tensor
     logits: Tensor
     labels: Tensor
 
 
+class BuiltLoss(NamedTuple):
+    """A loss that fulfils the contract, and the names of its terms in order."""
+
+    module: nn.Module
+    terms: list[str]
+
+
 def names() -> list[str]:
-    """The losses there are."""
+    """Return the names of tspipe's losses."""
     return plugins.names("losses")
 
 
 def recorded_name(name: str) -> str:
-    """The name that tables state: a user's `./mine.py` is `mine`, every other name is itself."""
+    """Return the name that tables show: `mine` for a user's `./mine.py`, else the name itself."""
     return plugins.recorded_name("losses", name)
 
 
-def build(name: str, offered: Mapping[str, Any], options: Mapping[str, Any] = {}) -> nn.Module:
-    """The loss of this name.
+def build(name: str, feature_dim: int, num_classes: int, options: Mapping[str, Any] = {}) -> BuiltLoss:
+    """Build a loss, and check its contract once on random outputs for two images.
 
     Args:
-        offered: of these it gets those that its constructor names.
-        options: its own, by keyword.
+        name: one of `names()`, or the path of a Python file.
+        feature_dim: d, the number of features.
+        num_classes: c, the number of logits.
+        options: arguments of the loss's constructor, from `[losses.NAME]` in the recipe.
 
-    Raises RecipeError for an option that it has not, or a value that it cannot take.
+    Raises RecipeError for an unknown option, a value that the loss does not accept, and a broken contract.
     """
-    loss = plugins.load("losses", name, "Loss", RecipeError).Loss
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    wanted = [name for name, parameter in inspect.signature(loss).parameters.items() if parameter.kind not in variable]
-    if wrong := [option for option in options if option not in wanted]:
-        raise RecipeError(f"The loss {name} has no option {wrong[0]!r}. There are: {', '.join(wanted) or 'none'}.")
-    given = {key: value for key, value in offered.items() if key in wanted}
+    constructor = plugins.load("losses", name, "Loss", RecipeError).Loss
+    signature = inspect.signature(constructor)
+    given = {"feature_dim": feature_dim, "num_classes": num_classes}
+    named = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    known = [parameter for parameter in named if parameter not in given]
+    if unknown := [option for option in options if option not in known]:
+        raise RecipeError(f"The loss {name} has no option {unknown[0]!r}. There are: {', '.join(known) or 'none'}.")
+    arguments = {**{key: value for key, value in given.items() if key in named}, **options}
     try:
-        return loss(**{**given, **options})  # type: ignore[no-any-return]
-    except (TypeError, ValueError) as problem:
+        # Bound before the call, so that a TypeError raised by the file is not taken for a missing option.
+        signature.bind(**arguments)
+    except TypeError as error:
+        section = f"[losses.{recorded_name(name)}]"
+        raise RecipeError(f"The loss {name} cannot be built: {error}. Set it in {section} of the recipe.") from None
+    try:
+        loss = constructor(**arguments)
+    except (TypeError, ValueError) as error:
         if not options:
             raise
-        said = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise RecipeError(f"The loss {name} cannot be built with {said}: {problem}.") from problem
+        values = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise RecipeError(f"The loss {name} cannot be built with {values}: {error}.") from error
+    return BuiltLoss(loss, _check_terms(loss, name, _check_needs(loss, name), feature_dim, num_classes))
+
+
+def _check_needs(loss: nn.Module, name: str) -> Collection[str]:
+    if not isinstance(loss, nn.Module):
+        raise RecipeError(f"The loss {name} must be an nn.Module, not a {type(loss).__name__}.")
+    needs: Any = getattr(loss, "needs", None)
+    if isinstance(needs, set | frozenset | list | tuple) and all(need in Target._fields for need in needs):
+        return needs
+    raise RecipeError(
+        f"The loss {name} must define `needs`, a subset of {{'features', 'logits', 'labels'}}; it is {needs!r}."
+    )
+
+
+def _check_terms(loss: nn.Module, name: str, needs: Collection[str], feature_dim: int, num_classes: int) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> Tensor:
+        return torch.rand(2, size, generator=generator)
+
+    output = Output(draw(feature_dim).requires_grad_(), draw(num_classes).requires_grad_())
+    features, logits = draw(feature_dim if "features" in needs else 0), draw(num_classes if "logits" in needs else 0)
+    with torch.random.fork_rng(devices=[]):  # training must not depend on the numbers that the check draws
+        terms = loss(output, Target(features, logits, labels=torch.zeros(2, dtype=torch.int64)))
+    if not isinstance(terms, dict):
+        returned = f"a {type(terms).__name__}"
+    elif not terms:
+        returned = "an empty dict"
+    else:
+        wrong = [key for key, term in terms.items() if not isinstance(key, str) or not _is_scalar(term)]
+        if not wrong:
+            return list(terms)
+        term = terms[wrong[0]]
+        kind = f"{tuple(term.shape)} {term.dtype}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+        returned = f"{wrong[0]!r}: {kind}"
+    raise RecipeError(
+        f"The loss {name} must return a dict of names and floating-point scalar tensors, such as "
+        f"{{'mse': tensor(0.5)}}; it returns {returned}."
+    )
+
+
+def _is_scalar(term: object) -> bool:
+    return isinstance(term, Tensor) and term.shape == () and term.is_floating_point()

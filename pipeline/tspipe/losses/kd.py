@@ -13,24 +13,24 @@ from tspipe.models.output import Output
 def kd_loss(
     logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0, alpha: float = 0.9
 ) -> dict[str, Tensor]:
-    """α·T² · KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 − α) · CE(student, y), as its two terms.
+    """Return the two terms of α·T² · KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 − α) · CE(student, y).
 
-    Both are means over the batch. T² keeps the size of the first's gradients, which shrink with 1 / T².
+    Both are means over the batch. The factor T² compensates for gradients of the first term that scale with 1 / T².
 
     Args:
-        logits: the student's (m, c).
+        logits: the student's, (m, c).
         teacher_logits: (m, c).
         labels: y, (m,) int64.
         temperature: T.
-        alpha: α, the teacher's share.
+        alpha: α, the weight of the teacher.
     """
-    student, teacher = ((some / temperature).log_softmax(1) for some in (logits, teacher_logits))
+    student, teacher = ((z / temperature).log_softmax(1) for z in (logits, teacher_logits))
     kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return {"kl": alpha * temperature**2 * kl, "xent": (1 - alpha) * F.cross_entropy(logits, labels)}
 
 
 class Loss(nn.Module):
-    """`kd_loss` with its two numbers. Raises RecipeError where they make no loss."""
+    """`kd_loss` with its options. Raises RecipeError for values out of range."""
 
     needs = frozenset({"logits", "labels"})
 
@@ -44,5 +44,5 @@ class Loss(nn.Module):
         self.temperature, self.alpha = temperature, alpha
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
-        """Terms `kl` and `xent`."""
+        """Return the terms `kl` and `xent`."""
         return kd_loss(student.logits, target.logits, target.labels, self.temperature, self.alpha)

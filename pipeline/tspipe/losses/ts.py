@@ -15,15 +15,17 @@ def ts_loss(
     mse_weight: float = 1.0,
     xent_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """λ_mse · MSE(f(x), g(x)) + λ_xent · CE(z(g(x)), y), as its two terms.
+    """Return the two terms of λ_mse · MSE(f(x), g(x)) + λ_xent · CE(z(g(x)), y).
 
     The MSE is the mean over the m·d elements (Eq. 6), the cross-entropy the mean over the batch.
 
     Args:
-        features: g(x), the student's (m, d).
-        logits: z(g(x)), the student's (m, c).
+        features: g(x), the student's, (m, d).
+        logits: z(g(x)), the student's, (m, c).
         teacher_features: f(x), (m, d).
         labels: y, (m,) int64; for random images the teacher's argmax.
+        mse_weight: λ_mse.
+        xent_weight: λ_xent.
     """
     return {
         "mse": mse_weight * F.mse_loss(features, teacher_features),
@@ -41,5 +43,5 @@ class Loss(nn.Module):
         self.mse_weight, self.xent_weight = mse_weight, xent_weight
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
-        """Terms `mse` and `xent`."""
+        """Return the terms `mse` and `xent`."""
         return ts_loss(*student, target.features, target.labels, self.mse_weight, self.xent_weight)

@@ -9,44 +9,44 @@ from torch import Tensor, nn
 from tspipe.losses import Target
 from tspipe.models.output import Output
 
-_LEAST, _INITIAL = 1e-5, 5.0  # variances
+_MIN_VARIANCE, _INITIAL_VARIANCE = 1e-5, 5.0
 
 
 def vid_loss(
-    regressed: Tensor, logits: Tensor, teacher_features: Tensor, labels: Tensor, variance: Tensor
+    prediction: Tensor, logits: Tensor, teacher_features: Tensor, labels: Tensor, variance: Tensor
 ) -> dict[str, Tensor]:
-    """Mean of ½((μ(s) − t)² / σ² + log σ²) over the m·d elements, and CE over the batch, as two terms.
+    """Return two terms: the mean of ½((μ(s) − t)² / σ² + log σ²) over the m·d elements, and CE over the batch.
 
-    The first is −log q(t | s) of a normal distribution, without its constant: low where the student says what the
-    teacher says.
+    The first is −log q(t | s) of a normal distribution without its constant.
 
     Args:
-        regressed: μ(s), what is made of the student's features, (m, d).
-        logits: the student's (m, c).
+        prediction: μ(s), the teacher's features as predicted from the student's, (m, d).
+        logits: the student's, (m, c).
         teacher_features: t, (m, d).
         labels: y, (m,) int64.
-        variance: σ², (d,), one for each of the teacher's features.
+        variance: σ², (d,), one for each feature.
     """
-    surprise = ((regressed - teacher_features) ** 2 / variance + variance.log()) / 2
-    return {"vid": surprise.mean(), "xent": F.cross_entropy(logits, labels)}
+    negative_log_likelihood = ((prediction - teacher_features) ** 2 / variance + variance.log()) / 2
+    return {"vid": negative_log_likelihood.mean(), "xent": F.cross_entropy(logits, labels)}
 
 
 class Loss(nn.Module):
-    """`vid_loss` with what it learns beside the student: the regressor μ, and α, of which σ² = softplus(α) + 1e-5.
+    """`vid_loss` with its trainable weights: the regressor μ, and α with σ² = softplus(α) + 1e-5.
 
-    The paper's μ for a map of features is a stack of 1×1 convolutions. For a vector of them, and a student whose
-    features g(x) have the teacher's width d already, ours is one Linear(d, d).
+    The paper's μ for feature maps is a stack of 1×1 convolutions. Here features are vectors and g(x) already has the
+    teacher's width d, so μ is one Linear(d, d).
     """
 
     needs = frozenset({"features", "labels"})
 
-    def __init__(self, width: int):
+    def __init__(self, feature_dim: int):
         super().__init__()
-        self.regressor = nn.Linear(width, width)
-        self.alpha = nn.Parameter(torch.full((width,), math.log(math.expm1(_INITIAL - _LEAST))))
+        self.regressor = nn.Linear(feature_dim, feature_dim)
+        initial_alpha = math.log(math.expm1(_INITIAL_VARIANCE - _MIN_VARIANCE))
+        self.alpha = nn.Parameter(torch.full((feature_dim,), initial_alpha))
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
-        """Terms `vid` and `xent`."""
-        variance = F.softplus(self.alpha) + _LEAST
-        regressed = self.regressor(student.features)
-        return vid_loss(regressed, student.logits, target.features, target.labels, variance)
+        """Return the terms `vid` and `xent`."""
+        variance = F.softplus(self.alpha) + _MIN_VARIANCE
+        prediction = self.regressor(student.features)
+        return vid_loss(prediction, student.logits, target.features, target.labels, variance)

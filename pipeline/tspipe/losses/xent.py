@@ -13,5 +13,5 @@ class Loss(nn.Module):
     needs = frozenset({"labels"})
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
-        """One term, `xent`."""
+        """Return the term `xent`."""
         return {"xent": F.cross_entropy(student.logits, target.labels)}

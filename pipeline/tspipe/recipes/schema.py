@@ -172,7 +172,12 @@ class Recipe(Optimisation):
         return self
 
     def loss_options(self, loss: str) -> dict[str, Any]:
-        """The options this loss is built with."""
+        """Return the options that a loss is built with: `[losses.NAME]`, and for `ts` the recipe's two weights."""
+        weights = {"mse_weight": self.mse_weight, "xent_weight": self.xent_weight} if loss == "ts" else {}
+        return {**weights, **self.stated_loss_options(loss)}
+
+    def stated_loss_options(self, loss: str) -> dict[str, Any]:
+        """Return the options of a loss in `[losses.NAME]`."""
         return self.losses.get(recorded_name("losses", loss), {})
 
     def student_options(self, student: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def identity(config: StudentConfig) -> dict[str, Any]:
             for name in recipe.student
         },
         "loss": recipe.loss if len(recipe.loss) > 1 else recipe.loss[0],
-        "losses": {name: options for name in recipe.loss if (options := recipe.loss_options(name))},
+        "losses": {name: options for name in recipe.loss if (options := recipe.stated_loss_options(name))},
         "alone": recipe.alone.model_dump(exclude_none=True),
         "trust_data": config.trust_data and not config.cache.has_images,
         **recipe.model_dump(exclude=IRRELEVANT | _RESOLVED),

@@ -76,17 +76,16 @@ class Learner:
         self.spec = spec
         self.optimization = recipe.optimisation(spec.student, alone=spec.arm == OWN)
         seed_torch(spec.seed, "loss weights")
-        offered = {**recipe.model_dump(), "width": shape.feature_dim}
-        loss = losses.build(spec.loss, offered, recipe.loss_options(spec.loss)).to(device)
-        self.model = StudentWithLoss(
-            _build_student(spec, recipe, shape, device), loss, recipe.random_forward == "separate"
-        )
+        options = recipe.loss_options(spec.loss)
+        loss = losses.build(spec.loss, shape.feature_dim, shape.num_classes, options)
+        student = _build_student(spec, recipe, shape, device)
+        self.model = StudentWithLoss(student, loss.module.to(device), recipe.random_forward == "separate")
         if recipe.compile:
             compile_in_place(self.model, device)
         self._parallel_model: nn.Module = self.model
         self.optimizer = make_optimizer(self.optimization, self.model.parameters(), device)
         self.training_time, self.testing_time = Stopwatch(device), Stopwatch(device)
-        self.metrics = EpochMetrics(_term_names(spec, loss, shape, device), device)
+        self.metrics = EpochMetrics(loss.terms, device)
         self.start_epoch(0)
 
     @property
@@ -211,14 +210,3 @@ def _build_student(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, device: 
     network.precision = getattr(torch, recipe.precision)
     # Channels-last, as the image loader yields batches: 5 to 30 % faster for all of the paper's students.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _term_names(spec: LearnerSpec, loss: nn.Module, shape: TaskShape, device: torch.device) -> list[str]:
-    """Return the names of the loss terms, in order; this is the first time a user's loss runs."""
-    if unknown := set(loss.needs) - {"features", "logits", "labels"}:  # type: ignore[arg-type]
-        raise RecipeError(f"The loss {spec.loss_name} needs {min(unknown)!r}, which a cache does not hold.")
-    empty = torch.empty(2, 0, device=device)
-    output = Output(*(torch.zeros(2, n, device=device) for n in (shape.feature_dim, shape.num_classes)))
-    features, logits = (part if name in loss.needs else empty for name, part in output._asdict().items())  # type: ignore[operator]
-    with torch.no_grad():
-        return list(loss(output, Target(features, logits, torch.zeros(2, dtype=torch.int64, device=device))))
