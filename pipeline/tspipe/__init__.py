@@ -6,13 +6,66 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tspipe.cache import open_cache
     from tspipe.data.cached_targets import CachedTargets
+    from tspipe.data.preprocess import Preprocess
+    from tspipe.errors import (
+        CacheBusy,
+        CacheDamaged,
+        CacheError,
+        CacheIncomplete,
+        CacheMismatch,
+        DatasetError,
+        NetworkError,
+        NotACache,
+        OtherProcessFailed,
+        OutOfMemory,
+        RecipeError,
+        ReportError,
+        TrainingError,
+        TspipeError,
+    )
+    from tspipe.losses.kd import kd_loss
+    from tspipe.losses.ts import ts_loss
+    from tspipe.losses.vid import vid_loss
+    from tspipe.models.feature_net import FeatureNet, student_of
 
-__all__ = ["CachedTargets", "open_cache"]
-_HOMES = {"CachedTargets": "tspipe.data.cached_targets", "open_cache": "tspipe.cache"}
+__all__ = [
+    "CacheBusy",
+    "CacheDamaged",
+    "CacheError",
+    "CacheIncomplete",
+    "CacheMismatch",
+    "CachedTargets",
+    "DatasetError",
+    "FeatureNet",
+    "NetworkError",
+    "NotACache",
+    "OtherProcessFailed",
+    "OutOfMemory",
+    "Preprocess",
+    "RecipeError",
+    "ReportError",
+    "TrainingError",
+    "TspipeError",
+    "kd_loss",
+    "open_cache",
+    "student_of",
+    "ts_loss",
+    "vid_loss",
+]
+_MODULES = {
+    "CachedTargets": "tspipe.data.cached_targets",
+    "FeatureNet": "tspipe.models.feature_net",
+    "Preprocess": "tspipe.data.preprocess",
+    "kd_loss": "tspipe.losses.kd",
+    "open_cache": "tspipe.cache",
+    "student_of": "tspipe.models.feature_net",
+    "ts_loss": "tspipe.losses.ts",
+    "vid_loss": "tspipe.losses.vid",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: `import tspipe` is quick, and reading a cache needs no torch."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import a name when it is first used: `import tspipe` is fast, and reading a cache needs no torch."""
+    if name in __all__:
+        return getattr(import_module(_MODULES.get(name, "tspipe.errors")), name)
     raise AttributeError(f"module 'tspipe' has no attribute {name!r}")

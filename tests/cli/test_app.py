@@ -1,6 +1,10 @@
 """The commands, as typed: what they print, what they leave, and what bad input gets."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -275,7 +279,7 @@ def test_ctrl_c_says_that_nothing_is_lost(tspipe: Callable, monkeypatch: pytest.
     monkeypatch.setattr("tspipe.training.train_teacher.train_teacher", interrupted)
     found = tspipe("teacher", "--dataset", "digits")
     assert found.code == 130
-    assert found.err == "Stopped. Run the same command again: what it keeps on the way is kept.\n"
+    assert found.err == "Interrupted. Run the same command again to resume from the last checkpoint.\n"
 
 
 @pytest.mark.parametrize(
@@ -288,4 +292,26 @@ def test_out_of_memory_is_a_sentence(tspipe: Callable, monkeypatch: pytest.Monke
     monkeypatch.setattr("tspipe.training.train_teacher.train_teacher", hungry)
     found = tspipe("teacher", "--dataset", "digits")
     assert found.code == 1
-    assert found.error.startswith("Out of memory. Stage one takes less with --set compute.batch_size=N, ")
+    assert found.error.startswith("Out of memory. Use smaller batches in stage one (--set compute.batch_size=N) ")
+
+
+def test_the_version(tspipe: Callable) -> None:
+    assert tspipe("--version").out == f"tspipe {metadata.version('tspipe')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "completion"),
+    [
+        ("teacher --dataset cifar", "cifar10"),
+        ("student --student lenet5_", "lenet5_wide"),
+        ("cache --recipe st", "strong"),
+    ],
+)
+def test_shell_completion(words: str, completion: str) -> None:
+    environment = {**os.environ, "_TSPIPE_COMPLETE": "complete_bash", "COMP_WORDS": f"tspipe {words}"}
+    environment["COMP_CWORD"] = str(len(words.split()))
+    program = "import sys; sys.argv[0] = 'tspipe'; from tspipe.cli.app import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert completion in result.stdout.split()

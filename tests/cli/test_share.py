@@ -98,23 +98,23 @@ def test_push_and_pull(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     assert (found.code, found.err) == (0, "")
     weights = digits.manifest["teacher"]["weights_sha256"][:12]
     carried = (
-        "  It carries features of digits; its licence: CC BY 4.0.\n"
-        f"  It carries the teacher's weights (lenet5, {weights}); their licence is their publisher's.\n"
+        "  It contains features of digits; its licence: CC BY 4.0.\n"
+        f"  It contains the teacher's weights (lenet5, {weights}); their licence is their publisher's.\n"
     )
     assert found.out == (
-        f"{team}/digits.h5 has the file now: id {digits.id[:12]}\n{carried}"
-        f"Beside it lies its SHA-256. Next: tspipe student --cache {team}/digits.h5\n"
+        f"Pushed to {team}/digits.h5: id {digits.id[:12]}\n{carried}"
+        f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {team}/digits.h5\n"
     )
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "-c", "digits.h5.sha256"], cwd=team, check=True, capture_output=True)
     found = tspipe("pull", f"file://{team}/digits.h5")
     assert (found.code, found.err) == (0, "")
     assert found.out == (
-        f"cache/digits.h5 is here now: id {digits.id[:12]}, its SHA-256 is the one stated\n{carried}"
+        f"Pulled cache/digits.h5: id {digits.id[:12]}, its SHA-256 matches\n{carried}"
         "Next: tspipe student --cache cache/digits.h5\n"
     )
     assert Path("cache/digits.h5").read_bytes() == digits.path.read_bytes()
-    assert tspipe("pull", team / "digits.h5").out.startswith("cache/digits.h5 was here already")
+    assert tspipe("pull", team / "digits.h5").out.startswith("Already have cache/digits.h5")
 
 
 def test_a_damaged_cache_is_not_pushed(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_damaged_cache_is_not_pushed(tspipe: Tspipe, digits: Cache, tmp_path: 
 
 def test_without_a_stated_sha256_all_of_it_is_verified(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     path = Path(shutil.copy(digits.path, tmp_path / "there.h5"))
-    said = "no SHA-256 is stated; its own checksums are right\n"
+    said = "no SHA-256 is published; its own checksums match\n"
     assert said in tspipe("pull", path, "--out", "here.h5").out
     data = bytearray(path.read_bytes())
     data[digits.train.features.offset] ^= 1

@@ -27,9 +27,7 @@ def test_a_sound_file(tspipe: Tspipe, copy: Path) -> None:
     found = tspipe("verify", copy)
     assert (found.code, found.err) == (0, "")
     cache = open_cache(copy)
-    assert found.out == (
-        f"{copy} is what was written: 1,797 images, {copy.stat().st_size / 1024:.1f} KiB, id {cache.id[:12]}\n"
-    )
+    assert found.out == (f"{copy} is intact: 1,797 images, {copy.stat().st_size / 1024:.1f} KiB, id {cache.id[:12]}\n")
 
 
 def test_damage_is_said_with_dataset_rows_and_remedy(tspipe: Tspipe, copy: Path) -> None:
@@ -60,7 +58,7 @@ def test_repair_ends_with_the_original_bytes(
     assert copy.read_bytes() != digits.path.read_bytes()
     found = tspipe("verify", "--repair", copy)
     assert (found.code, found.error) == (0, "")
-    assert found.out.startswith("Put back: ")
+    assert found.out.startswith("Repaired: ")
     assert copy.read_bytes() == digits.path.read_bytes()
 
 
@@ -134,7 +132,7 @@ def test_repair_from_other_images_writes_nothing(tspipe: Tspipe, shapes: Path) -
 
 def test_data_compares_every_image(tspipe: Tspipe, shapes: Path) -> None:
     folder = shapes.parent / "shapes"
-    assert tspipe("verify", shapes, "--data", folder).out.endswith("All 24 images are those of the dataset here.\n")
+    assert tspipe("verify", shapes, "--data", folder).out.endswith("All 24 images are those of the local dataset.\n")
     (folder / "test/b/03.png").write_bytes((folder / "train/b/00.png").read_bytes())
     found = tspipe("verify", shapes, "--data", folder)
     assert found.code == 1

@@ -1,0 +1,146 @@
+"""The commands on students: train them, report them, reproduce the paper, measure what a cache saves."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tspipe.cli.options import LOSSES, CacheToTrainOn, Data, Download, Epochs, RecipeName, Seeds, Settings, Students
+from tspipe.cli.share import local_path
+
+
+def student(
+    cache: CacheToTrainOn,
+    student: Students = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(help="ts, kd, vid or a file ./mine.py; repeatable.", show_default=False, autocompletion=LOSSES),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
+    ] = False,
+    random_images: Annotated[
+        int | None, typer.Option(help="Random images added to every batch.", show_default=False)
+    ] = None,
+    seeds: Seeds = None,
+    epochs: Epochs = None,
+    data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder (default: one in runs/).", show_default=False)
+    ] = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    download: Download = False,
+    trust_data: Annotated[
+        bool, typer.Option("--trust-data", help="Do not compare the images with the cache's; the run records it.")
+    ] = False,
+) -> None:
+    """Stage two: train students against a cache."""
+    from tspipe.cache import open_cache
+    from tspipe.experiments import report
+    from tspipe.recipes.load import recipe_for_cache
+    from tspipe.training import trainer
+    from tspipe.training.arms import select_arms
+    from tspipe.training.config import StudentConfig
+    from tspipe.utils import distributed
+
+    flags = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
+    flags["random_images"] = random_images
+    with distributed.group() as group:
+        with group.first():
+            opened = open_cache(local_path(cache))
+            chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
+            arms = select_arms(compare, chosen)
+        config = StudentConfig(chosen, opened, arms, data or default_folder, out, download, trust_data)
+        run = trainer.train_students(config, group)
+    if not group.rank:
+        report.show(run)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Output folder (default: the run's, or one in reports/).", show_default=False),
+    ] = None,
+) -> None:
+    """Write tables, figures and an HTML page of finished runs."""
+    from tspipe.experiments import report as reports
+    from tspipe.experiments.results import open_run
+
+    reports.make([open_run(path) for path in {path.resolve(): path for path in runs}.values()], out)
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table1, table2 or table3.", show_default=False)],
+    students: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of the table's students.", show_default=False)
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of alone, own, taught, random.", show_default=False)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs (default: the paper's 200).", show_default=False)
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds (default: 1).", show_default=False)] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="[NAME=]DATASET", help="A dataset in place of the paper's.", show_default=False),
+    ] = None,
+    data: Data = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's weights.", show_default=False)] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="A finished cache (default: make one).", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe on top of the table's, such as strong.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    download: Download = False,
+) -> None:
+    """Run an experiment of the paper, and compare the results with the paper's."""
+    from tspipe.experiments import figures
+    from tspipe.experiments import report as reports
+    from tspipe.experiments import reproduce as job
+    from tspipe.utils import distributed
+
+    figures.check()
+    chosen_students, chosen_arms = (tuple(text.split(",")) if text else () for text in (students, arms))
+    sources = dataset, data, weights, cache, recipe
+    config = job.TableConfig(
+        table, chosen_students, chosen_arms, epochs, seeds, *sources, tuple(settings or ()), download
+    )
+    with distributed.group() as group:
+        runs = job.reproduce(config, group)
+    if not group.rank:
+        reports.make(runs)
+
+
+def bench(
+    cache: CacheToTrainOn,
+    student: Students = None,
+    data: Data = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="About how long to measure; longer if one step takes seconds.")
+    ] = 120,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what a cache saves on this machine."""
+    import json
+
+    from tspipe.cache import open_cache
+    from tspipe.cli.render import show_bench
+    from tspipe.experiments import bench as stage
+    from tspipe.recipes.load import recipe_for_cache
+    from tspipe.training.config import StudentConfig
+
+    opened = open_cache(local_path(cache))
+    flags = {"student": student or None}
+    chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
+    result = stage.bench(StudentConfig(chosen, opened, data=data or default_folder), seconds).as_json()
+    if json_:
+        print(json.dumps(result, indent=2))
+    else:
+        show_bench(result)

@@ -1,0 +1,39 @@
+"""`tspipe teacher`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tspipe.cli.options import Data, Dataset, Download, Epochs, RecipeName, Settings, Teacher
+
+
+def teacher(
+    dataset: Dataset,
+    teacher: Teacher = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to fine-tune.", show_default=False)] = None,
+    data: Data = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Output file (default: checkpoints/<dataset>-<network>.safetensors).", show_default=False),
+    ] = None,
+    epochs: Epochs = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace weights of other settings.")] = False,
+    download: Download = False,
+) -> None:
+    """Train or fine-tune a teacher."""
+    from tspipe.models import networks
+    from tspipe.models import weights as weight_files
+    from tspipe.recipes import load as recipes
+    from tspipe.training import teacher_weights as teachers
+    from tspipe.training.train_teacher import TeacherConfig
+
+    start = weight_files.read(weights) if weights else None
+    flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs}
+    name = recipe or recipes.default_recipe(dataset)
+    chosen = recipes.load(name, settings or (), flags)
+    if start and start.metadata.get("network") == networks.recorded_name(chosen.teacher.network):
+        chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(start))
+    teachers.train_and_report(TeacherConfig(chosen, data, start, out, force, download))
