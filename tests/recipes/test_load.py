@@ -1,3 +1,5 @@
+"""Loading recipes: precedence, inheritance, and the messages for wrong fields."""
+
 import json
 
 import pytest
@@ -9,23 +11,22 @@ from tspipe.data import datasets
 from tspipe.errors import RecipeError
 from tspipe.models.networks import names as network_names
 from tspipe.recipes import load
-from tspipe.recipes import schema as recipe
-from tspipe.training import optimizers as training
+from tspipe.recipes.schema import Overrides, Teacher
+from tspipe.training.optimizers import set_learning_rate
 
 
-def refused(*args, **kwargs) -> str:
-    """The whole message with which the recipe is refused."""
-    with pytest.raises(RecipeError) as problem:
+def error_message(*args, **kwargs) -> str:
+    with pytest.raises(RecipeError) as error:
         load.load(*args, **kwargs)
-    return str(problem.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("name", load.names())
 def test_every_recipe_loads(name):
-    chosen = load.load(name, flags={"dataset": "cifar10"} if name == "strong" else None)
-    assert chosen.dataset in datasets.names()
-    assert set(chosen.student) | set(chosen.students) | {chosen.teacher.network} <= set(network_names())
-    assert chosen.preprocess.channels == len(chosen.preprocess.std) in (1, 3)
+    recipe = load.load(name, flags={"dataset": "cifar10"} if name == "strong" else None)
+    assert recipe.dataset in datasets.names()
+    assert set(recipe.student) | set(recipe.students) | {recipe.teacher.network} <= set(network_names())
+    assert recipe.preprocess.channels == len(recipe.preprocess.std) in (1, 3)
 
 
 @pytest.mark.parametrize("name", datasets.names())
@@ -33,63 +34,63 @@ def test_every_dataset_has_a_recipe(name):
     assert load.default_recipe(name) == name
 
 
-def test_recipe_of_a_dataset():
+def test_default_recipe():
     assert load.default_recipe("folder:some/birds") == "folder"
-    with pytest.raises(RecipeError) as problem:
+    with pytest.raises(RecipeError) as error:
         load.default_recipe("./mine.py")
-    assert str(problem.value) == (
+    assert str(error.value) == (
         f"There is no recipe for mine. Name one with --recipe: {', '.join(load.names())}, or a TOML file."
     )
 
 
 def test_the_papers_cifar10():
-    chosen = load.load("cifar10")
-    assert (chosen.batch_size, chosen.random_images, chosen.epochs) == (128, 178, 200)
-    fits = {name: chosen.optimisation(name) for name in ["lenet5", "alexnet", "mobilenet_v2", "resnet18"]}
-    assert {name: fit.lr for name, fit in fits.items()} == {
+    recipe = load.load("cifar10")
+    assert (recipe.batch_size, recipe.random_images, recipe.epochs) == (128, 178, 200)
+    settings = {name: recipe.optimisation(name) for name in ["lenet5", "alexnet", "mobilenet_v2", "resnet18"]}
+    assert {name: values.lr for name, values in settings.items()} == {
         "lenet5": 1e-3,
         "alexnet": 1e-4,
         "mobilenet_v2": 1e-3,
         "resnet18": 1e-2,
     }
-    assert {(fit.optimizer, fit.lr_drop_every, fit.lr_drop_factor, fit.weight_decay) for fit in fits.values()} == {
+    assert {(s.optimizer, s.lr_drop_every, s.lr_drop_factor, s.weight_decay) for s in settings.values()} == {
         ("adam", 50, 0.1, 0.0)
     }
 
 
 def test_the_papers_cub200():
-    chosen = load.load("cub200")
-    assert (chosen.batch_size, chosen.random_images, chosen.epochs) == (10, 0, 200)
-    assert (chosen.preprocess.resize, chosen.preprocess.crop) == ((600, 600), 448)
-    assert (chosen.lr, chosen.lr_drop_every) == (1e-3, 100)
-    teacher = chosen.teacher
+    recipe = load.load("cub200")
+    assert (recipe.batch_size, recipe.random_images, recipe.epochs) == (10, 0, 200)
+    assert (recipe.preprocess.resize, recipe.preprocess.crop) == ((600, 600), 448)
+    assert (recipe.lr, recipe.lr_drop_every) == (1e-3, 100)
+    teacher = recipe.teacher
     assert (teacher.network, teacher.optimizer, teacher.batch_size, teacher.momentum) == ("ntsnet", "sgd", 16, 0.9)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
     rates = []
     for epoch in range(teacher.epochs):
-        training.set_learning_rate(optimizer, teacher, epoch)
+        set_learning_rate(optimizer, teacher, epoch)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3] * 60 + [1e-4] * 40 + [1e-5] * 40)
 
 
 def test_overrides_flags_and_facts():
     overrides = ["lr=0.01", "teacher.network = resnet20", "students.lenet5.lr=3", "preprocess.mean=[0,0,0]"]
-    chosen = load.load("cifar10", overrides, {"epochs": 3, "batch_size": None}, {"preprocess": {"crop": 28}})
-    assert chosen.lr == 0.01
-    assert chosen.teacher.network == "resnet20"
-    assert chosen.optimisation("lenet5").lr == 3
-    assert (chosen.preprocess.mean, chosen.preprocess.crop) == ((0, 0, 0), 28)
-    assert (chosen.epochs, chosen.batch_size) == (3, 128)
+    recipe = load.load("cifar10", overrides, {"epochs": 3, "batch_size": None}, {"preprocess": {"crop": 28}})
+    assert recipe.lr == 0.01
+    assert recipe.teacher.network == "resnet20"
+    assert recipe.optimisation("lenet5").lr == 3
+    assert (recipe.preprocess.mean, recipe.preprocess.crop) == ((0, 0, 0), 28)
+    assert (recipe.epochs, recipe.batch_size) == (3, 128)
 
 
-def test_overrides_go_before_flags_and_flags_before_facts():
+def test_precedence_of_overrides_flags_and_facts():
     facts = {"preprocess": {"crop": 28}}
     assert load.load("cifar10", ["epochs=1"], {"epochs": 2}).epochs == 1
     assert load.load("cifar10", (), {"preprocess.crop": 24}, facts).preprocess.crop == 24
     assert load.load("cifar10", ["preprocess.crop=20"], {"preprocess.crop": 24}, facts).preprocess.crop == 20
 
 
-def test_the_last_override_counts():
+def test_the_last_override_wins():
     assert load.load("cifar10", ["lr=1", "lr=2"]).lr == 2
 
 
@@ -111,41 +112,44 @@ def test_memory_in_units(text, size):
 
 
 def test_options_of_networks():
-    chosen = load.load("cifar10", ["students.resnet18.options.stem=imagenet", "teacher.options.width=2"])
-    assert chosen.student_options("resnet18") == {"stem": "imagenet"}
-    assert chosen.student_options("lenet5") == {}
-    assert chosen.teacher.options == {"width": 2}
+    recipe = load.load("cifar10", ["students.resnet18.options.stem=imagenet", "teacher.options.width=2"])
+    assert recipe.student_options("resnet18") == {"stem": "imagenet"}
+    assert recipe.student_options("lenet5") == {}
+    assert recipe.teacher.options == {"width": 2}
 
 
-def test_recipes_do_not_share_what_is_overridden():
+def test_overrides_do_not_change_other_recipes():
     load.load("cifar10", ["teacher.options.width=2", "students.lenet5.lr=3"])
-    chosen = load.load("cifar10")
-    assert chosen.teacher.options == {}
-    assert "lenet5" not in chosen.students
+    recipe = load.load("cifar10")
+    assert recipe.teacher.options == {}
+    assert "lenet5" not in recipe.students
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_a_users_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('dataset = "digits"\n[preprocess]\nmean = [0.5]\nstd = [0.5]\n')
-    chosen = load.load(str(path), ["seeds=2"])
-    assert (chosen.dataset, chosen.seeds, chosen.student) == ("digits", 2, ["lenet5"])
+    recipe = load.load(str(path), ["seeds=2"])
+    assert (recipe.dataset, recipe.seeds, recipe.student) == ("digits", 2, ["lenet5"])
 
 
 def test_unknown_recipe():
-    assert refused("cifar11") == (
+    assert error_message("cifar11") == (
         "Unknown recipe 'cifar11'. There are: cifar10, cifar100, table2_cifar10, cub200, digits, fashion_mnist, "
         "folder, strong, table1, table2_cifar100, table3."
     )
 
 
-def test_file_that_is_not_there(tmp_path):
-    assert refused(f"{tmp_path}/x.toml") == f"The recipe {tmp_path}/x.toml cannot be read: No such file or directory."
+def test_a_missing_file(tmp_path):
+    assert (
+        error_message(f"{tmp_path}/x.toml")
+        == f"The recipe {tmp_path}/x.toml cannot be read: No such file or directory."
+    )
 
 
 def test_bad_toml(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text('dataset = "digits"\nlr = \n')
-    assert refused(str(path)) == f"The recipe {path} is not TOML: Invalid value (at line 2, column 6)."
+    assert error_message(str(path)) == f"The recipe {path} is not TOML: Invalid value (at line 2, column 6)."
 
 
 @pytest.mark.parametrize(
@@ -203,82 +207,83 @@ def test_bad_toml(tmp_path):
         ),
     ],
 )
-def test_override_that_makes_no_sense(override, message):
-    assert refused("digits", [override]) == message
+def test_wrong_overrides(override, message):
+    assert error_message("digits", [override]) == message
 
 
-def test_field_that_is_missing(tmp_path):
+def test_a_missing_field(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[preprocess]\nmean = [0.5]\nstd = [0.5]\n")
-    assert refused(str(path)) == (f"The recipe {path} lacks the field 'dataset'.")
+    assert error_message(str(path)) == (f"The recipe {path} lacks the field 'dataset'.")
 
 
 def test_recipes_are_immutable():
-    chosen = load.load("digits")
+    recipe = load.load("digits")
     with pytest.raises(ValueError, match="frozen"):
-        chosen.lr = 1.0
+        recipe.lr = 1.0
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5))
-def test_any_value_is_taken_or_refused_in_a_sentence(value):
+def test_any_value_is_accepted_or_refused_in_one_line(value):
     for field in ["lr", "student", "teacher", "teacher.network", "preprocess.resize", "memory", "students.lenet5"]:
         try:
             load.load("digits", [f"{field}={json.dumps(value)}"])
-        except RecipeError as problem:
-            assert "\n" not in str(problem)
+        except RecipeError as error:
+            assert "\n" not in str(error)
 
 
 @given(st.text())
-def test_any_override_is_taken_or_refused(text):
+def test_any_override_is_accepted_or_refused(text):
     try:
         load.load("digits", [text])
-    except RecipeError as problem:
-        assert str(problem)
+    except RecipeError as error:
+        assert str(error)
 
 
-def test_one_student_may_stand_alone():
+def test_a_single_student_needs_no_list():
     assert load.load("digits", ["student=alexnet"]).student == ["alexnet"]
 
 
-def test_a_recipe_upon_another(tmp_path):
+def test_a_recipe_with_a_base(tmp_path):
     (tmp_path / "mine.toml").write_text('base = "cifar10"\nepochs = 7\nstudents = {}\n[teacher]\nshift = 1\n')
-    found, under = load.load(f"{tmp_path}/mine.toml"), load.load("cifar10")
-    assert (found.epochs, found.teacher.shift, found.students) == (7, 1, {})
-    assert found.teacher.lr_drop_every == under.teacher.lr_drop_every != recipe.Teacher().lr_drop_every
-    assert found.preprocess == under.preprocess
+    recipe, base = load.load(f"{tmp_path}/mine.toml"), load.load("cifar10")
+    assert (recipe.epochs, recipe.teacher.shift, recipe.students) == (7, 1, {})
+    assert recipe.teacher.lr_drop_every == base.teacher.lr_drop_every != Teacher().lr_drop_every
+    assert recipe.preprocess == base.preprocess
 
 
-def test_strong_lies_upon_the_recipe_of_the_dataset_or_of_a_table():
+def test_strong_is_based_on_the_recipe_of_the_dataset_or_of_a_table():
     strong = load.load("strong", flags={"dataset": "cifar100"})
     assert (strong.dataset, strong.teacher.network, strong.optimizer) == ("cifar100", "resnet56", "sgd")
     assert strong.optimisation("resnet18").lr == 0.1
     assert strong.optimisation("alexnet", alone=True) == strong.optimisation("alexnet")
     table = load.load("table3,strong")
-    assert (table.paper.title, table.optimizer, table.alone) == ("Table 3", "sgd", recipe.Overrides())
-    assert load.load("table3").alone != recipe.Overrides()
+    assert (table.paper.title, table.optimizer, table.alone) == ("Table 3", "sgd", Overrides())
+    assert load.load("table3").alone != Overrides()
 
 
 def test_a_recipe_that_is_its_own_base(tmp_path):
     one, two = tmp_path / "one.toml", tmp_path / "two.toml"
     one.write_text(f'base = "{two}"')
     two.write_text(f'base = "{one}"')
-    assert refused(str(one)) == f"The recipe {two} is its own base."
+    assert error_message(str(one)) == f"The recipe {two} is its own base."
     one.write_text('base = ["cifar10", "strong"]')
-    assert refused(str(one)) == f"The recipe {one} has a base that is no name: ['cifar10', 'strong']."
+    assert error_message(str(one)) == f"The recipe {one} has a base that is not a name: ['cifar10', 'strong']."
 
 
-def test_options_of_a_loss_that_there_is_not():
-    assert refused("digits", ["losses.KD.temperature=2"]) == (
+def test_options_of_an_unknown_loss():
+    assert error_message("digits", ["losses.KD.temperature=2"]) == (
         "The recipe digits: Unknown loss 'KD'. There are: kd, ts, vid, xent."
     )
 
 
 def test_the_papers_tables():
-    """Landro, Gallo and La Grassa, arXiv 2005.00393: the differences that the text of the paper makes of its tables."""
-    for name, students, random in (("table1", 1, 100), ("table2_cifar10", 4, 178), ("table2_cifar100", 4, 178)):
-        found = load.load(name)
-        assert (found.epochs, found.batch_size, found.random_images, len(found.student)) == (200, 128, random, students)
-        assert set(found.paper.accuracy) == set(found.student)
-        assert all(list(arms) == ["alone", "taught", "taught + random"] for arms in found.paper.accuracy.values())
+    """The settings and results of arXiv 2005.00393 (Landro, Gallo and La Grassa), Tables 1 to 3."""
+    for name, students, random_images in (("table1", 1, 100), ("table2_cifar10", 4, 178), ("table2_cifar100", 4, 178)):
+        recipe = load.load(name)
+        assert (recipe.epochs, recipe.batch_size) == (200, 128)
+        assert (recipe.random_images, len(recipe.student)) == (random_images, students)
+        assert set(recipe.paper.accuracy) == set(recipe.student)
+        assert all(list(arms) == ["alone", "taught", "taught + random"] for arms in recipe.paper.accuracy.values())
     assert load.load("table2_cifar10").teacher.network == "resnet50"
     assert load.load("table3").paper.accuracy == {"mobilenet_v2": {"alone, own schedule": 0.425, "taught": 0.492}}

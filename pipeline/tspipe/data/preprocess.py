@@ -7,12 +7,13 @@ cannot use another. A view of an image, moved or mirrored, is made between resiz
 
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from tspipe.errors import DatasetError
@@ -28,20 +29,27 @@ _PIL_MODES = {
 class Preprocess:
     """Resize, centre crop, then (x / 255 − mean) / std.
 
-    Attributes:
-        mean: per channel, in [0, 1] units; its length is the number of channels the network gets, and a grey
-            image is repeated to fill them.
-        std: per channel, in the same units.
-        resize: (height, width) in pixels; None leaves the size.
-        crop: side of the centred square in pixels; None leaves the size.
-        interpolation: how `resize` samples; bilinear and bicubic are antialiased, as in PIL.
+    The fields' descriptions are those of the settings in a recipe.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: tuple[int, int] | None = None
-    crop: int | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    mean: Annotated[
+        tuple[float, ...],
+        Field(
+            description="The mean per channel, for pixels in [0, 1]. Its length is the number of channels of the "
+            "network's input; a grey image is repeated to fill them."
+        ),
+    ]
+    std: Annotated[tuple[float, ...], Field(description="The standard deviation per channel, for pixels in [0, 1].")]
+    resize: Annotated[tuple[int, int] | None, Field(description="(height, width) in pixels; none keeps the size.")] = (
+        None
+    )
+    crop: Annotated[int | None, Field(description="The side of the centred square in pixels; none keeps the size.")] = (
+        None
+    )
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic"],
+        Field(description="How resizing samples; bilinear and bicubic are antialiased, as in PIL."),
+    ] = "bilinear"
 
     # For recipes: a mistyped field, Infinity and NaN are errors.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}

@@ -26,9 +26,11 @@ class Views(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    count: int = Field(0, ge=0, le=2**16, description="views of an image, the plain one among them; 0: no views")
-    shift: int = Field(4, ge=0, le=2**14, description="they move by up to so many pixels each way")
-    flip: bool = Field(True, description="they are mirrored at random")
+    count: int = Field(
+        0, ge=0, le=2**16, description="The number of views of an image, with the plain one; 0 for none."
+    )
+    shift: int = Field(4, ge=0, le=2**14, description="Views are shifted by up to this many pixels in each direction.")
+    flip: bool = Field(True, description="Views are mirrored at random.")
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Self:

@@ -1,4 +1,4 @@
-"""Loads a recipe: its TOML file, what it is laid upon, and the settings of the command line."""
+"""Loads a recipe: its TOML file, the recipes that it is based on, and the overrides of the command line."""
 
 import difflib
 import json
@@ -6,34 +6,30 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
-from tspipe.data.preprocess import Preprocess
-from tspipe.data.views import Views
+from tspipe.data import datasets, views
 from tspipe.errors import DatasetError, RecipeError
-from tspipe.recipes.schema import Compute, Features, Recipe, Student, Teacher
+from tspipe.recipes.schema import Recipe
+from tspipe.recipes.settings import settings as all_settings
 from tspipe.utils.plugins import is_file, unknown
-from tspipe.utils.plugins import names as plugin_names
-
-if TYPE_CHECKING:
-    from tspipe.recipes.schema import Recipe
 
 
 def names() -> list[str]:
-    """The recipes that come with tspipe."""
+    """Return the names of tspipe's recipes."""
     folder = resources.files("tspipe") / "recipes"
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def default_recipe(spec: str) -> str:
-    """The recipe a dataset has when none is named: that of its name.
+def default_recipe(dataset: str) -> str:
+    """Return the name of the recipe that a dataset has by default: the dataset's name.
 
-    Raises DatasetError for an unknown dataset, RecipeError for one without a recipe.
+    Raises DatasetError for an unknown dataset, RecipeError for a dataset without a recipe.
     """
-    name = Path(spec.partition(":")[0]).stem
-    if not is_file(spec) and name not in (known := plugin_names("data.datasets")):
+    name = Path(dataset.partition(":")[0]).stem
+    if not is_file(dataset) and name not in (known := datasets.names()):
         raise DatasetError(unknown("dataset", name, known))
     if name not in names():
         raise RecipeError(
@@ -48,63 +44,85 @@ def load(
     flags: Mapping[str, Any] | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Recipe:
-    """The recipe of this name, or at this path (`mine.toml`), with overrides applied on top.
+    """Return a recipe. Precedence, highest first: overrides, flags, facts, the recipe's file, its base.
 
-    A recipe may say upon which `base` it is laid: fields that it does not state are those of the base. One that states
-    neither that nor a dataset, as `strong`, is laid upon the recipe of the dataset that is asked for.
+    A recipe may name a `base`, whose fields it inherits. A recipe with neither `base` nor `dataset`, as `strong`, is
+    based on the recipe of the dataset that is asked for.
 
     Args:
-        name: one of `names()`, or the path of a TOML file; of several, between commas, each is laid upon those before.
-        facts: fields by section that the weights or the cache state themselves; they go before the recipe, and
-            after overrides and flags.
-        overrides: `field.name=value` texts, as given with `--set`; a value is read as JSON where it is JSON.
-        flags: values of command-line flags by dotted field name; those that are None leave the recipe's.
+        name: one of `names()`, or the path of a TOML file; or several of these, separated by commas, each of which
+            replaces fields of those before.
+        overrides: `field.name=value`, as given with `--set`. A value is parsed as JSON if it is JSON.
+        flags: values of command-line flags by dotted field name. None keeps the recipe's value.
+        facts: fields by section that the metadata of the weights or the manifest of the cache record.
 
-    Raises RecipeError in one sentence: unknown field (the nearest named), wrong type, out of range.
+    Raises RecipeError for an unknown field (with the nearest known one), a wrong type or a value out of range.
     """
-    asked = [(path, value) for path, value in (flags or {}).items() if value is not None]
+    assignments = [(path, value) for path, value in (flags or {}).items() if value is not None]
     for override in overrides:
-        path, equals, value = override.partition("=")
+        path, equals, text = override.partition("=")
         if not equals:
             raise RecipeError(f"--set {override}: write it as field=value, for example --set lr=0.01")
-        asked.append((path.strip(), _value(value.strip())))
-    fields = _fields(name, dict(asked).get("dataset"))
-    for section, stated in (facts or {}).items():
-        fields[section] = {**fields.get(section, {}), **stated}
-    for path, value in asked:
-        _put(fields, path, value)
+        assignments.append((path.strip(), _parse_value(text.strip())))
+    fields = _read(name, dict(assignments).get("dataset"))
+    for section, recorded in (facts or {}).items():
+        fields[section] = {**fields.get(section, {}), **recorded}
+    for path, value in assignments:
+        _assign(fields, path, value)
     try:
         return Recipe(**fields)
-    except ValidationError as problem:
-        raise RecipeError(_sentence(problem, name)) from None
+    except ValidationError as error:
+        raise RecipeError(_message(error, name)) from None
 
 
-def _fields(name: str, dataset: str | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What recipes say, each laid upon those before it and the first upon its base; `above`: whose base this is."""
+def recipe_for_cache(
+    file: str, manifest: dict[str, Any], recipe: str | None, settings: Iterable[str] | None, flags: Mapping[str, Any]
+) -> tuple[Recipe, Path]:
+    """Return the recipe for a cache's dataset, preprocessing and views, and the default folder of the dataset.
+
+    Args:
+        file: the cache's name in an error.
+        recipe: a recipe's name; None for that of the dataset.
+        settings: values of `--set`.
+        flags: values of other flags by dotted field name.
+    """
+    dataset: str = manifest["dataset"]["name"]
+    if recipe is None and dataset.partition(":")[0] not in datasets.names():
+        raise RecipeError(
+            f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
+            f"--set dataset=./{dataset}.py --recipe NAME"
+        )
+    facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
+    name = recipe or default_recipe(dataset)
+    return load(name, settings or (), {"dataset": dataset, **flags}, facts), Path("data") / datasets.stem(dataset)
+
+
+def _read(name: str, dataset: str | None, parents: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the fields of recipes separated by commas; `parents` are the recipes whose base this is."""
     fields: dict[str, Any] = {}
     for part in name.split(","):
         try:
-            own = tomllib.loads(_text(part))
-        except tomllib.TOMLDecodeError as problem:
-            raise RecipeError(f"The recipe {part} is not TOML: {problem}.") from None
-        base = own.pop("base", None)
-        if not fields and base is None and dataset and "dataset" not in own:
+            overrides = tomllib.loads(_text(part))
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"The recipe {part} is not TOML: {error}.") from None
+        base = overrides.pop("base", None)
+        if not fields and base is None and dataset and "dataset" not in overrides:
             base = default_recipe(dataset)
         if not isinstance(base, str | None):
-            raise RecipeError(f"The recipe {part} has a base that is no name: {base!r}.")
-        if base in (*above, part):
+            raise RecipeError(f"The recipe {part} has a base that is not a name: {base!r}.")
+        if base in (*parents, part):
             raise RecipeError(f"The recipe {part} is its own base.")
-        fields = _laid_upon(_fields(base, None, (*above, part)) if base else fields, own)
+        fields = _merge(_read(base, None, (*parents, part)) if base else fields, overrides)
     return fields
 
 
-def _laid_upon(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with others in their place, section by section; an empty section empties it."""
-    laid = dict(fields)
-    for name, value in others.items():
-        sections = isinstance(value, dict) and isinstance(laid.get(name), dict)
-        laid[name] = _laid_upon(laid[name], value) if sections and value else value
-    return laid
+def _merge(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace fields, section by section. An empty section removes all fields of it."""
+    merged = dict(fields)
+    for name, value in overrides.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both_sections and value else value
+    return merged
 
 
 def _text(name: str) -> str:
@@ -113,21 +131,19 @@ def _text(name: str) -> str:
             return Path(name).read_text(encoding="utf-8")
         if name in names():
             return (resources.files("tspipe") / "recipes" / f"{name}.toml").read_text()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RecipeError(
-            f"The recipe {name} cannot be read: {getattr(problem, 'strerror', 'not UTF-8')}."
-        ) from problem
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {name} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}.") from error
     raise RecipeError(unknown("recipe", name, names()))
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return {"none": None, "true": True, "false": False}.get(text.lower(), text)
 
 
-def _put(fields: dict[str, Any], path: str, value: Any) -> None:
+def _assign(fields: dict[str, Any], path: str, value: Any) -> None:
     *sections, last = path.split(".")
     for section in sections:
         fields = fields.setdefault(section, {})
@@ -136,41 +152,17 @@ def _put(fields: dict[str, Any], path: str, value: Any) -> None:
     fields[last] = value
 
 
-def _sentence(problem: ValidationError, name: str) -> str:
-    first = problem.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+def _message(error: ValidationError, name: str) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = difflib.get_close_matches(str(first["loc"][-1]), _known_fields(), n=1, cutoff=0.5)
+        known = {part for setting in all_settings() for part in setting.name.split(".")} - {"NAME"}
+        near = difflib.get_close_matches(str(first["loc"][-1]), sorted(known), n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"The recipe {name} has no field {where!r}.{hint}"
+        return f"The recipe {name} has no field {path!r}.{hint}"
     if first["type"] == "missing":
-        return f"The recipe {name} lacks the field {where!r}."
+        return f"The recipe {name} lacks the field {path!r}."
     if first["type"] == "value_error":
-        return f"The recipe {name}: {f'{where}: ' if where else ''}{str(first['ctx']['error']).rstrip('.')}."
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"The recipe {name}: {where} cannot be {json.dumps(first['input'], default=str)}: {message}."
-
-
-def _known_fields() -> list[str]:
-    sections = (Recipe, Teacher, Features, Compute, Views, Student)
-    return [*(field for section in sections for field in section.model_fields), *Preprocess.__dataclass_fields__]
-
-
-def recipe_for_cache(
-    file: str, manifest: dict[str, Any], recipe: str | None, settings: list[str] | None, flags: dict[str, Any]
-) -> tuple["Recipe", Path]:
-    """The recipe for a cache's dataset, preprocess and views, and where that dataset usually lies."""
-    from tspipe.data import datasets, views
-    from tspipe.recipes import load as recipes
-
-    dataset: str = manifest["dataset"]["name"]
-    if recipe is None and dataset.partition(":")[0] not in datasets.names():
-        raise RecipeError(
-            f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
-            f"--set dataset=./{dataset}.py --recipe NAME"
-        )
-    facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
-    chosen = recipes.load(
-        recipe or recipes.default_recipe(dataset), settings or (), {"dataset": dataset, **flags}, facts
-    )
-    return chosen, Path("data") / datasets.stem(dataset)
+        return f"The recipe {name}: {f'{path}: ' if path else ''}{str(first['ctx']['error']).rstrip('.')}."
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"The recipe {name}: {path} cannot be {json.dumps(first['input'], default=str)}: {reason}."

@@ -1,10 +1,10 @@
-"""A recipe: dataset, preprocess, teacher, students and hyper-parameters, read from TOML.
+"""The schema of a recipe: dataset, preprocessing, teacher, students and hyper-parameters, read from TOML.
 
-`recipes/<dataset>.toml` is the recipe of a dataset; every field can be overridden with `--set field.name=value`.
+`recipes/DATASET.toml` is the recipe of a dataset. Every field can be overridden with `--set field.name=value`.
 """
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
@@ -15,149 +15,176 @@ from tspipe.utils.plugins import names as plugin_names
 from tspipe.utils.plugins import recorded_name, unknown
 
 Precision = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Optimizer = Literal["adam", "sgd"]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+DropFactor = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, and without fields nobody knows."""
+    """A part of a recipe: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Optimisation(Section):
-    """How weights are fitted; a student may differ from the recipe in any of these."""
+    """How weights are optimised."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(1e-3, gt=0)
-    lr_drop_every: int = Field(50, ge=1, description="epochs between multiplications by lr_drop_factor")
-    lr_drop_factor: float = Field(0.1, gt=0, le=1)
-    lr_milestones: list[int] = Field(
-        [], description="epochs after which it is multiplied; lr_drop_every then does not count"
+    optimizer: Optimizer = Field("adam", description="The optimiser.")
+    lr: Positive = Field(1e-3, description="The initial learning rate.")
+    lr_drop_every: AtLeastOne = Field(
+        50, description="The learning rate is multiplied by lr_drop_factor every so many epochs."
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
-    weight_decay: float = Field(0.0, ge=0)
+    lr_drop_factor: DropFactor = Field(0.1, description="The factor by which the learning rate drops.")
+    lr_milestones: list[int] = Field(
+        [], description="The epochs after which the learning rate drops; if given, lr_drop_every is ignored."
+    )
+    momentum: Fraction = Field(0.9, description="The momentum of SGD.")
+    weight_decay: NotNegative = Field(0.0, description="The weight decay.")
 
 
 class Teacher(Optimisation):
-    """The teacher: which network, and how `tspipe teacher` trains it."""
+    """The teacher: its network, and how `tspipe teacher` trains it."""
 
-    network: str = "resnet56"
-    options: dict[str, Any] = {}
-    pretrained: bool = Field(True, description="begin with the weights the network names, where no file is given")
-    epochs: int = Field(200, ge=1)
-    batch_size: int = Field(128, ge=2)
-    optimizer: Literal["adam", "sgd"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    shift: int = Field(0, ge=0, description="training images move by up to so many pixels each way")
-    random_crop: bool = Field(False, description="training images are cropped at random places, not in the middle")
-    flip: bool = Field(False, description="training images are mirrored at random")
+    network: str = Field("resnet56", description="A network's name, torchvision:NAME, or the path of a Python file.")
+    options: dict[str, Any] = Field({}, description="The options of the network.")
+    pretrained: bool = Field(
+        True, description="Start training from the pretrained weights that the network names, unless a file is given."
+    )
+    epochs: AtLeastOne = Field(200, description="The number of epochs.")
+    batch_size: AtLeastTwo = Field(128, description="The number of images in a batch.")
+    optimizer: Optimizer = Field("sgd", description="The optimiser.")
+    lr: Positive = Field(0.1, description="The initial learning rate.")
+    weight_decay: NotNegative = Field(1e-4, description="The weight decay.")
+    shift: Count = Field(
+        0, description="Training images are shifted at random by up to this number of pixels in each direction."
+    )
+    random_crop: bool = Field(False, description="Crop training images at random positions instead of the centre.")
+    flip: bool = Field(False, description="Mirror training images at random.")
 
 
 class Features(Section):
-    """How features are stored."""
+    """How the cache stores features."""
 
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32"] = Field("float16", description="The type of the stored features.")
 
 
 class Compute(Section):
     """How stage one computes; the cache's bytes depend on it."""
 
-    batch_size: int = Field(64, ge=1)
-    block_rows: int = Field(256, ge=1, description="images of a block; a kill loses three blocks at most")
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    batch_size: AtLeastOne = Field(64, description="The number of images in a batch of stage one.")
+    block_rows: AtLeastOne = Field(
+        256, description="The number of images in a block; an interruption loses three blocks at most."
+    )
+    device: Device = Field("auto", description="The device of the teacher in stage one.")
 
 
 class Overrides(Section):
-    """What differs from the recipe's optimisation; None means as there."""
+    """Values that replace the recipe's; None keeps the recipe's."""
 
-    optimizer: Literal["adam", "sgd"] | None = None
-    lr: float | None = Field(None, gt=0)
-    lr_drop_every: int | None = Field(None, ge=1)
-    lr_drop_factor: float | None = Field(None, gt=0, le=1)
+    optimizer: Optimizer | None = None
+    lr: Positive | None = None
+    lr_drop_every: AtLeastOne | None = None
+    lr_drop_factor: DropFactor | None = None
     lr_milestones: list[int] | None = None
-    momentum: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
+    momentum: Fraction | None = None
+    weight_decay: NotNegative | None = None
 
 
 class Student(Overrides):
-    """What one student has of its own."""
+    """The settings of one student."""
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, description="The options of the network.")
 
 
 class Paper(Section):
-    """What the paper reports, as fractions: by student and arm, and of other systems."""
+    """The results of the paper, as fractions."""
 
-    title: str
-    source: str
-    accuracy: dict[str, dict[str, float]]
-    others: dict[str, float] = {}
-    differs: list[str] = Field([], description="what of a run is not as the paper has it")
+    title: str = Field(description="The title of the comparison.")
+    source: str = Field(description="Where the results are published.")
+    accuracy: dict[str, dict[str, float]] = Field(description="The published accuracy by student and arm.")
+    others: dict[str, float] = Field({}, description="The published accuracy of other methods.")
+    differs: list[str] = Field([], description="How a run differs from the paper; written by tspipe reproduce.")
 
 
 class Recipe(Optimisation):
-    """Everything the three commands need; the top-level fields are those of stage two."""
+    """All settings of a run; the top-level fields are those of stage two."""
 
-    dataset: str
+    dataset: str = Field(description="A dataset's name, folder:PATH, or the path of a Python file.")
     preprocess: Preprocess
     teacher: Teacher = Teacher()
     features: Features = Features()
     compute: Compute = Compute()
     views: Views = Views()
-    student: list[str] = Field(["lenet5"], min_length=1, description="the students trained when none is named")
-    students: dict[str, Student] = {}
+    student: list[str] = Field(
+        ["lenet5"], min_length=1, description="The networks to train: names, torchvision:NAME, or Python files."
+    )
+    students: dict[str, Student] = Field({}, description="Settings of a student that replace the recipe's, by name.")
     alone: Overrides = Field(
-        Overrides(), description="of the student alone, which --compare then trains in this way, too"
+        Overrides(),
+        description="Settings of an additional arm with --compare: the student alone, with a schedule of its own.",
     )
-    epochs: int = Field(200, ge=1)
-    batch_size: int = Field(128, ge=2, description="batch norm needs two")
-    loss: list[str] = Field(["ts"], min_length=1, description="of the taught arms: names, or paths of Python files")
-    losses: dict[str, dict[str, Any]] = Field({}, description="options of a loss, by its name")
-    test_batch_size: int = Field(1000, ge=1)
-    random_images: int = Field(178, ge=0, description="random images added to every batch")
+    epochs: AtLeastOne = Field(200, description="The number of epochs.")
+    batch_size: AtLeastTwo = Field(128, description="The number of images in a batch, without random images.")
+    loss: list[str] = Field(["ts"], min_length=1, description="The losses of the taught arms: names, or Python files.")
+    losses: dict[str, dict[str, Any]] = Field({}, description="The options of a loss, by its name.")
+    test_batch_size: AtLeastOne = Field(1000, description="The number of images in a batch of testing.")
+    random_images: Count = Field(178, description="The number of random images added to every batch.")
     random_source: Literal["live", "pool"] = Field(
-        "live", description="labelled live by the teacher, or in stage one (tspipe cache --random-pool)"
+        "live",
+        description="Where random images are labelled: by the teacher during training, or in stage one "
+        "(tspipe cache --random-pool).",
     )
-    random_generator: Generator = Field("mt19937", description="what draws random images; minstd repeats itself soon")
+    random_generator: Generator = Field(
+        "mt19937", description="The generator of random images; minstd has a short period."
+    )
     random_forward: Literal["concatenated", "separate"] = Field(
-        "concatenated", description="whether a student's batch norm sees real and random images as one batch"
+        "concatenated", description="Whether a student's batch norm sees real and random images as one batch."
     )
-    precision: Precision = Field("float32", description="what students compute in; their weights are float32")
-    live_precision: Precision = Field("float32", description="what the live teacher computes in")
+    precision: Precision = Field("float32", description="The precision of the students; weights are always float32.")
+    live_precision: Precision = Field("float32", description="The precision of the live teacher.")
     compile: bool = Field(
-        False, description="torch.compile for students, on a GPU as CUDA graphs; needs a C++ compiler"
+        False, description="Compile students with torch.compile, on a GPU to CUDA graphs; needs a C++ compiler."
     )
-    seeds: int = Field(1, ge=1, description="how many seeds, counted from 0; each is a cohort")
-    mse_weight: float | Literal["auto"] = Field(
-        1.0, description="of the features' loss; auto: 1 / the variance of a cached feature, the mean over features"
+    seeds: AtLeastOne = Field(1, description="The number of seeds, counted from 0; each is a cohort.")
+    mse_weight: NotNegative | Literal["auto"] = Field(
+        1.0,
+        description="The weight of the MSE of the loss ts; auto is 1 / the mean variance of the cached features.",
     )
-    xent_weight: float = Field(1.0, ge=0)
-    val_fraction: float = Field(
-        0.0, ge=0, lt=1, description="of the training images, held back to choose an epoch; drawn anew for every seed"
+    xent_weight: NotNegative = Field(1.0, description="The weight of the cross-entropy of the loss ts.")
+    val_fraction: Fraction = Field(
+        0.0,
+        description="The fraction of the training images that is held back to select an epoch; drawn for each seed.",
     )
-    tensorboard: bool = Field(False, description="write curves for TensorBoard, too, into the run folder")
-    checkpoint_seconds: float = Field(30.0, ge=0, description="time between checkpoints")
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    memory: ByteSize | None = Field(None, description="what may be held in memory; none: half of the machine's")
-    paper: Paper | None = Field(None, description="what to set beside the results")
+    tensorboard: bool = Field(False, description="Write TensorBoard curves into the run folder.")
+    checkpoint_seconds: NotNegative = Field(30.0, description="The time between checkpoints in seconds.")
+    device: Device = Field("auto", description="The device of stage two and of the teacher's training.")
+    memory: ByteSize | None = Field(
+        None, description="The memory for images and targets, as 2GB or 1GiB; none is half of the machine's."
+    )
+    paper: Paper | None = Field(None, description="Published results to compare with.")
 
     @field_validator("student", "loss", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _single_name(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @field_validator("mse_weight", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
-        if value == "auto" or (
-            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value == "auto" or (is_number and 0 <= value < math.inf):
             return value
         raise ValueError("neither auto nor a number of 0 or more")
 
     @model_validator(mode="after")
     def _known_students(self) -> Self:
-        known = {*plugin_names("models.networks"), *map(_stated, self.student)}
+        known = {*plugin_names("models.networks"), *map(_recorded_network, self.student)}
         for name in self.students:
             if name not in known and not name.startswith("torchvision:"):
                 raise ValueError(unknown("student", name, known))
@@ -181,15 +208,18 @@ class Recipe(Optimisation):
         return self.losses.get(recorded_name("losses", loss), {})
 
     def student_options(self, student: str) -> dict[str, Any]:
-        """The options this student's network is built with."""
-        return self.students.get(_stated(student), Student()).options
+        """Return the options that a student's network is built with."""
+        return self._student(student).options
 
     def optimisation(self, student: str, *, alone: bool = False) -> Optimisation:
-        """How this student is fitted; `alone` in the way of its own that the student alone may have."""
-        own = self.students.get(_stated(student), Student()).model_dump(exclude_none=True, exclude={"options"})
-        own |= self.alone.model_dump(exclude_none=True) if alone else {}
-        return Optimisation(**{name: own.get(name, getattr(self, name)) for name in Optimisation.model_fields})
+        """Return how a student is optimised; with `alone`, `[alone]` replaces the student's settings, too."""
+        overrides = self._student(student).model_dump(exclude_none=True, exclude={"options"})
+        overrides |= self.alone.model_dump(exclude_none=True) if alone else {}
+        return Optimisation(**{**{name: getattr(self, name) for name in Optimisation.model_fields}, **overrides})
+
+    def _student(self, name: str) -> Student:
+        return self.students.get(_recorded_network(name), Student())
 
 
-def _stated(network: str) -> str:
-    return recorded_name("models.networks", network)
+def _recorded_network(name: str) -> str:
+    return recorded_name("models.networks", name)

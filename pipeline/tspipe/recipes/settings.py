@@ -1,0 +1,87 @@
+"""The list of all settings, generated from the schema of recipes."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tspipe.recipes.schema import Optimisation, Recipe
+
+_TYPES = {"boolean": "true or false", "null": "none", "object": "table"}
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+class Setting(NamedTuple):
+    """One setting of a recipe, as text.
+
+    Attributes:
+        name: dotted, as in `--set NAME=VALUE`. `NAME` in it stands for a student's or a loss's name.
+        type: the values that it accepts.
+        default: as in `--set`; empty for a setting without a default.
+        description: a sentence or two.
+    """
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+def settings() -> list[Setting]:
+    """Return all settings, the top-level ones first."""
+    schema = Recipe.model_json_schema()
+    return sorted(_walk(schema, schema["$defs"], ""), key=lambda setting: "." in setting.name)
+
+
+def settings_markdown() -> str:
+    """Return all settings as a Markdown table."""
+    rows = (
+        f"| `{name}` | {kind} | {default and f'`{default}`'} | {description} |"
+        for name, kind, default, description in settings()
+    )
+    return "\n".join(["| setting | values | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _walk(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterator[Setting]:
+    for name, field in section["properties"].items():
+        name = f"{prefix}{name}"
+        entries = field.get("additionalProperties")
+        if isinstance(entries, dict) and not entries.keys().isdisjoint({"$ref", "additionalProperties"}):
+            name = f"{name}.NAME"
+        if nested := _section(field, sections) or _section(entries, sections):
+            yield from _walk(nested, sections, f"{name}.")
+        else:
+            default = _text(field["default"]) if "default" in field else ""
+            yield Setting(name, _type(field), default, field.get("description") or _inherited(name))
+
+
+def _section(field: Any, sections: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the section that a field's schema refers to, if any."""
+    if not isinstance(field, dict):
+        return None
+    references = [option["$ref"] for option in (field, *field.get("anyOf", ())) if "$ref" in option]
+    section: Mapping[str, Any] | None = sections[references[0].rpartition("/")[2]] if references else None
+    return section
+
+
+def _inherited(name: str) -> str:
+    """Return the description of the recipe's field that a field of `Overrides` replaces."""
+    field = Optimisation.model_fields.get(name.rpartition(".")[2])
+    return f"{field.description} None keeps the recipe's value." if field else ""
+
+
+def _type(field: Mapping[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(map(_type, field["anyOf"]))
+    if values := field.get("enum") or ([field["const"]] if "const" in field else []):
+        return " or ".join(map(str, values))
+    if "prefixItems" in field:
+        return f"[{', '.join(map(_type, field['prefixItems']))}]"
+    if field["type"] == "array":
+        return f"list of {_type(field['items'])}s"
+    name: str = _TYPES.get(field["type"], field["type"])
+    bounds = [f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field]
+    return f"{name} {' and '.join(bounds)}".strip()
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
