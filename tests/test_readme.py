@@ -1,5 +1,6 @@
 """The documentation is true: its Python blocks run, its commands parse, its links and names exist."""
 
+import ast
 import itertools
 import re
 import shlex
@@ -23,6 +24,7 @@ from tspipe.models import networks, weights
 from tspipe.recipes import load
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pipeline" / "tspipe"
 README = (ROOT / "README.md").read_text()
 FILES = [
     ROOT / "README.md",
@@ -123,6 +125,20 @@ def test_the_page_of_recipes_is_generated_from_the_schema() -> None:
     page = PAGES["docs/recipes.md"]
     table = page.partition("tspipe.recipes.settings -->\n")[2].partition("<!-- end of settings -->")[0]
     assert table.strip() == settings.settings_markdown().strip()
+
+
+def test_the_messages_quoted_are_in_the_source() -> None:
+    """Every message in docs/reliability.md consists of the package's strings, and of values in their places."""
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    texts = {node.value.strip() for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    messages = re.findall(r"^\|[^|]*\| `(.*)` \|$", PAGES["docs/reliability.md"], re.MULTILINE)
+    assert len(messages) >= 25
+    for message in messages:
+        rest = message
+        for text in sorted((text for text in texts if len(text) > 3 and text in message), key=len, reverse=True):
+            rest = rest.replace(text, "")
+        rest = re.sub(r"'[^']*'|\"[^\"]*\"|\S+\.h5", "", rest)
+        assert not re.search(r"[a-z]{4}", rest), (message, rest)
 
 
 def test_the_names_listed_are_those_available() -> None:
