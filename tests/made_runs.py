@@ -39,8 +39,8 @@ def make_run(path: Path, accuracies: Accuracies, *, columns: dict[str, Any] | No
                 })  # fmt: skip
     run.append(rows, list(rows[0]))
     teacher = {"network": "resnet56", "test_accuracy": 0.832, "parameters": 853018}
-    found = {"dataset": "cifar10", "teacher": teacher, "parameters": {student: 62006}, **summary}
+    summary_json = {"dataset": "cifar10", "teacher": teacher, "parameters": {student: 62006}, **summary}
     if labels is not None:
         run.write_json("random_labels.json", labels)
-    run.write_json("summary.json", found)
+    run.write_json("summary.json", summary_json)
     return run

@@ -83,7 +83,7 @@ def test_a_report_is_one_page_and_figures(run: RunFolder, tmp_path: Path) -> Non
         "best †: the highest of all epochs, selected by the test set itself, as in the paper; it is optimistic.",
         "lenet5 taught 63.67 ± 1.15 † 81.36 +2.67 +3.36 agrees",
         "Wu and Gu [26] 80.40",
-        "Not as in the paper: 1 epoch, not 200.",
+        "Differences from the paper: 1 epoch, not 200.",
         "resnet56, 853,018 parameters: 83.20 % test accuracy.",
         "bird 3 75.0% cat 1 25.0%",
         "lenet5, taught, epoch 1: mse 2 / xent 2 = 1",
@@ -148,7 +148,7 @@ def test_the_terminal_shows_a_finished_run_in_eighty_columns(
     words = "".join(text.split())  # lines may end anywhere
     for part in (
         "61.00 ± 1.00",
-        "Test accuracy in %, mean ± sample deviation; best is chosen by the test set.",
+        "Test accuracy in %, mean ± sample deviation; best is selected by the test set.",
         "lenet5, taught: +2.67 (+1.23 to +4.10), it helps",
         "The teacher's labels for random images: bird (75%), cat (25%)",
         f"Run folder: {run.path} (metrics.csv, curves.png, students)",
@@ -163,7 +163,7 @@ def test_three_accuracies_fit_in_eighty_columns_too(tmp_path: Path, capsys: pyte
     text = capsys.readouterr().out
     assert any(line.split()[:4] == ["mobilenet_v2", "taught", "+", "random"] for line in text.splitlines())
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "chosen is chosen by images held back from training" in " ".join(text.split())
+    assert "chosen by held-back training images" in " ".join(text.split())
 
 
 def test_a_run_without_matplotlib(

@@ -37,9 +37,9 @@ def test_a_table_from_nothing_to_its_numbers_and_again(photos: Path) -> None:
     paper = run.read_json("summary.json")["paper"]
     assert paper["accuracy"] == {"lenet5_wide": {ALONE: 0.78, TAUGHT: 0.8136, RANDOM: 0.8149}}
     assert paper["differs"] == [
-        "folder:photos stands for cifar10",
-        "the teacher is lenet5, the paper's resnet56",
-        "2 epochs, not 200, and the learning rate's schedule in proportion",
+        "folder:photos in place of cifar10",
+        "the teacher lenet5 in place of resnet56",
+        "2 epochs in place of 200, with the learning-rate schedule in proportion",
         *(f"--set {setting}" for setting in TINY),
     ]
     made = [path for folder in ("checkpoints", "cache", run.path) for path in Path(folder).iterdir()]
@@ -89,8 +89,8 @@ def test_a_cache_without_its_teachers_weights_is_not_made_again(photos: Path) ->
     with pytest.raises(RecipeError) as refused:
         reproduce(TABLE1)
     assert str(refused.value) == (
-        "cache/photos-lenet5.h5 is there, and the weights of its lenet5 are not. Take it as it is, --cache "
-        "cache/photos-lenet5.h5, or name the weights: --weights FILE"
+        "cache/photos-lenet5.h5 exists, but the weights of its lenet5 do not. Use it as it is (--cache "
+        "cache/photos-lenet5.h5), or give the weights: --weights FILE"
     )
     (run,) = reproduce(replace(TABLE1, cache=Path("cache/photos-lenet5.h5")))
     assert run.finished
@@ -107,19 +107,19 @@ def test_a_dataset_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "    return from_array(pixels, draw.integers(0, 2, 32), ['a', 'b'])\n"
     )
     (run,) = reproduce(replace(TABLE1, dataset="cifar10=./mine.py"))
-    assert run.read_json("summary.json")["paper"]["differs"][0] == "mine stands for cifar10"
+    assert run.read_json("summary.json")["paper"]["differs"][0] == "mine in place of cifar10"
     assert Path("cache/mine-lenet5.h5").exists()
 
 
 def test_strong_and_a_pool_have_caches_of_their_own(photos: Path) -> None:
-    wanted = replace(TABLE1, arms=("taught",), recipe="strong", settings=(*TINY, "views.count=3"))
-    (run,) = reproduce(wanted)
+    table_config = replace(TABLE1, arms=("taught",), recipe="strong", settings=(*TINY, "views.count=3"))
+    (run,) = reproduce(table_config)
     assert open_cache(Path("cache/photos-lenet5-views3.h5")).manifest["views"]["count"] == 3
     how = run.config["students"]["lenet5_wide"]
     assert (how["optimizer"], how["lr"], how["lr_milestones"]) == ("sgd", 0.01, [1, 1, 2])
     differs = run.read_json("summary.json")["paper"]["differs"]
     assert "the recipe strong" in differs
-    assert "students see 3 views of each training image, moved and mirrored" in differs
+    assert "students see 3 views of each training image, shifted and flipped" in differs
     assert {row["arm"] for row in run.rows()} == {TAUGHT}
 
 
@@ -135,12 +135,12 @@ def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.Monk
     """Each part knows how many images the others train on, so that the time left is that of the table."""
     jobs = []
     monkeypatch.setattr(job, "_cache", lambda *_: digits.path)
-    monkeypatch.setattr(job, "train_students", lambda wanted, _group: jobs.append(wanted))
+    monkeypatch.setattr(job, "train_students", lambda table_config, _group: jobs.append(table_config))
     monkeypatch.setattr(job, "_set_beside", lambda *_: None)
     reproduce(TableConfig("table2", students=("lenet5",), epochs=3, seeds=2))
-    assert [wanted.progress_offset for wanted in jobs] == [(0, 6000), (6000, 0)]
-    assert [wanted.recipe.paper.title for wanted in jobs] == ["Table 2, CIFAR-10", "Table 2, CIFAR-100"]
-    assert [wanted.recipe.epochs for wanted in jobs] == [3, 3]
+    assert [table_config.progress_offset for table_config in jobs] == [(0, 6000), (6000, 0)]
+    assert [table_config.recipe.paper.title for table_config in jobs] == ["Table 2, CIFAR-10", "Table 2, CIFAR-100"]
+    assert [table_config.recipe.epochs for table_config in jobs] == [3, 3]
 
 
 def test_which_parts() -> None:
@@ -153,21 +153,21 @@ def test_which_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("table_config", "expected"),
     [
         (TableConfig("table4"), "Unknown table 'table4'. There are: table3, table2, table1."),
         (
             TableConfig("table2", dataset="folder:photos"),
-            "table2 has a part on each of cifar10 and cifar100, and --dataset is of one. Say which: "
+            "table2 has a part for each of cifar10 and cifar100, and --dataset applies to one. Name it: "
             "--dataset cifar10=folder:photos",
         ),
         (
             TableConfig("table2", weights=Path("w.pt")),
-            "table2 has a part on each of cifar10 and cifar100, and --weights is of one. Say which: --dataset cifar10",
+            "table2 has a part for each of cifar10 and cifar100, and --weights applies to one. Name it: --dataset cifar10",
         ),
         (
             TableConfig("table2", dataset="cub200=folder:birds"),
-            "table2 is not on cub200. It is on: cifar10, cifar100.",
+            "table2 does not use cub200. It uses: cifar10, cifar100.",
         ),
         (TableConfig("table3", arms=("random",)), "table3 has no arm 'random'. There are: alone, own, taught."),
         (
@@ -182,10 +182,10 @@ def test_which_parts() -> None:
     ],
     ids=lambda value: "",
 )
-def test_what_there_is_not(wanted: TableConfig, said: str) -> None:
+def test_what_there_is_not(table_config: TableConfig, expected: str) -> None:
     with pytest.raises(RecipeError) as refused:
-        reproduce(wanted)
-    assert str(refused.value) == said
+        reproduce(table_config)
+    assert str(refused.value) == expected
 
 
 def test_an_unknown_student_is_refused_before_the_teacher_runs() -> None:
@@ -208,14 +208,14 @@ def test_a_shorter_schedule_is_in_proportion() -> None:
 
 def test_on_the_command_line(tspipe: Callable, photos: Path) -> None:
     settings = [word for setting in TINY for word in ("--set", setting)]
-    found = tspipe(
+    findings = tspipe(
         "reproduce", "table1", "--dataset", "folder:photos", "--arms", "alone,taught", "--epochs", 1, *settings
     )
-    assert (found.code, found.error) == (0, "")
-    assert "Table 1: lenet5_wide; alone; taught; 1 epoch, 1 seed\n" in found.out
-    assert "  not as in the paper: folder:photos stands for cifar10\n" in found.out
+    assert (findings.code, findings.error) == (0, "")
+    assert "Table 1: lenet5_wide; alone; taught; 1 epoch, 1 seed\n" in findings.out
+    assert "  differs from the paper: folder:photos in place of cifar10\n" in findings.out
     (page,) = Path("runs").glob("*/report.html")
-    assert found.out.endswith(f"Report: {page} (figures beside it)\n")
+    assert findings.out.endswith(f"Report: {page} (figures beside it)\n")
     assert "81.36" in page.read_text()
     refused = tspipe("reproduce", "table1", "--arms", "own")
     assert (refused.code, refused.error) == (1, "table1 has no arm 'own'. There are: alone, taught, random.")

@@ -15,12 +15,12 @@ from tspipe.training.arms import OWN
 
 
 def test_last_best_and_seconds(tmp_path: Path) -> None:
-    found = read(make_run(tmp_path / "run", {ALONE: [[0.5, 0.7, 0.6], [0.4, 0.5, 0.8]]}))
-    (result,) = found.results
+    findings = read(make_run(tmp_path / "run", {ALONE: [[0.5, 0.7, 0.6], [0.4, 0.5, 0.8]]}))
+    (result,) = findings.results
     assert result.accuracy == {"last": Sample((0.6, 0.8)), "best": Sample((0.7, 0.8))}
     assert [sample.values for sample in result.curve] == [(0.5, 0.4), (0.7, 0.5), (0.6, 0.8)]
     assert result.seconds == 2.5
-    assert found.duration == "3 epochs, 2 seeds"
+    assert findings.duration == "3 epochs, 2 seeds"
 
 
 def test_images_held_back_choose_the_epoch(tmp_path: Path) -> None:
@@ -39,14 +39,14 @@ def test_losses_of_one_arm_are_results_of_their_own(tmp_path: Path) -> None:
         (TAUGHT, "kd"): [[0.4], [0.3]],
         (RANDOM, "vid"): [[0.5], [0.6]],
     }
-    found = read(make_run(tmp_path / "run", made))
-    assert [(result.name, result.accuracy["last"].values) for result in found.results] == [
+    findings = read(make_run(tmp_path / "run", made))
+    assert [(result.name, result.accuracy["last"].values) for result in findings.results] == [
         ("alone", (0.5, 0.5)),
         ("taught", (0.6, 0.7)),
         ("taught, kd", (0.4, 0.3)),
         ("taught + random, vid", (0.5, 0.6)),
     ]
-    assert verdicts(found) == [
+    assert verdicts(findings) == [
         "lenet5, taught: +15.00 (-48.53 to +78.53), no difference shown",
         "lenet5, taught, kd: -15.00 (-78.53 to +48.53), no difference shown",
         "lenet5, taught + random, vid: +5.00 (-58.53 to +68.53), no difference shown",
@@ -71,28 +71,28 @@ def test_the_interval_is_students(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("taught", "said"),
+    ("taught", "expected"),
     [
         ([0.62, 0.61, 0.63], "lenet5, taught: +2.00 (+2.00 to +2.00), it helps"),
         ([0.58, 0.56, 0.58], "lenet5, taught: -2.67 (-4.10 to -1.23), it hurts"),
         ([0.62, 0.57, 0.62], "lenet5, taught: +0.33 (-4.84 to +5.50), no difference shown"),
     ],
 )
-def test_verdicts(tmp_path: Path, taught: list[float], said: str) -> None:
+def test_verdicts(tmp_path: Path, taught: list[float], expected: str) -> None:
     run = make_run(tmp_path / "run", {ALONE: [[0.60], [0.59], [0.61]], TAUGHT: [[a] for a in taught]})
-    assert verdicts(read(run)) == [said]
+    assert verdicts(read(run)) == [expected]
 
 
 def test_one_seed_allows_no_conclusion(tmp_path: Path) -> None:
-    found = read(make_run(tmp_path / "run", {ALONE: [[0.60]], TAUGHT: [[0.61]]}, paper=PAPER))
-    assert verdicts(found) == ["lenet5, taught: +1.00 (one seed: no interval, so no conclusion)"]
-    assert found.comparisons[0].agreement == "not shown"
+    findings = read(make_run(tmp_path / "run", {ALONE: [[0.60]], TAUGHT: [[0.61]]}, paper=PAPER))
+    assert verdicts(findings) == ["lenet5, taught: +1.00 (one seed: no interval, so no conclusion)"]
+    assert findings.comparisons[0].agreement == "not shown"
 
 
 def test_over_the_student_alone_under_a_schedule_of_its_own(tmp_path: Path) -> None:
     """As for CUB-200-2011, where the paper gives the student alone another learning rate."""
-    found = read(make_run(tmp_path / "run", {ALONE: [[0.60]], (OWN, "xent"): [[0.63]], TAUGHT: [[0.61]]}))
-    assert [(row[1], row[2], row[3][:5]) for row in differences(found).rows] == [
+    findings = read(make_run(tmp_path / "run", {ALONE: [[0.60]], (OWN, "xent"): [[0.63]], TAUGHT: [[0.61]]}))
+    assert [(row[1], row[2], row[3][:5]) for row in differences(findings).rows] == [
         ("alone, own schedule", "alone", "+3.00"),
         ("taught", "alone", "+1.00"),
         ("taught", "alone, own schedule", "-2.00"),
@@ -100,22 +100,22 @@ def test_over_the_student_alone_under_a_schedule_of_its_own(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("taught", "said"),
+    ("taught", "expected"),
     [([0.62, 0.61, 0.63], "agrees"), ([0.58, 0.56, 0.58], "disagrees"), ([0.62, 0.57, 0.62], "not shown")],
 )
-def test_beside_the_paper(tmp_path: Path, taught: list[float], said: str) -> None:
+def test_beside_the_paper(tmp_path: Path, taught: list[float], expected: str) -> None:
     made = {ALONE: [[0.60], [0.59], [0.61]], TAUGHT: [[a] for a in taught], (TAUGHT, "kd"): [[0.5]] * 3}
     made[(TAUGHT, "xent")] = [[0.5]] * 3
-    found = read(make_run(tmp_path / "run", made, paper=PAPER))
+    findings = read(make_run(tmp_path / "run", made, paper=PAPER))
     ours = f"{100 * (sum(taught) / 3 - 0.6):+.2f}"
-    alone, learnt, other = beside_paper(found).rows  # other losses are not the paper's
+    alone, learnt, other = beside_paper(findings).rows  # other losses are not the paper's
     assert alone == ["lenet5", "alone", "60.00 ± 1.00", "78.00", "", "", ""]
-    assert learnt[:2] + learnt[3:] == ["lenet5", "taught", "81.36", ours, "+3.36", said]
+    assert learnt[:2] + learnt[3:] == ["lenet5", "taught", "81.36", ours, "+3.36", expected]
     assert other == ["Wu and Gu [26]", "", "", "80.40", "", "", ""]
-    assert list(paper_notes(found)) == [
-        "arXiv 2005.00393, Table 1. It gives the best test accuracy of any epoch, so ours beside it is the best, too. "
-        "Not shown: our interval holds zero, or there is one seed.",
-        "Not as in the paper: 1 epoch, not 200.",
+    assert list(paper_notes(findings)) == [
+        "arXiv 2005.00393, Table 1. It reports the best test accuracy of any epoch, so ours is the best, too. "
+        "Not shown: our interval contains zero, or there is one seed.",
+        "Differences from the paper: 1 epoch, not 200.",
     ]
 
 
@@ -143,10 +143,10 @@ def test_what_is_no_finished_run(tmp_path: Path) -> None:
     for path, message in (
         (
             tmp_path / "photos",
-            f"{tmp_path}/photos is not a run folder: it has no config.json. Name one that tspipe student wrote, "
+            f"{tmp_path}/photos is not a run folder: it has no config.json. Give a folder that tspipe student wrote, "
             "in runs/.",
         ),
-        (run.path, f"The run in {run.path} is not finished. Run the command that began it again: it goes on."),
+        (run.path, f"The run in {run.path} is not finished. Run its command again to resume it."),
     ):
         with pytest.raises(ReportError) as problem:
             open_run(path)
@@ -164,11 +164,11 @@ def test_what_is_no_finished_run(tmp_path: Path) -> None:
         ("summary.json", "{}", "dataset: field required"),
         ("summary.json", "no JSON", "Expecting value: line 1 column 1 (char 0)"),
         ("metrics.csv", "", "there are no rows"),
-        ("metrics.csv", "seed,epoch\n0,1\n", "there is no 'arm'"),
+        ("metrics.csv", "seed,epoch\n0,1\n", "'arm' is missing"),
         ("config.json", '{"config": {"seeds": 1, "epochs": 1000000000}, "environment": {}}',
          "lenet5, alone, xent has no row for each of 1000000000 epochs of 1 seeds"),
         ("random_labels.json", '{"bird": "many"}', "invalid literal for int() with base 10: 'many'"),
-        ("random_labels.json", '{"bird": 0}', "a class without images is counted"),
+        ("random_labels.json", '{"bird": 0}', "a class has a count below 1"),
     ],
 )  # fmt: skip
 def test_files_that_stage_two_did_not_write(tmp_path: Path, file: str, text: str, reason: str) -> None:
@@ -178,14 +178,14 @@ def test_files_that_stage_two_did_not_write(tmp_path: Path, file: str, text: str
         read(open_run(path))
     blamed = path / ("metrics.csv" if "no row" in reason else file)
     assert str(problem.value) == (
-        f"{blamed} is not as tspipe student writes it: {reason}. Train the run again, with another --out."
+        f"{blamed} is not as tspipe student writes it: {reason}. Train the run again with another --out."
     )
 
 
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
     [
-        ("seconds_training", "long", "'long' is no number"),
+        ("seconds_training", "long", "'long' is not a finite number"),
         ("mse", 10**400, "int too large to convert to float"),
     ],
 )

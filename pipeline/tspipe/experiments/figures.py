@@ -1,7 +1,7 @@
 """The figures of a run: accuracy bars, increase over the student alone, test accuracy over epochs.
 
-Ink and ground are two colours that nothing else has, so that a page can put its own in their place. The other colours
-are those of Okabe and Ito (Color Universal Design, 2008) with a contrast of 3 or more on white as on black.
+INK and GROUND are used for nothing else, so that a page can replace them with its own colours. The other colours are
+from Okabe and Ito (Color Universal Design, 2008), with a contrast of at least 3 on white and on black.
 """
 
 import io
@@ -42,13 +42,13 @@ _STYLE = {
     "savefig.dpi": 200,
     "svg.fonttype": "none",
     "svg.hashsalt": "tspipe",
-    "text.parse_math": False,  # a name with a dollar in it is a name
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: as SVG and PNG, and in words for those who do not see it."""
+    """A figure as SVG, as PNG, and as text for screen readers."""
 
     name: str
     caption: str
@@ -57,20 +57,20 @@ class Drawing:
     png: bytes
 
 
-def names(found: Findings) -> list[str]:
-    """The figures there are of a run; without a student alone there is no increase over it."""
-    return [name for name in _FIGURES if name != "increase" or found.comparisons]
+def names(findings: Findings) -> list[str]:
+    """Return the names of a run's figures; `increase` needs a student alone."""
+    return [name for name in _FIGURES if name != "increase" or findings.comparisons]
 
 
 def check() -> None:
-    """Raise ReportError where matplotlib is missing."""
+    """Raise ReportError if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ReportError("The figures of a report need matplotlib: pip install 'tspipe[plots]'") from None
 
 
-def draw(found: Findings, name: str) -> Drawing:
+def draw(findings: Findings, name: str) -> Drawing:
     """Draw one of `names`; the same run gives the same bytes. Raises ReportError without matplotlib."""
     check()
     import matplotlib
@@ -78,9 +78,9 @@ def draw(found: Findings, name: str) -> Drawing:
 
     style: Any = {**matplotlib.rcParamsDefault, **_STYLE}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font lacks
+        warnings.simplefilter("ignore")  # about letters that the font lacks
         figure = Figure(layout="constrained")
-        caption, words = _FIGURES[name](figure, found)
+        caption, words = _FIGURES[name](figure, findings)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", metadata={"Software": None})
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -88,14 +88,14 @@ def draw(found: Findings, name: str) -> Drawing:
     return Drawing(name, caption, words, svg.getvalue().decode(), png.getvalue())
 
 
-def _accuracy(figure: "Figure", found: Findings) -> tuple[str, str]:
+def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
     """Bars, from 0 to 100 %."""
-    teacher = found.summary.teacher
-    said = f"{100 * teacher.test_accuracy:.2f}"
-    groups = [(teacher.network, [("teacher", said)])]
-    results = [[r for r in found.results if r.student == student] for student in found.students]
-    for student, own in zip(found.students, results, strict=True):
-        groups.append((student, [(r.name, percent(r.accuracy["last"])) for r in own]))
+    teacher = findings.summary.teacher
+    text = f"{100 * teacher.test_accuracy:.2f}"
+    groups = [(teacher.network, [("teacher", text)])]
+    results = [[r for r in findings.results if r.student == student] for student in findings.students]
+    for student, student_results in zip(findings.students, results, strict=True):
+        groups.append((student, [(r.name, percent(r.accuracy["last"])) for r in student_results]))
     axes, (top, *places) = _rows(figure, groups)
     axes.barh(top, 100 * teacher.test_accuracy, color=_GREY, height=0.76)
     for y, result in zip(places, itertools.chain(*results), strict=True):
@@ -104,80 +104,83 @@ def _accuracy(figure: "Figure", found: Findings) -> tuple[str, str]:
             "color": colour,
             "edgecolor": GROUND,
             "linewidth": 0,
-            "hatch": _HATCHES[_loss(found, result)],
+            "hatch": _HATCHES[_loss(findings, result)],
         }
         axes.barh(y, 100 * last.mean, xerr=_percent(last.deviation), height=0.76, capsize=3, ecolor=INK, **look)
         axes.plot(100 * result.accuracy["best"].mean, y, "|", color=INK, markersize=12, markeredgewidth=1.6)
         _paper(axes, result.paper, y)
-    axes.set(xlim=(0, 100), title=_title(found), xlabel="test accuracy, %")
+    axes.set(xlim=(0, 100), title=_title(findings), xlabel="test accuracy, %")
     entries: dict[str, dict[str, Any]] = {
         "last epoch, ± sample deviation": {"marker": "s", "color": _GREY},
-        "best epoch, chosen by the test set": {"marker": "|", "color": INK, "markersize": 12},
+        "best epoch, selected by the test set": {"marker": "|", "color": INK, "markersize": 12},
     }
-    _legend(figure, entries, paper=any(r.paper is not None for r in found.results))
+    _legend(figure, entries, paper=any(r.paper is not None for r in findings.results))
     numbers = "; ".join(f"{name}, {row} {value}" for name, rows in groups for row, value in rows)
     return (
-        f"Test accuracy: bars are the mean after the last epoch, whiskers the sample deviation ({_n(found)}); "
-        "strokes are the best epoch, chosen by the test set.",
+        f"Test accuracy: bars are the mean after the last epoch, whiskers the sample deviation ({_n(findings)}); "
+        "strokes are the best epoch, selected by the test set.",
         f"Bars of test accuracy after the last epoch, in %: {numbers}.",
     )
 
 
-def _increase(figure: "Figure", found: Findings) -> tuple[str, str]:
-    """What each arm adds to the student alone, students by their parameters."""
-    parameters = {result.student: result.parameters for result in found.results}
-    students = sorted(dict.fromkeys(c.result.student for c in found.comparisons), key=parameters.__getitem__)
-    rows = [[c for c in found.comparisons if c.result.student == student] for student in students]
+def _increase(figure: "Figure", findings: Findings) -> tuple[str, str]:
+    """What each arm adds to the student alone; students sorted by their parameters."""
+    parameters = {result.student: result.parameters for result in findings.results}
+    students = sorted(dict.fromkeys(c.result.student for c in findings.comparisons), key=parameters.__getitem__)
+    rows = [[c for c in findings.comparisons if c.result.student == student] for student in students]
     groups = [
-        (f"{student}, {parameters[student]:,} parameters", [(c.name, points(c.difference("last").mean)) for c in own])
-        for student, own in zip(students, rows, strict=True)
+        (
+            f"{student}, {parameters[student]:,} parameters",
+            [(c.name, points(c.difference("last").mean)) for c in student_results],
+        )
+        for student, student_results in zip(students, rows, strict=True)
     ]
     axes, places = _rows(figure, groups)
     axes.axvline(0, color=INK, linewidth=0.8)
     for y, comparison in zip(places, itertools.chain(*rows), strict=True):
         difference, colour = comparison.difference("last"), _colour(comparison.result)
-        shape = _MARKERS[_loss(found, comparison.result)]
+        shape = _MARKERS[_loss(findings, comparison.result)]
         seeds = [100 * value for value in difference.values]
         axes.plot(seeds, [y] * len(seeds), ".", color=_GREY, markersize=4)
         axes.errorbar(100 * difference.mean, y, xerr=_percent(difference.margin), fmt=shape, color=colour, capsize=4)
         _paper(axes, comparison.paper, y)
-    axes.set(title=_title(found), xlabel="over the student alone, points")
+    axes.set(title=_title(findings), xlabel="over the student alone, points")
     entries: dict[str, dict[str, Any]] = {
         "last epoch, with the 95 % interval": {"marker": "o", "color": INK},
         "each seed": {"marker": ".", "color": _GREY, "markersize": 4},
     }
-    _legend(figure, entries, paper=any(c.paper is not None for c in found.comparisons))
+    _legend(figure, entries, paper=any(c.paper is not None for c in findings.comparisons))
     numbers = "; ".join(f"{c.result.student}, {c.name} {verdict(c.difference('last'))}" for c in itertools.chain(*rows))
     return (
-        f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({_n(found)}, "
-        "paired); the student with the fewest parameters is on top. An interval that holds zero shows no difference.",
+        f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({_n(findings)}, "
+        "paired); the student with the fewest parameters is on top. An interval with zero in it shows no difference.",
         f"Points over the student alone, students by their parameters: {numbers}.",
     )
 
 
-def _curves(figure: "Figure", found: Findings) -> tuple[str, str]:
+def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
     """Test accuracy over epochs, a panel for each student."""
-    students, epochs = found.students, range(1, found.config.epochs + 1)
+    students, epochs = findings.students, range(1, findings.config.epochs + 1)
     figure.set_size_inches(_WIDTH, 2.5 * len(students) + 0.6)
     panels = figure.subplots(len(students), sharex=True, squeeze=False)[:, 0]
     for axes, student in zip(panels, students, strict=True):
-        for result in (r for r in found.results if r.student == student):
+        for result in (r for r in findings.results if r.student == student):
             means = [100 * sample.mean for sample in result.curve]
             spread = [100 * (sample.deviation or 0) for sample in result.curve]
-            look: dict[str, Any] = {"color": _colour(result), "linestyle": _DASHES[_loss(found, result)]}
+            look: dict[str, Any] = {"color": _colour(result), "linestyle": _DASHES[_loss(findings, result)]}
             axes.plot(epochs, means, label=plain(result.name, _LONGEST), marker="o" if len(epochs) == 1 else "", **look)
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
-        axes.axhline(100 * found.summary.teacher.test_accuracy, color=_GREY, linestyle=(0, (1, 1)), label="teacher")
-        axes.set(title=_title(found, student), ylabel="test accuracy, %")
+        axes.axhline(100 * findings.summary.teacher.test_accuracy, color=_GREY, linestyle=(0, (1, 1)), label="teacher")
+        axes.set(title=_title(findings, student), ylabel="test accuracy, %")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color=_GREY, alpha=0.3, linewidth=0.5)
     panels[-1].set_xlabel("epoch")
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=2)
-    ends = "; ".join(f"{r.student}, {r.name} {percent(r.curve[0])} to {percent(r.curve[-1])}" for r in found.results)
+    ends = "; ".join(f"{r.student}, {r.name} {percent(r.curve[0])} to {percent(r.curve[-1])}" for r in findings.results)
     return (
-        f"Test accuracy over epochs: lines are means, bands the sample deviation ({_n(found)}).",
+        f"Test accuracy over epochs: lines are means, bands the sample deviation ({_n(findings)}).",
         f"Lines of test accuracy from the first epoch to the last, in %: {ends}.",
     )
 
@@ -190,9 +193,9 @@ _FIGURES: dict[str, Callable[["Figure", Findings], tuple[str, str]]] = {
 
 
 def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> tuple["Axes", list[float]]:
-    """Axes with a row for each (label, value) under its group's heading, labels left and values right; their heights.
+    """Return axes with a row per (label, value) under its group's heading, and the rows' y positions.
 
-    A row is one unit high, and lower ones have larger y.
+    A row is one unit high, and lower rows have larger y.
     """
     axes, places, labels = figure.subplots(), [], []
     y = 0.0
@@ -229,22 +232,22 @@ def _legend(figure: "Figure", entries: dict[str, dict[str, Any]], *, paper: bool
     figure.legend(handles=handles, loc="outside lower left")
 
 
-def _title(found: Findings, student: str = "") -> str:
-    where = plain(found.summary.dataset, _LONGEST)
-    return f"{plain(student, _LONGEST)} on {where}" if student else f"{where}, {_n(found)}"
+def _title(findings: Findings, student: str = "") -> str:
+    where = plain(findings.summary.dataset, _LONGEST)
+    return f"{plain(student, _LONGEST)} on {where}" if student else f"{where}, {_n(findings)}"
 
 
-def _n(found: Findings) -> str:
-    return f"n = {found.config.seeds}" + (", so no deviation" if found.config.seeds == 1 else " seeds")
+def _n(findings: Findings) -> str:
+    return f"n = {findings.config.seeds}" + (", so no deviation" if findings.config.seeds == 1 else " seeds")
 
 
 def _colour(result: Result) -> str:
     return _COLOURS.get(result.arm, _GREY)
 
 
-def _loss(found: Findings, result: Result) -> int:
-    """Which look a result's loss has: 0 the paper's and the student alone's, then the others in turn."""
-    others = list(dict.fromkeys(r.loss for r in found.results if r.name != r.arm))
+def _loss(findings: Findings, result: Result) -> int:
+    """Return the index of a loss's style: 0 for the paper's loss and the student alone, then the others in turn."""
+    others = list(dict.fromkeys(r.loss for r in findings.results if r.name != r.arm))
     return 1 + others.index(result.loss) % (len(_HATCHES) - 1) if result.loss in others else 0
 
 

@@ -1,4 +1,4 @@
-"""From run folders to a report: tables in the terminal, figures, and one HTML file that needs nothing beside it."""
+"""Reports of run folders: tables in the terminal, figures, and a self-contained HTML page."""
 
 import hashlib
 import json
@@ -21,93 +21,93 @@ from tspipe.utils.files import write_whole, writing
 
 _OVER = {
     "last": "Over the student alone, in points, with the 95 % interval of the paired seeds:",
-    "best": "The same at the best epochs, chosen by the test set:",
-    "chosen": "The same at the epochs that the images held back chose:",
+    "best": "The same at the best epochs, selected by the test set:",
+    "chosen": "The same at the epochs selected by held-back images:",
 }
-_MARKS = {"best": "best is chosen by the test set", "chosen": "chosen is chosen by images held back from training"}
+_MARKS = {"best": "best is selected by the test set", "chosen": "chosen by held-back training images"}
 
 
 def show(run: RunFolder) -> None:
-    """Print a finished run: its table, what the arms make of it, the random images' labels, and where the rest is."""
-    found = read(run)
-    _print(found, ("last", "chosen"))
-    there = "metrics.csv, curves.png, students"
+    """Print a finished run: its table, the comparison of arms, the labels of random images, and the run folder."""
+    findings = read(run)
+    _print(findings, ("last", "chosen"))
+    contents = "metrics.csv, curves.png, students"
     try:
-        write_whole(run.path / "curves.png", figures.draw(found, "curves").png)
+        write_whole(run.path / "curves.png", figures.draw(findings, "curves").png)
     except ReportError:
-        there = "no curves: pip install 'tspipe[plots]'"
-    console().print(Text(f"Run folder: {run.path} ({there})"))
+        contents = "no curves: pip install 'tspipe[plots]'"
+    console().print(Text(f"Run folder: {run.path} ({contents})"))
 
 
 def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
-    """Report finished runs, in the terminal and in a folder.
+    """Report finished runs in the terminal and in a folder.
 
-    Raises ReportError where a run's files are not what stage two writes, or what draws figures is missing.
+    Raises ReportError if a run's files are not as stage two writes them, or matplotlib is missing.
     """
-    findings = [read(run) for run in runs]
-    made = write(findings, out or default_folder(runs))
-    for found in findings:
-        _print(found, ("last", "best", "chosen"))
-        for sentence in found.ratios:
+    all_findings = [read(run) for run in runs]
+    page_path = write(all_findings, out or default_folder(runs))
+    for findings in all_findings:
+        _print(findings, ("last", "best", "chosen"))
+        for sentence in findings.ratios:
             console().print(Text(sentence))
-    console().print(Text(f"Report: {made} (figures beside it)"))
+    console().print(Text(f"Report: {page_path} (figures beside it)"))
 
 
-def write(found: Sequence[Findings], folder: Path) -> Path:
-    """Write report.html and the figures, PNG and SVG, of what runs found; gives the path of report.html.
+def write(findings: Sequence[Findings], folder: Path) -> Path:
+    """Write report.html and the figures as PNG and SVG; return the path of report.html.
 
-    The same runs give the same bytes. Raises ReportError where what draws figures is missing.
+    The same runs give the same bytes. Raises ReportError if matplotlib is missing.
     """
-    drawn = [[figures.draw(one, name) for name in figures.names(one)] for one in found]
+    drawn = [[figures.draw(one, name) for name in figures.names(one)] for one in findings]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for prefix, drawings in zip(_prefixes(found), drawn, strict=True):
+    for prefix, drawings in zip(_prefixes(findings), drawn, strict=True):
         for drawing in drawings:
             write_whole(folder / f"{prefix}{drawing.name}.svg", drawing.svg.encode())
             write_whole(folder / f"{prefix}{drawing.name}.png", drawing.png)
     path = folder / "report.html"
-    write_whole(path, page.page(list(zip(found, drawn, strict=True))).encode())
+    write_whole(path, page.page(list(zip(findings, drawn, strict=True))).encode())
     return path
 
 
 def default_folder(runs: Sequence[RunFolder]) -> Path:
-    """Where these runs' report goes: a single run's own folder, or one in reports/ that is always the same of them."""
+    """Return the folder for a report: a single run's own, or one in reports/ named after the runs."""
     if len(runs) == 1:
         return runs[0].path
     configs = sorted(json.dumps([run.path.resolve().name, run.config], sort_keys=True) for run in runs)
     return Path("reports") / hashlib.sha256("\n".join(configs).encode()).hexdigest()[:8]
 
 
-def _prefixes(found: Sequence[Findings]) -> list[str]:
-    """What the names of each run's figures begin with: of several runs its name, with a number where two share it."""
-    if len(found) == 1:
+def _prefixes(findings: Sequence[Findings]) -> list[str]:
+    """Return the prefix of each run's figure files: with several runs its name, numbered if two share it."""
+    if len(findings) == 1:
         return [""]
-    names = Counter(one.name for one in found)
-    return [f"{one.name}-{i}-" if names[one.name] > 1 else f"{one.name}-" for i, one in enumerate(found, 1)]
+    names = Counter(one.name for one in findings)
+    return [f"{one.name}-{i}-" if names[one.name] > 1 else f"{one.name}-" for i, one in enumerate(findings, 1)]
 
 
-def _print(found: Findings, choices: Sequence[str]) -> None:
+def _print(findings: Findings, choices: Sequence[str]) -> None:
     out = console()
-    out.print(table(tables.accuracies(found, brief="chosen" in found.choices)))  # in 80 columns
-    marks = ", ".join(text for choice, text in _MARKS.items() if choice in found.choices)
+    out.print(table(tables.accuracies(findings, brief="chosen" in findings.choices)))  # in 80 columns
+    marks = ", ".join(text for choice, text in _MARKS.items() if choice in findings.choices)
     out.print(Text(f"Test accuracy in %, mean ± sample deviation; {marks}."))
-    for choice in choices if found.comparisons else ():
-        if choice in found.choices:
+    for choice in choices if findings.comparisons else ():
+        if choice in findings.choices:
             out.print(_OVER[choice])
-            for sentence in tables.verdicts(found, choice):
+            for sentence in tables.verdicts(findings, choice):
                 out.print(Text(f"  {plain(sentence)}"))
-    if (beside := tables.beside_paper(found)).rows:
+    if (beside := tables.beside_paper(findings)).rows:
         out.print(table(beside))
-    for sentence in tables.paper_notes(found):
+    for sentence in tables.paper_notes(findings):
         out.print(Text(plain(sentence)))
-    if found.random_labels:
-        out.print(Text(label_shares(found.random_labels)))
-    if found.config.trust_data:
+    if findings.random_labels:
+        out.print(Text(label_shares(findings.random_labels)))
+    if findings.config.trust_data:
         out.print(tables.UNCHECKED)
 
 
 def table(of: tables.Table) -> RichTable:
-    """A table for the terminal: names break where they must, numbers never."""
+    """Return a table for the terminal, in which names may wrap and numbers never do."""
     shown = RichTable(title=Text(plain(of.title)), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for i, heading in enumerate(of.headings):
         number = i >= of.names

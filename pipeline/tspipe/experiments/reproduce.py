@@ -1,6 +1,6 @@
-"""The tables of arXiv 2005.00393 as jobs over the two stages: teacher, cache, cohort, report, one after the other.
+"""The tables of arXiv 2005.00393 as jobs: teacher, cache, cohort, report.
 
-Each part goes on where it was killed and finds what is finished, so that the whole does, too.
+Each step resumes after a kill and skips what is finished, and so does the whole job.
 """
 
 from dataclasses import dataclass, replace
@@ -34,15 +34,15 @@ POOL = 50_000  # random images, where a recipe takes them from a pool: 280 batch
 
 @dataclass(frozen=True)
 class TableConfig:
-    """What `tspipe reproduce` was asked for.
+    """The configuration of `tspipe reproduce`.
 
     Attributes:
         table: one of `TABLES`.
-        students, arms: which of the table's; none for all. Arms are called as in `ARMS`.
-        epochs: in place of the paper's; the learning rate's schedule is shortened in proportion.
-        dataset: what stands for the paper's dataset; `cifar10=folder:photos` says for which, and runs that part only.
-        recipe: what is laid upon the table's own, as `strong`.
-        cache: a finished one, in place of making it.
+        students, arms: some of the table's; all if empty. Arms are named as in `ARMS`.
+        epochs: in place of the paper's; the learning-rate schedule is shortened in proportion.
+        dataset: a dataset in place of the paper's; `cifar10=folder:photos` names which one, and runs that part only.
+        recipe: a recipe on top of the table's, such as `strong`.
+        cache: a finished cache; None to make one.
     """
 
     table: str
@@ -61,20 +61,20 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a table, on one dataset: its recipe's name, and that of what stands for its dataset."""
+    """A part of a table on one dataset: the name of its recipe, and the dataset to use."""
 
     name: str
     dataset: str
 
 
 def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
-    """Make what a table needs and is not there yet, train its cohorts, and give their run folders.
+    """Make what a table needs and does not exist yet, train its cohorts, and return their run folders.
 
-    Raises RecipeError for a table, a part, an arm or a student that there is not, and what the stages raise.
+    Raises RecipeError for an unknown table, part, arm or student, and what the stages raise.
     """
     with group.first():
-        found = parts(config)
-        for part in found:  # what can be known to be wrong is said now, not after hours of stage one
+        selected = parts(config)
+        for part in selected:  # errors that can be detected now must not wait for hours of stage one
             chosen = load.load(_recipe(config, part), config.settings, {"student": list(config.students) or None})
             arms_of(config, chosen)
             check_names(chosen)
@@ -82,14 +82,14 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
                 networks.check_exists(student)
             for loss in chosen.loss:
                 losses.build(loss, 8, 8, chosen.stated_loss_options(loss))
-    caches = [config.cache or _cache(config, part, group) for part in found]
+    caches = [config.cache or _cache(config, part, group) for part in selected]
     runs: list[RunFolder] = []
     with group.first():
-        jobs = [_job(config, part, open_cache(path)) for part, path in zip(found, caches, strict=True)]
+        jobs = [_job(config, part, open_cache(path)) for part, path in zip(selected, caches, strict=True)]
     sizes = [_images(job) for job in jobs]
     for i, job in enumerate(jobs):
         if not group.rank:
-            _announce(job, found[i])
+            _announce(job, selected[i])
         offset = (sum(sizes[:i]), sum(sizes[i + 1 :]))
         run = train_students(replace(job, progress_offset=offset), group)
         if not group.rank and job.recipe.paper:
@@ -99,28 +99,28 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
 
 
 def parts(config: TableConfig) -> list[Part]:
-    """The parts of a table that are asked for."""
+    """Return the parts of the table to run."""
     if config.table not in TABLES:
         raise RecipeError(unknown("table", config.table, TABLES))
-    own = {load.load(name).dataset: name for name in TABLES[config.table]}
+    names = {load.load(name).dataset: name for name in TABLES[config.table]}
     first, equals, stand_in = (config.dataset or "").partition("=")
-    if config.dataset is None or first in own:
-        chosen = [first] if first else list(own)
-        found = [Part(own[dataset], stand_in or dataset) for dataset in chosen]
+    if config.dataset is None or first in names:
+        chosen = [first] if first else list(names)
+        selected = [Part(names[dataset], stand_in or dataset) for dataset in chosen]
     elif equals:
-        raise RecipeError(f"{config.table} is not on {first}. It is on: {', '.join(own)}.")
+        raise RecipeError(f"{config.table} does not use {first}. It uses: {', '.join(names)}.")
     else:
-        found = [Part(name, config.dataset) for name in own.values()]
-    if len(found) > 1 and (one := _of_one(config)):
+        selected = [Part(name, config.dataset) for name in names.values()]
+    if len(selected) > 1 and (one := _of_one(config)):
         raise RecipeError(
-            f"{config.table} has a part on each of {' and '.join(own)}, and {one} is of one. Say which: "
-            f"--dataset {next(iter(own))}{'=' + config.dataset if config.dataset else ''}"
+            f"{config.table} has a part for each of {' and '.join(names)}, and {one} applies to one. Name it: "
+            f"--dataset {next(iter(names))}{'=' + config.dataset if config.dataset else ''}"
         )
-    return found
+    return selected
 
 
 def _of_one(config: TableConfig) -> str | None:
-    """The flag given that belongs to one part of a table, if any."""
+    """Return a given flag that applies to one part of a table, or None."""
     given = {"--dataset": config.dataset, "--data": config.data, "--weights": config.weights, "--cache": config.cache}
     return next((flag for flag, value in given.items() if value), None)
 
@@ -130,44 +130,44 @@ def _recipe(config: TableConfig, part: Part) -> str:
 
 
 def arms_of(config: TableConfig, chosen: Recipe) -> tuple[str, ...]:
-    """The arms to train, by their whole names, in the paper's order."""
-    there = arms.select_arms(True, chosen)
+    """Return the arms to train, by their full names, in the paper's order."""
+    available = arms.select_arms(True, chosen)
     for name in config.arms:
-        if ARMS.get(name) not in there:
-            short = [name for name, arm in ARMS.items() if arm in there]
+        if ARMS.get(name) not in available:
+            short = [name for name, arm in ARMS.items() if arm in available]
             raise RecipeError(f"{config.table} has no arm {name!r}. There are: {', '.join(short)}.")
-    return tuple(arm for arm in there if not config.arms or arm in {ARMS[name] for name in config.arms})
+    return tuple(arm for arm in available if not config.arms or arm in {ARMS[name] for name in config.arms})
 
 
 def _cache(config: TableConfig, part: Part, group: Group) -> Path:
-    """Make a part's cache, or find it finished: teacher first, if it has no weights."""
+    """Make a part's cache unless it is finished, after training the teacher if it has no weights."""
     name, flags = _recipe(config, part), {"dataset": part.dataset}
     with group.first():
         chosen = load.load(name, config.settings, flags)
-        stated, pool = datasets.parse(part.dataset, config.data)[1], _pool(config, chosen)
+        dataset_name, pool = datasets.parse(part.dataset, config.data)[1], _pool(config, chosen)
         network = chosen.teacher.network
-        path = cache_path(stated, network, _usual_teacher(part))
+        path = cache_path(dataset_name, network, _usual_teacher(part))
         path = path.with_stem("-".join([path.stem, *_kinds(chosen, pool)]))
-        if path.exists() and not (config.weights or find_checkpoint(stated, network)):
+        if path.exists() and not (config.weights or find_checkpoint(dataset_name, network)):
             raise RecipeError(
-                f"{path} is there, and the weights of its {network} are not. Take it as it is, --cache {path}, or name "
+                f"{path} exists, but the weights of its {network} do not. Use it as it is (--cache {path}), or give "
                 "the weights: --weights FILE"
             )
         command = teachers.teacher_command(part.dataset, {"--data": config.data, "--recipe": name}, config.settings)
         training = TeacherConfig(chosen, config.data, download=config.download)
-        found = teachers.obtain_weights(training, stated, config.weights, not group.rank, command)
-        chosen = load.load(name, config.settings, flags, teachers.recorded_settings(found))
+        selected = teachers.obtain_weights(training, dataset_name, config.weights, not group.rank, command)
+        chosen = load.load(name, config.settings, flags, teachers.recorded_settings(selected))
         if not group.rank:
-            teachers.print_teacher(found, network, stated)
-    wanted = ExtractConfig(chosen, found, path, config.data, download=config.download, random_pool=pool)
-    extract(wanted, group)
+            teachers.print_teacher(selected, network, dataset_name)
+    extraction = ExtractConfig(chosen, selected, path, config.data, download=config.download, random_pool=pool)
+    extract(extraction, group)
     return path
 
 
 def _usual_teacher(part: Part) -> str:
-    """The network whose cache of this dataset bears the dataset's name alone."""
-    own = part.name if is_file(part.dataset) else load.default_recipe(part.dataset)
-    return load.load(own, flags={"dataset": part.dataset}).teacher.network
+    """Return the network whose cache is named after the dataset alone."""
+    names = part.name if is_file(part.dataset) else load.default_recipe(part.dataset)
+    return load.load(names, flags={"dataset": part.dataset}).teacher.network
 
 
 def _pool(config: TableConfig, chosen: Recipe) -> int:
@@ -176,12 +176,12 @@ def _pool(config: TableConfig, chosen: Recipe) -> int:
 
 
 def _kinds(chosen: Recipe, pool: int) -> list[str]:
-    """What tells a cache from the plain one of the same name."""
+    """Return suffixes for a cache that differs from the plain one."""
     return ([f"views{chosen.views.count}"] if chosen.views.count else []) + ([f"pool{pool}"] if pool else [])
 
 
 def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
-    """What stage two is asked for."""
+    """Return the configuration of stage two."""
     flags: dict[str, Any] = {"student": list(config.students) or None, "seeds": config.seeds}
     flags |= {"dataset": part.dataset} if is_file(part.dataset) else {}
     chosen, usual = recipe_for_cache(
@@ -199,28 +199,28 @@ def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
 
 
 def _differences(config: TableConfig, part: Part, chosen: Recipe, paper: Recipe, cache: Cache) -> list[str]:
-    """What is not as the paper has it, a sentence each."""
+    """Return how the run differs from the paper, a phrase each."""
     name, teacher = cache.manifest["dataset"]["name"], cache.manifest["teacher"]["network"]
-    found = [f"{name} stands for {paper.dataset}"] if name != paper.dataset else []
+    selected = [f"{name} in place of {paper.dataset}"] if name != paper.dataset else []
     if teacher != paper.teacher.network:
-        found.append(f"the teacher is {teacher}, the paper's {paper.teacher.network}")
+        selected.append(f"the teacher {teacher} in place of {paper.teacher.network}")
     if config.epochs and config.epochs != paper.epochs:
         epochs = counted(config.epochs, "epoch")
-        found.append(f"{epochs}, not {paper.epochs}, and the learning rate's schedule in proportion")
+        selected.append(f"{epochs} in place of {paper.epochs}, with the learning-rate schedule in proportion")
     if config.recipe:
-        found.append(f"the recipe {config.recipe}")
-    seen, wanted = Preprocess.from_dict(cache.manifest["preprocess"]), paper.preprocess
-    if (seen.resize, seen.crop) != (wanted.resize, wanted.crop):
-        found.append("images are resized or cropped in another way")
+        selected.append(f"the recipe {config.recipe}")
+    seen, extraction = Preprocess.from_dict(cache.manifest["preprocess"]), paper.preprocess
+    if (seen.resize, seen.crop) != (extraction.resize, extraction.crop):
+        selected.append("images are resized or cropped differently")
     if chosen.views.count:
-        found.append(f"students see {chosen.views.count} views of each training image, moved and mirrored")
+        selected.append(f"students see {chosen.views.count} views of each training image, shifted and flipped")
     if chosen.random_source == "pool":
-        found.append("random images come from a pool that the teacher labelled once, not fresh in every batch")
-    return [*found, *(f"--set {setting}" for setting in config.settings)]
+        selected.append("random images from a pool that the teacher labelled once, not fresh in every batch")
+    return [*selected, *(f"--set {setting}" for setting in config.settings)]
 
 
 def shortened(chosen: Recipe, epochs: int) -> Recipe:
-    """The recipe with another number of epochs, and what its learning rates do after some of them in proportion."""
+    """Return the recipe with another number of epochs and its learning-rate schedules in proportion."""
 
     def scaled(how: Recipe | Overrides) -> dict[str, int | list[int] | None]:
         every, milestones = how.lr_drop_every, how.lr_milestones
@@ -229,31 +229,31 @@ def shortened(chosen: Recipe, epochs: int) -> Recipe:
             "lr_milestones": milestones and [max(1, round(after * epochs / chosen.epochs)) for after in milestones],
         }
 
-    students = {name: own.model_copy(update=scaled(own)) for name, own in chosen.students.items()}
+    students = {name: names.model_copy(update=scaled(names)) for name, names in chosen.students.items()}
     alone = chosen.alone.model_copy(update=scaled(chosen.alone))
     return chosen.model_copy(update={**scaled(chosen), "epochs": epochs, "students": students, "alone": alone})
 
 
 def _images(job: StudentConfig) -> int:
-    """How many images a cohort trains on, over all epochs and seeds."""
+    """Return how many images a cohort trains on, over all epochs and seeds."""
     return len(job.cache.train.labels) * job.recipe.epochs * job.recipe.seeds
 
 
 def _set_beside(run: RunFolder, paper: Paper) -> None:
-    """Have a finished run say what the paper reports, also one that `tspipe student` trained."""
+    """Add the paper's numbers to the summary of a finished run."""
     summary = run.read_json("summary.json")
-    if summary.get("paper") != (wanted := paper.model_dump()):
-        run.write_json("summary.json", {**summary, "paper": wanted})
+    if summary.get("paper") != (extraction := paper.model_dump()):
+        run.write_json("summary.json", {**summary, "paper": extraction})
 
 
 def _announce(job: StudentConfig, part: Part) -> None:
-    """Say what is trained now, and what of it is not as the paper has it."""
+    """Print what is trained next, and how it differs from the paper."""
     chosen = job.recipe
     title, differs = (chosen.paper.title, chosen.paper.differs) if chosen.paper else (part.name, [])
     counts = f"{counted(chosen.epochs, 'epoch')}, {counted(chosen.seeds, 'seed')}"
     say(f"{title}: {', '.join(chosen.student)}; {'; '.join(job.arms)}; {counts}")
     for student in chosen.student:
         if chosen.paper and student not in chosen.paper.accuracy:
-            say(f"  {student} is not in the paper's {title}")
-    for sentence in differs:
-        say(f"  not as in the paper: {sentence}")
+            say(f"  {student} is not in {title} of the paper")
+    for difference in differs:
+        say(f"  differs from the paper: {difference}")

@@ -1,4 +1,4 @@
-"""What finished runs found: per student, arm and loss, paired over the seeds, beside what the paper reports."""
+"""Reads finished runs: results per student, arm and loss, paired over the seeds, with the paper's numbers."""
 
 import csv
 import itertools
@@ -25,15 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one student in one arm with one loss, over the seeds.
+    """The results of one student in one arm with one loss, over the seeds.
 
     Attributes:
-        accuracy: test accuracies, fractions: `last`, after the last epoch; `best`, the highest of any epoch, so chosen
-            by the test set; where images were held back `chosen`, after the epoch that those chose.
+        accuracy: test accuracies as fractions: `last`, after the last epoch; `best`, the highest of any epoch, so
+            selected by the test set; with held-back images `chosen`, after the epoch that they selected.
         curve: the test accuracy after each epoch.
-        seconds: per epoch, of its own training and testing: the median.
-        parameters: of the student.
-        paper: the accuracy that the paper reports, a fraction, if it does.
+        seconds: median per epoch, of training and testing.
+        parameters: number of the student's weights.
+        paper: the accuracy that the paper reports, as a fraction, or None.
     """
 
     student: str
@@ -47,48 +47,48 @@ class Result:
 
     @property
     def taught(self) -> bool:
-        """Whether it learnt from the teacher."""
+        """Whether the student learned from the teacher."""
         return self.arm not in UNTAUGHT
 
     @property
     def name(self) -> str:
-        """What its arm and loss are called: the arm, and the loss where a taught one has another than the paper's."""
+        """The arm, and the loss if a taught arm has another loss than the paper's."""
         return f"{self.arm}, {self.loss}" if self.taught and self.loss != "ts" else self.arm
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A result and that of the same student alone, from the same initial weights and batches, seed by seed."""
+    """A result and that of the same student alone, paired by seed: equal initial weights and batches."""
 
     result: Result
     base: Result
 
     @property
     def name(self) -> str:
-        """What is compared; over `alone`, unless it says otherwise."""
+        """The result's name, and what it is compared with unless that is `alone`."""
         return self.result.name + (f", over {self.base.name}" if self.base.arm != ALONE else "")
 
     def difference(self, choice: str) -> Sample:
-        """Of test accuracies, as fractions: `last`, `best` or `chosen`."""
+        """Return the paired differences of test accuracy as fractions: `last`, `best` or `chosen`."""
         return self.result.accuracy[choice] - self.base.accuracy[choice]
 
     @property
     def paper(self) -> float | None:
-        """The difference of the accuracies that the paper reports, a fraction, if it reports both."""
+        """The difference of the paper's accuracies as a fraction, or None unless it reports both."""
         ours, base = self.result.paper, self.base.paper
         return None if ours is None or base is None else ours - base
 
     @property
     def agreement(self) -> str:
-        """Whether ours, at the best epoch as theirs, goes the way the paper's goes, if it is shown to go any way."""
-        said = {HELPS: 1, HURTS: -1}.get(self.difference("best").conclusion, 0)
-        if self.paper is None or not said:
+        """Whether our difference at the best epoch has the sign of the paper's, if it is significant."""
+        sign = {HELPS: 1, HURTS: -1}.get(self.difference("best").conclusion, 0)
+        if self.paper is None or not sign:
             return "not shown"
-        return "agrees" if said * self.paper > 0 else "disagrees"
+        return "agrees" if sign * self.paper > 0 else "disagrees"
 
 
 class Teacher(BaseModel):
-    """What summary.json says of the teacher."""
+    """The teacher in summary.json."""
 
     network: str
     test_accuracy: float
@@ -106,7 +106,7 @@ class Summary(BaseModel):
 
 
 class Config(BaseModel):
-    """What of config.json a report computes with."""
+    """The fields of config.json that a report uses."""
 
     seeds: int = Field(ge=1)
     epochs: int = Field(ge=1)
@@ -117,57 +117,57 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Findings:
-    """A finished run, read: what it was asked, what it says of itself, and its results in the order of its rows."""
+    """A finished run: its config, its summary, and its results in the order of its rows."""
 
     run: RunFolder
     config: Config
     summary: Summary
     results: list[Result]
-    ratios: list[str]  # how large each taught result's losses were in the first epoch, a sentence each
+    ratios: list[str]  # a sentence per taught result: its loss terms in the first epoch
     random_labels: dict[str, int]
 
     @property
     def name(self) -> str:
-        """What its folder is called."""
+        """The name of the run folder."""
         return self.run.path.resolve().name
 
     @property
     def choices(self) -> list[str]:
-        """Which epochs accuracies are of: last, best and, where images were held back, chosen."""
+        """The epochs that accuracies refer to: last, best and, with held-back images, chosen."""
         return list(self.results[0].accuracy)
 
     @property
     def students(self) -> list[str]:
-        """The students, each once."""
+        """The students, without duplicates."""
         return list(dict.fromkeys(result.student for result in self.results))
 
     @property
     def duration(self) -> str:
-        """How long and how often it trained: `45 epochs, 5 seeds`."""
+        """The length of the run: `45 epochs, 5 seeds`."""
         return f"{counted(self.config.epochs, 'epoch')}, {counted(self.config.seeds, 'seed')}"
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Every other result over the student alone, and taught ones also over it under a schedule of its own."""
+        """All results compared with the student alone, and taught ones also with it on its own schedule."""
         bases = {(result.student, result.arm): result for result in self.results if not result.taught}
         pairs = [(r, bases.get((r.student, base))) for r in self.results for base in UNTAUGHT]
         return [Comparison(r, base) for r, base in pairs if base and (r.taught or (r.arm, base.arm) == (OWN, ALONE))]
 
 
 def open_run(path: Path) -> RunFolder:
-    """The run folder at a path. Raises ReportError where there is none, or one that is not finished."""
+    """Open the run folder at a path. Raises ReportError if there is none or it is not finished."""
     if not (path / "config.json").is_file():
         raise ReportError(
-            f"{path} is not a run folder: it has no config.json. Name one that tspipe student wrote, in runs/."
+            f"{path} is not a run folder: it has no config.json. Give a folder that tspipe student wrote, in runs/."
         )
     run = RunFolder(path, *_reading(path / "config.json", lambda: _config(path)))
     if not run.finished:
-        raise ReportError(f"The run in {path} is not finished. Run the command that began it again: it goes on.")
+        raise ReportError(f"The run in {path} is not finished. Run its command again to resume it.")
     return run
 
 
 def read(run: RunFolder) -> Findings:
-    """What a finished run found. Raises ReportError, naming the file, where it is not what stage two writes."""
+    """Read a finished run. Raises ReportError, naming the file, if a file is not as stage two writes it."""
     path = run.path
     config = _reading(path / "config.json", lambda: Config.model_validate(run.config))
     summary = _reading(path / "summary.json", lambda: Summary.model_validate(run.read_json("summary.json")))
@@ -179,39 +179,39 @@ def read(run: RunFolder) -> Findings:
 
 
 def _reading(file: Path, make: Callable[[], T]) -> T:
-    """What `make` gives; where the file does not allow it, a ReportError that names it."""
+    """Return what `make` returns, or raise a ReportError that names the file."""
     try:
         return make()
     except ValidationError as problem:
         first = problem.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
     except KeyError as problem:
-        reason = f"there is no {problem.args[0]!r}"
+        reason = f"{problem.args[0]!r} is missing"
     except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, csv.Error) as problem:
         reason = str(problem)
-    raise ReportError(f"{file} is not as tspipe student writes it: {reason}. Train the run again, with another --out.")
+    raise ReportError(f"{file} is not as tspipe student writes it: {reason}. Train the run again with another --out.")
 
 
 def _config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    found = RunFolder(path, {}, {}).read_json("config.json")
-    config, environment = found["config"], found["environment"]
+    content = RunFolder(path, {}, {}).read_json("config.json")
+    config, environment = content["config"], content["environment"]
     if not isinstance(config, dict) or not isinstance(environment, dict):
         raise ValueError("config and environment are not objects")
     return config, environment
 
 
 def _labels(run: RunFolder) -> dict[str, int]:
-    """What the teacher calls random images, by class; empty of a run without them."""
+    """Return how many random images the teacher labels as each class; empty without random images."""
     if not (run.path / "random_labels.json").exists():
         return {}
     counts = {str(name): int(count) for name, count in run.read_json("random_labels.json").items()}
     if min(counts.values(), default=0) < 1:
-        raise ValueError("a class without images is counted")
+        raise ValueError("a class has a count below 1")
     return counts
 
 
 def _groups(run: RunFolder, config: Config) -> list[list[Row]]:
-    """The rows of each student, arm and loss, by seed and epoch, in order of first appearance."""
+    """Return the rows of each student, arm and loss, by seed and epoch, in order of first appearance."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in run.rows():
         row = {"loss": "xent" if row["arm"] in UNTAUGHT else "ts", **row}
@@ -219,8 +219,8 @@ def _groups(run: RunFolder, config: Config) -> list[list[Row]]:
         groups.setdefault((row["student"], row["arm"], row["loss"]), []).append(row)
     for name, group in groups.items():
         whole = len(group) == config.seeds * config.epochs
-        wanted = itertools.product(range(config.seeds), range(1, config.epochs + 1)) if whole else ()
-        if [(row["seed"], row["epoch"]) for row in group] != list(wanted):
+        expected = itertools.product(range(config.seeds), range(1, config.epochs + 1)) if whole else ()
+        if [(row["seed"], row["epoch"]) for row in group] != list(expected):
             raise ValueError(f"{', '.join(name)} has no row for each of {config.epochs} epochs of {config.seeds} seeds")
     if not groups:
         raise ValueError("there are no rows")
@@ -247,7 +247,7 @@ def _ratios(groups: list[list[Row]], results: list[Result], config: Config) -> l
 
 
 def _mean_row(group: list[Row], name: str) -> Row:
-    """The first epoch's row of a result, its numbers the mean over the seeds."""
+    """Return a result's first epoch as a row of means over the seeds."""
     first = [row for row in group if row["epoch"] == 1]
     numbers = [column for column in first[0] if all(isinstance(row[column], int | float) for row in first)]
     means = {column: statistics.fmean(row[column] for row in first) for column in numbers}
@@ -256,7 +256,7 @@ def _mean_row(group: list[Row], name: str) -> Row:
 
 def _number(value: Any) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a finite number")
     return float(value)
 
 

@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-# 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond, the normal's with its first correction.
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the normal quantile with a correction.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -15,23 +15,23 @@ ONE_SEED = "one seed: no interval, so no conclusion"
 
 @dataclass(frozen=True)
 class Sample:
-    """One number per seed."""
+    """One value per seed."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """The mean."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Their sample standard deviation; None of a single one."""
+        """The sample standard deviation; None for a single value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def margin(self) -> float | None:
-        """Half the width of the mean's 95 % interval by Student's t; None of a single one."""
+        """Half the width of Student's 95 % confidence interval of the mean; None for a single value."""
         if self.deviation is None:
             return None
         freedom = len(self.values) - 1
@@ -40,11 +40,11 @@ class Sample:
 
     @property
     def conclusion(self) -> str:
-        """Of differences: what their interval allows to say."""
+        """The conclusion from a sample of differences: whether its interval excludes zero."""
         if self.margin is None:
             return ONE_SEED
         return HELPS if self.mean > self.margin else HURTS if self.mean < -self.margin else UNDECIDED
 
     def __sub__(self, other: "Sample") -> "Sample":
-        """The differences, seed by seed."""
+        """Return the differences, seed by seed."""
         return Sample(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))

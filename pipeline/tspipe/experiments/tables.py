@@ -1,4 +1,4 @@
-"""Results as tables of text and as sentences, the same for the terminal and for HTML; foreign names as they are."""
+"""Results as tables of text and as sentences, for the terminal and for HTML. Names from files are not escaped."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ UNCHECKED = "The images were not compared with those of the cache (--trust-data)
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under headings; the first `names` columns name things, the others are numbers or what they say."""
+    """Rows of text under headings; the first `names` columns are names, the others numbers."""
 
     title: str
     headings: list[str]
@@ -19,45 +19,45 @@ class Table:
     names: int = 2
 
 
-def accuracies(found: Findings, *, brief: bool = False) -> Table:
-    """Test accuracies in percent, mean ± sample deviation over the seeds, below the teacher's.
+def accuracies(findings: Findings, *, brief: bool = False) -> Table:
+    """Return test accuracies in percent, mean ± sample deviation over the seeds, after the teacher's.
 
-    A `brief` one has neither parameters nor times.
+    If `brief`, leave out parameters and times.
     """
-    teacher = found.summary.teacher
-    nothing = [""] * (len(found.choices) - 1)
+    teacher = findings.summary.teacher
+    nothing = [""] * (len(findings.choices) - 1)
     parameters = "" if teacher.parameters is None else f"{teacher.parameters:,}"
     rows = [[teacher.network, "teacher", f"{100 * teacher.test_accuracy:.2f}", *nothing, parameters, ""]]
-    for result in found.results:
+    for result in findings.results:
         samples = [percent(sample) for sample in result.accuracy.values()]
         pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
         rows.append([result.student, result.name, *samples, f"{result.parameters:,}", pace])
-    headings = ["network", "arm", *found.choices, "parameters", "s/epoch"]
+    headings = ["network", "arm", *findings.choices, "parameters", "s/epoch"]
     shown = -2 if brief else len(headings)
-    return Table(f"{found.summary.dataset}: {found.duration}", headings[:shown], [row[:shown] for row in rows])
+    return Table(f"{findings.summary.dataset}: {findings.duration}", headings[:shown], [row[:shown] for row in rows])
 
 
-def differences(found: Findings) -> Table:
-    """What each comparison comes to, in points, with its 95 % interval and what that allows to say."""
+def differences(findings: Findings) -> Table:
+    """Return each comparison in points, with its 95 % interval and the conclusion."""
     rows = [
-        [c.result.student, c.result.name, c.base.name, *(verdict(c.difference(choice)) for choice in found.choices)]
-        for c in found.comparisons
+        [c.result.student, c.result.name, c.base.name, *(verdict(c.difference(choice)) for choice in findings.choices)]
+        for c in findings.comparisons
     ]
-    return Table("Paired differences of test accuracy", ["network", "arm", "over", *found.choices], rows, names=3)
+    return Table("Paired differences of test accuracy", ["network", "arm", "over", *findings.choices], rows, names=3)
 
 
-def verdicts(found: Findings, choice: str = "last") -> list[str]:
-    """For each taught arm, in one sentence, whether it differs from the student alone."""
-    return [f"{c.result.student}, {c.name}: {verdict(c.difference(choice))}" for c in found.comparisons]
+def verdicts(findings: Findings, choice: str = "last") -> list[str]:
+    """Return a sentence per taught arm: whether it differs from the student alone."""
+    return [f"{c.result.student}, {c.name}: {verdict(c.difference(choice))}" for c in findings.comparisons]
 
 
-def beside_paper(found: Findings) -> Table:
-    """Best test accuracies and differences beside the paper's, then the others it names; no rows without a paper."""
-    paper = found.summary.paper
-    differences = {id(c.result): c for c in found.comparisons if c.paper is not None}
+def beside_paper(findings: Findings) -> Table:
+    """Return best test accuracies and differences beside the paper's, then other systems; no rows without a paper."""
+    paper = findings.summary.paper
+    differences = {id(c.result): c for c in findings.comparisons if c.paper is not None}
     rows = [
         [r.student, r.name, percent(r.accuracy["best"]), f"{100 * r.paper:.2f}", *_signs(differences.get(id(r)))]
-        for r in found.results
+        for r in findings.results
         if r.paper is not None
     ]
     others = paper.others if paper else {}
@@ -66,19 +66,19 @@ def beside_paper(found: Findings) -> Table:
     return Table(f"Beside the paper's {paper.title}" if paper else "", headings, rows)
 
 
-def paper_notes(found: Findings) -> Iterator[str]:
-    """Where the paper's numbers are from, how to read them, and what is not as there."""
-    if paper := found.summary.paper:
+def paper_notes(findings: Findings) -> Iterator[str]:
+    """Yield where the paper's numbers come from, how to read them, and how the run differs."""
+    if paper := findings.summary.paper:
         yield (
-            f"{paper.source}. It gives the best test accuracy of any epoch, so ours beside it is the best, too. "
-            "Not shown: our interval holds zero, or there is one seed."
+            f"{paper.source}. It reports the best test accuracy of any epoch, so ours is the best, too. Not shown: our "
+            "interval contains zero, or there is one seed."
         )
         if paper.differs:
-            yield f"Not as in the paper: {'; '.join(paper.differs)}."
+            yield f"Differences from the paper: {'; '.join(paper.differs)}."
 
 
 def verdict(difference: Sample) -> str:
-    """A difference in points, its 95 % interval, and what that allows to say."""
+    """Return a difference in points, its 95 % interval, and the conclusion."""
     mean, margin = difference.mean, difference.margin
     if margin is None:
         return f"{points(mean)} ({difference.conclusion})"
@@ -86,12 +86,12 @@ def verdict(difference: Sample) -> str:
 
 
 def points(fraction: float) -> str:
-    """A difference of fractions in points, with its sign."""
+    """Return a difference of fractions in points, with its sign."""
     return f"{100 * fraction:+.2f}"
 
 
 def percent(sample: Sample) -> str:
-    """A mean in percent, and the sample deviation, if there is one."""
+    """Return a mean in percent, with the sample deviation if there is one."""
     deviation = "" if sample.deviation is None else f" ± {100 * sample.deviation:.2f}"
     return f"{100 * sample.mean:.2f}{deviation}"
 
