@@ -163,7 +163,8 @@ def test_which_parts() -> None:
         ),
         (
             TableConfig("table2", weights=Path("w.pt")),
-            "table2 has a part for each of cifar10 and cifar100, and --weights applies to one. Name it: --dataset cifar10",
+            "table2 has a part for each of cifar10 and cifar100, and --weights applies to one. Name it: --dataset "
+            "cifar10",
         ),
         (
             TableConfig("table2", dataset="cub200=folder:birds"),

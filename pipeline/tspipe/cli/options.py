@@ -51,7 +51,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a recipe setting; repeatable.",
+        help="Override a recipe setting (see tspipe list settings); repeatable.",
         show_default=False,
     ),
 ]

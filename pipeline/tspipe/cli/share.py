@@ -56,10 +56,12 @@ def pull(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes|caches", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(metavar="datasets|networks|losses|recipes|settings|caches", show_default=False)
+    ],
     folder: Annotated[Path, typer.Argument(help="The folder of the caches.")] = Path("cache"),
 ) -> None:
-    """List datasets, networks, losses, recipes, or the caches in a folder."""
+    """List datasets, networks, losses, recipes, recipe settings, or the caches in a folder."""
     from tspipe.cli import render
     from tspipe.recipes import load as recipes
     from tspipe.utils import plugins
@@ -67,12 +69,14 @@ def list_(
     packages = {package.rpartition(".")[2]: package for package in plugins.KINDS}
     if what == "caches":
         render.show_caches(folder)
+    elif what == "settings":
+        render.show_settings()
     elif what == "recipes":
         print(*recipes.names(), sep="\n")
     elif what in packages:
         print(*plugins.names(packages[what]), sep="\n")
     else:
-        raise typer.BadParameter(f"{what!r}: choose from {', '.join(packages)}, recipes, caches")
+        raise typer.BadParameter(f"{what!r}: choose from {', '.join(packages)}, recipes, settings, caches")
 
 
 def local_path(cache: str) -> Path:
