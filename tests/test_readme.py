@@ -23,6 +23,7 @@ from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import networks, weights
 from tspipe.recipes import load
 from tspipe.recipes.settings import settings_markdown
+from tspipe.training.summary import label_shares
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline" / "tspipe"
@@ -186,6 +187,14 @@ def test_the_readme_is_short_and_starts_with_the_essentials() -> None:
     start = "\n".join(lines[:40])
     for part in ("──▶ teacher", "pip install", "make demo", "make test", "make teacher-cache"):
         assert part in start
+
+
+def test_the_readme_shows_what_the_commands_print(tspipe: Callable, digits: Cache) -> None:
+    printed = [line.split("  ")[0] for line in tspipe("info", digits.path).out.splitlines()]
+    block = README.partition("# ends with:\n\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.strip().split("  ")[0] for line in block[:-1]] == printed
+    assert block[-1].startswith("    Next: tspipe student --cache ")
+    assert f"    {label_shares({'8': 76, '5': 24})}\n" in README
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
