@@ -26,15 +26,16 @@ KINDS = {"data.datasets": "dataset", "models.networks": "network", "losses": "lo
 def names(folder: str) -> list[str]:
     """Return the names that a package (`data.datasets`, `models.networks`, `losses`) provides, sorted.
 
-    Its files are read, not imported.
+    Neither the package nor its files are imported, so that listing names does not load torch.
     """
     return sorted(_files(folder))
 
 
 def _files(folder: str) -> dict[str, Path]:
     """Return the file that defines each name."""
-    folders = importlib.import_module(f"tspipe.{folder}").__path__
-    files = [file for path in folders for file in Path(path).glob("[!_]*.py")]
+    spec = importlib.util.find_spec(f"tspipe.{folder}")
+    assert spec is not None
+    files = [file for path in spec.submodule_search_locations or () for file in Path(path).glob("[!_]*.py")]
     return {name: file for file in files for name in _names_in(file)}
 
 
@@ -53,14 +54,14 @@ def _names_in(file: Path) -> list[str]:
 
 
 def is_file(name: str) -> bool:
-    """Whether `name` names a Python file of the user's instead of one of ours."""
+    """Return whether a name is the path of a user's Python file."""
     return name.endswith(".py")
 
 
 def recorded_name(folder: str, name: str) -> str:
-    """The name a cache or a checkpoint states: a user's `./mine.py` is `mine`, every other name is itself.
+    """Return the name that a cache or a checkpoint records: `mine` for a user's `./mine.py`, else the name itself.
 
-    Raises TspipeError for a file called as one of ours: the two could not be told apart.
+    Raises TspipeError for a file with the name of one of tspipe's plug-ins, since the record would be ambiguous.
     """
     if not is_file(name):
         return name
@@ -71,12 +72,12 @@ def recorded_name(folder: str, name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A name of letters, digits, `_`, `.`, `+` and `-`, as manifests and file names have them."""
+    """Return a name with only letters, digits, `_`, `.`, `+` and `-`, which manifests and file names allow."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).lstrip(".+-") or "unnamed"
 
 
 def load(folder: str, name: str, attribute: str, error: type[TspipeError]) -> ModuleType:
-    """Import the file behind a name and check that it has `attribute`; raise `error` if it cannot be."""
+    """Import the file of a name and check that it defines `attribute`; raise `error` if not."""
     if is_file(name):
         module = _load_file(Path(name), error)
     elif name in (known := _files(folder)):
@@ -90,7 +91,7 @@ def load(folder: str, name: str, attribute: str, error: type[TspipeError]) -> Mo
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name nobody knows: the names there are, the nearest first.
+    """Return the message for an unknown name: the known names, the nearest first.
 
     >>> unknown("loss", "tss", ["xent", "ts"])
     "Unknown loss 'tss'. There are: ts, xent."
@@ -104,9 +105,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 def _load_file(path: Path, error: type[TspipeError]) -> ModuleType:
     if not path.is_file():
         raise error(f"There is no file {path}.")
-    # Kept in sys.modules under the path, so that objects defined in it can be pickled by worker processes.
+    # Kept in sys.modules under a name made from the path, so that worker processes can unpickle its objects.
     name = f"tspipe_user_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"
-    if name in sys.modules:  # once a process: a file edited during a run must not change what the run trains
+    if name in sys.modules:  # once per process: editing the file must not change a run in progress
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -115,7 +116,7 @@ def _load_file(path: Path, error: type[TspipeError]) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except Exception as cause:
         del sys.modules[name]
-        raise error(f"{path} fails when imported: {type(problem).__name__}: {problem}") from problem
+        raise error(f"{path} fails when imported: {type(cause).__name__}: {cause}") from cause
     return module

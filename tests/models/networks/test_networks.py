@@ -2,6 +2,8 @@
 
 import importlib
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,7 +205,8 @@ def test_names_are_the_files_and_their_variants():
 
 def test_a_new_file_in_the_folder_is_a_network(tmp_path, monkeypatch):
     """Files are listed without being imported, so that a broken one does no harm until it is used."""
-    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    monkeypatch.setattr(networks.__spec__, "submodule_search_locations", [*networks.__path__, str(tmp_path)])
+    monkeypatch.setattr(networks, "__path__", networks.__spec__.submodule_search_locations)
     (tmp_path / "mine.py").write_text("def build(num_classes): ...\nraise SystemExit('imported')\n")
     (tmp_path / "broken.py").write_text("def build(\n")
     (tmp_path / "family.py").write_text(
@@ -215,6 +218,15 @@ def test_a_new_file_in_the_folder_is_a_network(tmp_path, monkeypatch):
     assert "family" not in networks.names()
     assert len(networks.build("family3", 4, SMALL, {"bias": False})) == 5
     assert error_message("family3", 4, SMALL, {"depth": 1}) == "family3 has no option 'depth'. There are: bias."
+
+
+def test_listing_names_does_not_import_torch():
+    program = (
+        "import sys; from tspipe.utils import plugins\n"
+        "print(*plugins.names('models.networks')); print('torch' in sys.modules)"
+    )
+    listed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines() == [" ".join(networks.names()), "False"]
 
 
 def test_unknown_name():
