@@ -107,22 +107,22 @@ def test_processes_share_the_learners_of_a_cohort(zygote: Zygote, digits: Cache,
 
 
 def test_a_non_finite_loss_is_reported_once(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    found = train(zygote, digits, tmp_path / "run", "--set=lr=1e30", ranks=2)
-    assert found.code == 1
-    assert sum("Error" in line for line in found.lines) == 1
-    assert "Thelossoflenet5-taught-random-seed0isnotfiniteinepoch1,step" in found.error
-    assert "Rank 1 stops: another process has failed, or cannot be reached." in found.lines
+    result = train(zygote, digits, tmp_path / "run", "--set=lr=1e30", ranks=2)
+    assert result.code == 1
+    assert sum("Error" in line for line in result.lines) == 1
+    assert "Thelossoflenet5-taught-random-seed0isnotfiniteinepoch1,step" in result.error
+    assert "Rank 1 stops: another process has failed, or cannot be reached." in result.lines
 
 
 def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    found = train(zygote, digits, tmp_path / "run", "--student=resnet20", ranks=2)
-    assert found.code == 1
+    result = train(zygote, digits, tmp_path / "run", "--student=resnet20", ranks=2)
+    assert result.code == 1
     sentence = (
         "A student with batch norm cannot be split between processes on the CPU: its statistics are of the whole "
         "batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train as many students, "
         "arms counted, as there are processes."
     )
-    assert "".join(sentence.split()) in found.error
+    assert "".join(sentence.split()) in result.error
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_p
 )
 def test_how_learners_are_sharded(size: int, cohort: str, shares: list[str]) -> None:
     """Rank 0 trains the last arm, because it counts the labels of its random images.""" ""
-    found = ["".join(choose_partition(Group(rank, size), len(cohort)).local_learners(cohort)) for rank in range(size)]
-    assert found == shares
+    result = ["".join(choose_partition(Group(rank, size), len(cohort)).local_learners(cohort)) for rank in range(size)]
+    assert result == shares
 
 
 def test_the_parts_of_a_split_batch_make_the_batch() -> None:

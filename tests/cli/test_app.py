@@ -49,7 +49,7 @@ def test_the_three_stages(tspipe: Callable, tmp_path: Path) -> None:
     assert again == made._replace(err="")
 
 
-def test_a_cache_trains_its_teacher_first_where_it_has_none(tspipe: Callable) -> None:
+def test_cache_trains_a_missing_teacher_first(tspipe: Callable) -> None:
     settings = [*SET, "--set=teacher.epochs=1"]
     made = tspipe("cache", "--train-teacher", "--dataset", "digits", "--teacher", "lenet5", *settings)
     assert made.out.splitlines()[0] == "There are no weights for lenet5 on digits yet, so the teacher is trained first."
@@ -57,7 +57,7 @@ def test_a_cache_trains_its_teacher_first_where_it_has_none(tspipe: Callable) ->
     assert made.out.startswith("Teacher lenet5 with the weights checkpoints/digits-lenet5.safetensors")
 
 
-def test_the_weights_own_preprocess_goes_before_the_recipe_and_after_set(tspipe: Callable) -> None:
+def test_recorded_preprocess_overrides_the_recipe_but_not_set(tspipe: Callable) -> None:
     tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET, "--set=preprocess.mean=[0.25]")
     tspipe("cache", "--dataset", "digits", "--teacher", "lenet5", "--out", "a.h5")
     tspipe("cache", "--dataset", "digits", "--teacher", "lenet5", "--out", "b.h5", "--set=preprocess.mean=[0.75]")
@@ -66,7 +66,7 @@ def test_the_weights_own_preprocess_goes_before_the_recipe_and_after_set(tspipe:
 
 
 def test_a_folder_of_images(tspipe: Callable, tmp_path: Path) -> None:
-    """A published checkpoint, a folder of pictures, and students: nothing of ours but the commands."""
+    """A published checkpoint, a folder of images, and students, by commands alone."""
     make_folder(tmp_path / "photos" / "shapes", train=20)
     torch.manual_seed(0)
     torch.save({"state_dict": networks.build("lenet5", 2, (3, 16, 16)).state_dict()}, "published.pth")
@@ -93,11 +93,11 @@ def test_fine_tuning_keeps_all_but_the_head(tspipe: Callable, tmp_path: Path) ->
         "--epochs", 1, "--set=teacher.lr=1e-9", "--set=teacher.batch_size=8",
     )  # fmt: skip
     assert made.code == 0, made.err
-    found = weights.read(tmp_path / "checkpoints/shapes-lenet5.safetensors").tensors
-    assert found["classifier.4.weight"].shape == (2, 84)
+    result = weights.read(tmp_path / "checkpoints/shapes-lenet5.safetensors").tensors
+    assert result["classifier.4.weight"].shape == (2, 84)
     for name, value in start.state_dict().items():
         if not name.startswith("classifier.4"):
-            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(result[name], value, atol=1e-6, rtol=1e-6)
 
 
 def test_info(tspipe: Callable, digits: Cache) -> None:
@@ -167,14 +167,14 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), ERRORS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("arguments", "expected"), ERRORS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_bad_input_is_one_sentence_and_exit_code_1(tspipe: Callable, arguments: list[str], said: str) -> None:
-    found = tspipe(*arguments)
-    assert found.code == 1
-    assert found.error == said
-    assert found.out == ""
-    assert "Traceback" not in found.err
+def test_bad_input_is_one_sentence_and_exit_code_1(tspipe: Callable, arguments: list[str], expected: str) -> None:
+    result = tspipe(*arguments)
+    assert result.code == 1
+    assert result.error == expected
+    assert result.out == ""
+    assert "Traceback" not in result.err
 
 
 def test_usage_is_exit_code_2(tspipe: Callable) -> None:
@@ -182,12 +182,12 @@ def test_usage_is_exit_code_2(tspipe: Callable) -> None:
     assert tspipe("list", "colours").code == 2
 
 
-def test_a_checkpoint_that_does_not_fit_is_told_what_it_is(tspipe: Callable, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_identified(tspipe: Callable, tmp_path: Path) -> None:
     torch.save(networks.build("resnet32", 10, (1, 16, 16)).state_dict(), "w.pt")
-    found = tspipe("cache", "--dataset", "digits", "--weights", "w.pt")
-    assert found.code == 1
-    assert found.error.startswith("w.pt does not fit resnet20: 72 keys are not in the network ")
-    assert found.error.endswith("It seems to be resnet32 with 10 classes: use --teacher resnet32")
+    result = tspipe("cache", "--dataset", "digits", "--weights", "w.pt")
+    assert result.code == 1
+    assert result.error.startswith("w.pt does not fit resnet20: 72 keys are not in the network ")
+    assert result.error.endswith("It seems to be resnet32 with 10 classes: use --teacher resnet32")
 
 
 def test_debug_shows_the_traceback(tspipe: Callable) -> None:
@@ -200,9 +200,9 @@ def test_debug_shows_the_traceback(tspipe: Callable) -> None:
 def test_text_of_a_foreign_file_is_escaped(tspipe: Callable, tmp_path: Path) -> None:
     name = "\x1b[31mred\x07.h5"
     (tmp_path / name).write_bytes(b"")
-    found = tspipe("info", name)
-    assert "\x1b[31m" not in found.err.replace("\x1b[31m╭", "")
-    assert "\\x1b[31mred\\x07.h5" in found.error
+    result = tspipe("info", name)
+    assert "\x1b[31m" not in result.err.replace("\x1b[31m╭", "")
+    assert "\\x1b[31mred\\x07.h5" in result.error
 
 
 MINE = """
@@ -215,7 +215,7 @@ def load(root, split):
 """
 
 
-def test_a_dataset_a_teacher_and_a_student_of_the_users_own(tspipe: Callable, tmp_path: Path) -> None:
+def test_plugins_for_dataset_teacher_and_student(tspipe: Callable, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
@@ -256,30 +256,30 @@ def test_a_dataset_a_teacher_and_a_student_of_the_users_own(tspipe: Callable, tm
     assert made.code == 0, made.err
 
 
-def test_weights_of_another_network_say_so(tspipe: Callable, tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(tspipe: Callable, tmp_path: Path) -> None:
     tspipe("teacher", "--dataset", "digits", *SET, "--set=teacher.epochs=1")
-    found = tspipe("cache", "--dataset", "digits", "--weights", "checkpoints/digits-lenet5.safetensors")
-    assert found.code == 1
-    assert found.error == (
+    result = tspipe("cache", "--dataset", "digits", "--weights", "checkpoints/digits-lenet5.safetensors")
+    assert result.code == 1
+    assert result.error == (
         "checkpoints/digits-lenet5.safetensors holds the weights of lenet5, not of resnet20: use --teacher lenet5"
     )
 
 
-def test_a_file_of_the_users_with_a_name_of_ours_is_refused(tspipe: Callable, tmp_path: Path) -> None:
+def test_a_plugin_named_like_a_built_in_is_refused(tspipe: Callable, tmp_path: Path) -> None:
     (tmp_path / "lenet5.py").write_text("def build(num_classes): ...")
-    found = tspipe("teacher", "--dataset", "digits", "--teacher", "./lenet5.py")
-    assert found.code == 1
-    assert found.error == "./lenet5.py has the name of a network of tspipe's. Give the file another name."
+    result = tspipe("teacher", "--dataset", "digits", "--teacher", "./lenet5.py")
+    assert result.code == 1
+    assert result.error == "./lenet5.py has the name of a network of tspipe's. Give the file another name."
 
 
-def test_ctrl_c_says_that_nothing_is_lost(tspipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_how_to_resume(tspipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tspipe.training.train_teacher.train_teacher", interrupted)
-    found = tspipe("teacher", "--dataset", "digits")
-    assert found.code == 130
-    assert found.err == "Interrupted. Run the same command again to resume from the last checkpoint.\n"
+    result = tspipe("teacher", "--dataset", "digits")
+    assert result.code == 130
+    assert result.err == "Interrupted. Run the same command again to resume from the last checkpoint.\n"
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,9 @@ def test_out_of_memory_is_a_sentence(tspipe: Callable, monkeypatch: pytest.Monke
         raise error
 
     monkeypatch.setattr("tspipe.training.train_teacher.train_teacher", hungry)
-    found = tspipe("teacher", "--dataset", "digits")
-    assert found.code == 1
-    assert found.error.startswith("Out of memory. Use smaller batches in stage one (--set compute.batch_size=N) ")
+    result = tspipe("teacher", "--dataset", "digits")
+    assert result.code == 1
+    assert result.error.startswith("Out of memory. Use smaller batches in stage one (--set compute.batch_size=N) ")
 
 
 def test_the_version(tspipe: Callable) -> None:

@@ -25,15 +25,15 @@ Tspipe = Callable[..., Result]
 
 
 def changed(path: Path, change: Callable[[str, dict], None], rows: dict[str, int], manifest: Manifest) -> Path:
-    """The cache of pets with other rows; keys longer than usual fit, too."""
+    """Write the cache of pets with other rows; longer keys fit too."""
     sizes = Dimensions(rows, 5, 2, "<f2", 4, 4, dict.fromkeys(SPLITS, 6))
     with CacheWriter(path, manifest, sizes, ["cat", "dög"]) as writer:
         for split in SPLITS:
             columns = rows_of(split, range(rows[split]), 5)
             change(split, columns)
             for block in writer.missing(split):
-                here = slice(sizes.block(split, block).start, sizes.block(split, block).stop)
-                writer.write_block(split, block, {name: column[here] for name, column in columns.items()})
+                local = slice(sizes.block(split, block).start, sizes.block(split, block).stop)
+                writer.write_block(split, block, {name: column[local] for name, column in columns.items()})
         writer.finish()
     return path
 
@@ -44,12 +44,12 @@ def pets(tmp_path: Path) -> Path:
     return tmp_path / "pets.h5"
 
 
-def test_two_of_the_same_do_not_differ(tspipe: Tspipe, pets: Path, tmp_path: Path) -> None:
+def test_equal_caches_do_not_differ(tspipe: Tspipe, pets: Path, tmp_path: Path) -> None:
     other = shutil.copy(pets, tmp_path / "other.h5")
     assert tspipe("diff", pets, other) == Result(0, "They hold the same.\n", "")
 
 
-def test_diff_tells_of_rows_by_key(tspipe: Tspipe, pets: Path, tmp_path: Path) -> None:
+def test_diff_names_rows_by_key(tspipe: Tspipe, pets: Path, tmp_path: Path) -> None:
     def change(split: str, columns: dict) -> None:
         if split == "train":
             for column in columns.values():
@@ -62,11 +62,11 @@ def test_diff_tells_of_rows_by_key(tspipe: Tspipe, pets: Path, tmp_path: Path) -
             columns["logits"][3] = columns["logits"][3][::-1].copy()
 
     other = changed(tmp_path / "other.h5", change, {"train": 10, "test": 2}, plan({"train": 10, "test": 2}))
-    found = tspipe("diff", pets, other)
-    assert (found.code, found.err) == (1, "")
+    result = tspipe("diff", pets, other)
+    assert (result.code, result.err) == (1, "")
     one, two = (open_cache(path).manifest for path in (pets, other))
     apart = np.abs(np.diff(open_cache(pets).train.logits[3])).item()
-    lines = [line for line in found.out.splitlines() if ": " in line]
+    lines = [line for line in result.out.splitlines() if ": " in line]
     assert lines == [
         "train: 1 images only in A, first 'tr9'",
         "train: 1 images only in B, first 'new'",
@@ -77,39 +77,39 @@ def test_diff_tells_of_rows_by_key(tspipe: Tspipe, pets: Path, tmp_path: Path) -
         f"train: logits of 8 unchanged images differ by up to {apart:.2g}, 1 in their argmax",
         "test: 1 images only in A, first 'te2'",
     ]
-    assert "dataset.rows.test" in found.out
-    assert one["dataset"]["fingerprint"][:12] in found.out
-    assert two["dataset"]["fingerprint"][:12] in found.out
+    assert "dataset.rows.test" in result.out
+    assert one["dataset"]["fingerprint"][:12] in result.out
+    assert two["dataset"]["fingerprint"][:12] in result.out
 
 
 def test_diff_of_other_networks(tspipe: Tspipe, pets: Path, digits: Cache) -> None:
-    found = tspipe("diff", pets, digits.path)
-    assert found.code == 1
-    assert "train: features of different widths\n" in found.out
-    assert "teacher in the file" in found.out
-    assert next(line for line in found.out.splitlines() if line.startswith("preprocess.mean")).split() == [
+    result = tspipe("diff", pets, digits.path)
+    assert result.code == 1
+    assert "train: features of different widths\n" in result.out
+    assert "teacher in the file" in result.out
+    assert next(line for line in result.out.splitlines() if line.startswith("preprocess.mean")).split() == [
         "preprocess.mean", "0.5", "0.305",
     ]  # fmt: skip
 
 
 def test_push_and_pull(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     team = tmp_path / "team"
-    found = tspipe("push", digits.path, team)
-    assert (found.code, found.err) == (0, "")
+    result = tspipe("push", digits.path, team)
+    assert (result.code, result.err) == (0, "")
     weights = digits.manifest["teacher"]["weights_sha256"][:12]
     carried = (
         "  It contains features of digits; its licence: CC BY 4.0.\n"
         f"  It contains the teacher's weights (lenet5, {weights}); their licence is their publisher's.\n"
     )
-    assert found.out == (
+    assert result.out == (
         f"Pushed to {team}/digits.h5: id {digits.id[:12]}\n{carried}"
         f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {team}/digits.h5\n"
     )
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "-c", "digits.h5.sha256"], cwd=team, check=True, capture_output=True)
-    found = tspipe("pull", f"file://{team}/digits.h5")
-    assert (found.code, found.err) == (0, "")
-    assert found.out == (
+    result = tspipe("pull", f"file://{team}/digits.h5")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == (
         f"Pulled cache/digits.h5: id {digits.id[:12]}, its SHA-256 matches\n{carried}"
         "Next: tspipe student --cache cache/digits.h5\n"
     )
@@ -122,22 +122,22 @@ def test_a_damaged_cache_is_not_pushed(tspipe: Tspipe, digits: Cache, tmp_path: 
     data = bytearray(path.read_bytes())
     data[digits.train.features.offset] ^= 1
     path.write_bytes(data)
-    found = tspipe("push", path, tmp_path / "team")
-    assert found.code == 1
-    assert found.says(f"{path} is not what was written: train_features, rows 0 to 255. …")
+    result = tspipe("push", path, tmp_path / "team")
+    assert result.code == 1
+    assert result.says(f"{path} is not what was written: train_features, rows 0 to 255. …")
     assert not (tmp_path / "team").exists()
 
 
-def test_without_a_stated_sha256_all_of_it_is_verified(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
+def test_without_a_published_sha256_every_byte_is_verified(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     path = Path(shutil.copy(digits.path, tmp_path / "there.h5"))
-    said = "no SHA-256 is published; its own checksums match\n"
-    assert said in tspipe("pull", path, "--out", "here.h5").out
+    expected = "no SHA-256 is published; its own checksums match\n"
+    assert expected in tspipe("pull", path, "--out", "here.h5").out
     data = bytearray(path.read_bytes())
     data[digits.train.features.offset] ^= 1
     path.write_bytes(data)
-    found = tspipe("pull", path, "--out", "second.h5")
-    assert found.code == 1
-    assert found.error.startswith("second.h5 is not what was written: train_features, rows 0 to 255.")
+    result = tspipe("pull", path, "--out", "second.h5")
+    assert result.code == 1
+    assert result.error.startswith("second.h5 is not what was written: train_features, rows 0 to 255.")
 
 
 def test_a_student_of_a_url(tspipe: Tspipe, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,16 +146,16 @@ def test_a_student_of_a_url(tspipe: Tspipe, digits: Cache, tmp_path: Path, monke
     url = f"file://{tmp_path}/digits.h5"
     settings = [f"--set={setting}" for setting in (*TEACHER, "epochs=1", "seeds=1", "random_images=0")]
     command = ["student", "--cache", url, "--student", "lenet5", *settings]
-    found = tspipe(*command)
-    assert (found.code, found.error) == (0, "")
+    result = tspipe(*command)
+    assert (result.code, result.error) == (0, "")
     (copy,) = (tmp_path / "home" / "tspipe").rglob("digits.h5")
-    assert found.out.splitlines()[0] == f"Fetched {url} to {copy}"
+    assert result.out.splitlines()[0] == f"Fetched {url} to {copy}"
     assert tspipe(*command).out.splitlines()[0] == f"{url} is unchanged: using the copy {copy}"
     (tmp_path / "digits.h5").unlink()
     assert tspipe(*command).out.splitlines()[0] == (f"Using the copy of {url}: There is no file {url}.")
 
 
-def test_info_of_a_url_says_what_info_of_the_file_says(tspipe: Tspipe, digits: Cache) -> None:
+def test_info_of_a_url_equals_info_of_the_file(tspipe: Tspipe, digits: Cache) -> None:
     assert tspipe("info", f"file://{digits.path}") == tspipe("info", digits.path)
 
 
@@ -165,9 +165,9 @@ def test_list_caches(tspipe: Tspipe, digits: Cache, pets: Path, tmp_path: Path) 
     shutil.copy(digits.path, team / "digits.h5")
     shutil.copy(pets, team / "old" / "pets.h5")
     (team / "old" / "broken.h5").write_bytes(b"HDF5?")
-    found = tspipe("list", "caches", team)
-    assert (found.code, found.err) == (0, "")
-    lines = [line.split() for line in found.out.splitlines()]
+    result = tspipe("list", "caches", team)
+    assert (result.code, result.err) == (0, "")
+    lines = [line.split() for line in result.out.splitlines()]
     assert lines[0] == ["name", "id", "dataset", "teacher", "test", "%", "images", "d", "dtype", "size"]
     accuracy = f"{100 * digits.manifest['teacher']['correct']['test'] / 797:.2f}"
     size = f"{digits.size / 1024:.1f}"
@@ -175,22 +175,22 @@ def test_list_caches(tspipe: Tspipe, digits: Cache, pets: Path, tmp_path: Path) 
         "digits.h5", digits.id[:12], "digits", "lenet5", accuracy, "1,797", "84", "f16", size, "KiB",
     ]  # fmt: skip
     assert lines[2][:4] == ["old/pets.h5", open_cache(pets).id[:12], "pets", "lenet5"]
-    said = f"{team}/old/broken.h5: it is not an HDF5 file, so not a tspipe cache."
-    assert "".join("".join(found.out.splitlines()[3:]).split()) == said.replace(" ", "")  # lines may end anywhere
-    assert max(map(len, found.out.splitlines())) <= 80
+    expected = f"{team}/old/broken.h5: it is not an HDF5 file, so not a tspipe cache."
+    assert "".join("".join(result.out.splitlines()[3:]).split()) == expected.replace(" ", "")  # lines may end anywhere
+    assert max(map(len, result.out.splitlines())) <= 80
 
 
 def test_list_caches_of_an_empty_folder(tspipe: Tspipe) -> None:
     Path("cache").mkdir()
     assert tspipe("list", "caches").out == "There are no caches in cache. Make one: tspipe cache --dataset NAME\n"
     assert tspipe("list", "caches", "nowhere").error == (
-        "nowhere is not a folder here. Name the one that the caches are in: tspipe list caches FOLDER"
+        "nowhere is not a folder. Name the folder of the caches: tspipe list caches FOLDER"
     )
 
 
 @pytest.fixture
 def photos(tspipe: Tspipe) -> Path:
-    """`photos/` of two classes and its cache, `cache/photos.h5`, in the folder where the commands run."""
+    """Make `photos/` with two classes and its cache, `cache/photos.h5`, in the current folder."""
     import torch
 
     from tspipe.models import networks, weights
@@ -206,36 +206,36 @@ def photos(tspipe: Tspipe) -> Path:
 STUDENT = "student --cache cache/photos.h5 --data photos --student lenet5 --random-images 0 --seeds 1 --epochs 1"
 
 
-def test_trusted_data_are_not_compared_and_the_run_says_so(tspipe: Tspipe, photos: Path) -> None:
+def test_trusted_data_are_not_compared_and_the_run_records_it(tspipe: Tspipe, photos: Path) -> None:
     command = [*STUDENT.split(), "--set=batch_size=4"]
     (photos / "train/a/03.png").write_bytes((photos / "train/b/00.png").read_bytes())
-    found = tspipe(*command)
-    assert found.code == 1
-    assert found.error.startswith("photos.h5 is not of this data: at train index 3, the pixels of 'a/03.png' are not")
+    result = tspipe(*command)
+    assert result.code == 1
+    assert result.error.startswith("photos.h5 is not of this data: at train index 3, the pixels of 'a/03.png' are not")
     assert not Path("runs").exists()
-    found = tspipe(*command, "--trust-data")
-    assert (found.code, found.error) == (0, "")
-    assert "The images were not compared with those of the cache (--trust-data).\n" in found.out
+    result = tspipe(*command, "--trust-data")
+    assert (result.code, result.error) == (0, "")
+    assert "The images were not compared with those of the cache (--trust-data).\n" in result.out
     (run,) = Path("runs").iterdir()
     assert json.loads((run / "config.json").read_text())["config"]["trust_data"] is True
 
 
 def test_even_trusted_data_need_a_row_for_each_image(tspipe: Tspipe, photos: Path) -> None:
     (photos / "train/a/03.png").unlink()
-    found = tspipe(*STUDENT.split(), "--set=batch_size=4", "--trust-data")
-    assert found.code == 1
-    assert found.error == (
+    result = tspipe(*STUDENT.split(), "--set=batch_size=4", "--trust-data")
+    assert result.code == 1
+    assert result.error == (
         "photos.h5 has 16 + 8 images of 2 classes, the dataset 15 + 8 images of 2 classes: --trust-data skips the "
         "comparison of images, but cannot do without their rows."
     )
 
 
 def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) -> None:
-    """Students trained from the images in the file are those trained from the folder, to the last bit."""
+    """Students trained on pixels in the cache equal those trained on the folder, bit for bit."""
     resized = "--set=preprocess.resize=[24,24] --set=preprocess.crop=16"
     command = f"cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --images {resized}".split()
-    found = tspipe(*command, "--out", "cache/with.h5")
-    assert (found.code, found.error) == (0, "")
+    result = tspipe(*command, "--out", "cache/with.h5")
+    assert (result.code, result.error) == (0, "")
     assert tspipe(*[part for part in command if part != "--images"], "--out", "cache/without.h5").code == 0
     cache = open_cache("cache/with.h5")
     assert cache.train.images is not None
@@ -244,13 +244,13 @@ def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) 
     for name, more in (("without", ["--data", "photos"]), ("with", []), ("with", ["--set=memory=1"])):
         out = f"runs/{len(students)}"
         flags = ["--student", "lenet5", "--random-images", "3", "--seeds", "1", "--epochs", "1", "--set=batch_size=4"]
-        found = tspipe("student", "--cache", f"cache/{name}.h5", *flags, *more, "--out", out)
-        assert (found.code, found.error) == (0, "")
+        result = tspipe("student", "--cache", f"cache/{name}.h5", *flags, *more, "--out", out)
+        assert (result.code, result.error) == (0, "")
         students.append(weights_of(Path(out)))
     assert all(students[0][name].equal(other[name]) for other in students[1:] for name in other)
     assert tspipe("verify", "cache/with.h5", "photos", "--data", "--teacher", "9").code == 0
-    found = tspipe(*[part for part in command if part != "--images"], "--out", "cache/with.h5")
-    assert found.error == (
+    result = tspipe(*[part for part in command if part != "--images"], "--out", "cache/with.h5")
+    assert result.error == (
         "cache/with.h5 is another cache: images is True there and False here. Move it away, replace it (tspipe cache "
         "--force) or write another (--out)."
     )
@@ -263,7 +263,7 @@ def weights_of(run: Path) -> dict:
     return safetensors.torch.load_file(path)
 
 
-def test_damage_of_stored_images_is_found_and_put_back(tspipe: Tspipe, photos: Path) -> None:
+def test_damaged_pixels_are_found_and_repaired(tspipe: Tspipe, photos: Path) -> None:
     command = "cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --images --out cache/with.h5"
     assert tspipe(*command.split(), "--set=compute.block_rows=4").code == 0
     path = Path("cache/with.h5")

@@ -15,29 +15,29 @@ def test_slow_rows_are_announced_ahead(slow: bool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(targets_module, "READ_AHEAD", 3)
     monkeypatch.setattr(targets_module, "SLOW_ROW", -1 if slow else 1)
     monkeypatch.setattr(targets_module, "GATHER_BYTES", 1)
-    said: list[tuple[str, list[int]]] = []
+    events: list[tuple[str, list[int]]] = []
 
     class Rows:
         shape, nbytes = (1000, 2), 4000
 
         def advise(self, rows: np.ndarray) -> None:
-            said.append(("asked", rows.tolist()))
+            events.append(("asked", rows.tolist()))
 
         def take(self, rows: np.ndarray) -> np.ndarray:
-            said.append(("read", rows.tolist()))
+            events.append(("read", rows.tolist()))
             return np.zeros((len(rows), 2), np.float16)
 
     labels, needs = torch.arange(1000), frozenset({"features"})
     targets = TargetLoader({"features": Rows()}, labels, needs, memory=3999, device=torch.device("cpu"))
     order = list(torch.randperm(1000).split(100))
-    found = list(targets.batches(order))
+    result = list(targets.batches(order))
     rows = [batch.tolist() for batch in order]
-    assert [batch for what, batch in said if what == "asked"] == (rows[1:] if slow else [])
-    assert [batch for what, batch in said if what == "read"] == rows
+    assert [batch for what, batch in events if what == "asked"] == (rows[1:] if slow else [])
+    assert [batch for what, batch in events if what == "read"] == rows
     for i, batch in enumerate(rows[1:] if slow else [], 1):
-        before = said[: said.index(("read", batch))]
+        before = events[: events.index(("read", batch))]
         assert len([what for what, _ in before if what == "asked"]) == min(i + 3, 9)
-    assert all(torch.equal(target.labels, batch) for target, batch in zip(found, order, strict=True))
+    assert all(torch.equal(target.labels, batch) for target, batch in zip(result, order, strict=True))
 
 
 @pytest.mark.parametrize("memory", [0, 2**20])
@@ -50,9 +50,9 @@ def test_batches_do_not_depend_on_how_many_are_gathered_together(
     columns, labels = {"features": digits.train.features, "logits": digits.train.logits}, digits.train.labels
     targets = TargetLoader(columns, torch.from_numpy(labels), frozenset(needs), memory, torch.device("cpu"))
     order = list(torch.randperm(1000).split(150))
-    found = list(targets.batches(order))
-    assert len(found) == len(order)
-    for rows, target in zip(order, found, strict=True):
+    result = list(targets.batches(order))
+    assert len(result) == len(order)
+    for rows, target in zip(order, result, strict=True):
         assert torch.equal(target.labels, torch.from_numpy(labels)[rows])
         for name, part in (("features", target.features), ("logits", target.logits)):
             stored = torch.from_numpy(columns[name].load()).float()[rows]

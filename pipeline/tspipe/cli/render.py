@@ -1,4 +1,4 @@
-"""What people see of a cache and of a run."""
+"""What the command line prints: caches, differences, benchmarks, settings."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +18,7 @@ _NAME = 60  # characters shown of a class's name
 
 
 class Facts(Protocol):
-    """What is shown of a cache; an opened one has it, and the head of a remote one."""
+    """What is printed of a cache: an open one has it, and so has the head of a remote one."""
 
     @property
     def name(self) -> str: ...
@@ -39,7 +39,7 @@ class Facts(Protocol):
 
 
 def show_cache(cache: Facts) -> None:
-    """A cache's facts, in one screen."""
+    """Print a cache's facts on one screen."""
     manifest = cache.manifest
     dataset, teacher, features = manifest["dataset"], manifest["teacher"], manifest["features"]
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -66,16 +66,14 @@ def show_cache(cache: Facts) -> None:
 
 
 def show_caches(folder: Path) -> None:
-    """The caches in a folder and below it, a line each; what cannot be opened is named with the reason."""
+    """Print the caches in a folder and below it, a line each, and the files that cannot be opened."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("name", "id", "dataset", "teacher"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "id")
     for heading in ("test %", "images", "d", "dtype", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
     if not folder.is_dir():
-        raise CacheError(
-            f"{folder} is not a folder here. Name the one that the caches are in: tspipe list caches FOLDER"
-        )
+        raise CacheError(f"{folder} is not a folder. Name the folder of the caches: tspipe list caches FOLDER")
     problems: list[str] = []
     for path in sorted(folder.rglob("*.h5")):
         try:
@@ -98,25 +96,25 @@ def show_caches(folder: Path) -> None:
         out.print(Text(plain(reason)))
 
 
-def show_diff(found: Diff) -> None:
-    """What differs between two caches, A and B."""
+def show_diff(difference: Diff) -> None:
+    """Print how two caches, A and B, differ."""
     out = console()
     table = Table(box=None, pad_edge=False)
     for heading in ("", "A", "B"):
         table.add_column(heading, overflow="fold")
-    for name, one, two in found.fields:
+    for name, one, two in difference.fields:
         table.add_row(*(Text(plain(text, 100)) for text in (name, _value(one), _value(two))))
     if table.row_count:
         out.print(table)
-    for split, rows in found.splits.items():
+    for split, rows in difference.splits.items():
         for line in _row_lines(rows):
             out.print(Text(plain(f"{split}: {line}", 400)))
-    if found.same:
+    if difference.same:
         out.print("They hold the same.")
 
 
 def show_bench(result: dict[str, Any]) -> None:
-    """What `tspipe bench` found, as JSON has it: a table, the machine, and what to do."""
+    """Print the JSON result of `tspipe bench`: a table, the machine, and advice."""
     out, table = console(), Table(box=None, pad_edge=False)
     table.add_column("")
     for heading in ("beside", "tspipe", "ratio", "(quartiles)", "n"):
@@ -144,12 +142,12 @@ def show_bench(result: dict[str, Any]) -> None:
 
 
 def _ratio(value: float) -> str:
-    """0.012, 0.98, 1.04, 12."""
+    """Format a ratio: 0.012, 0.98, 1.04, 12."""
     return f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.2g}"
 
 
 def _seconds(value: float) -> str:
-    """A time in the unit people read: 9.87 µs, 12.3 ms, 4.56 s, 1:02:03."""
+    """Format a time: 9.87 µs, 12.3 ms, 4.56 s, 1:02:03."""
     if value < 1e-3:
         return f"{value * 1e6:.3g} µs"
     if value < 1:
@@ -158,7 +156,7 @@ def _seconds(value: float) -> str:
 
 
 def _row_lines(rows: SplitDiff) -> Iterator[str]:
-    """A split's differences in sentences."""
+    """Yield the differences of a split, a sentence each."""
     for side, keys in zip("AB", rows.only, strict=True):
         if keys:
             yield f"{len(keys):,} images only in {side}, first {keys[0]!r}"
