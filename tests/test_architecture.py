@@ -1,6 +1,7 @@
 """The import structure: packages in order, and who may import torch, h5py and torch.distributed."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,33 @@ def test_imports_run_downwards_only() -> None:
         assert used <= allowed, path
         modules = {module.split(".")[0] for module in imports(path)}
         assert package != "cache" or "torch" not in modules, path
-        assert package == "cache" or path.stem == "bench" or "h5py" not in modules, path
+        assert package == "cache" or "h5py" not in modules, path
         assert path.stem == "distributed" or not any(m.startswith("torch.distributed") for m in imports(path)), path
+
+
+def test_the_documentation_shows_the_same_order() -> None:
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    assert re.findall(r"^    ([a-z]+)(?:/|  )", page, re.MULTILINE) == ORDER
+
+
+def test_classes_of_stage_two_are_small() -> None:
+    for path in (PACKAGE / "training").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 150, f"{path.name}: {node.name}"
+                assert len(attributes(node)) <= 8, f"{path.name}: {node.name}"
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Return the fields of a class, and what its methods set on self."""
+    fields = {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+    stored = {
+        name.attr
+        for name in ast.walk(node)
+        if isinstance(name, ast.Attribute) and isinstance(name.ctx, ast.Store) and ast.unparse(name.value) == "self"
+    }
+    return fields | stored
 
 
 def test_reading_a_cache_loads_neither_torch_nor_fsspec() -> None:
