@@ -32,9 +32,8 @@ def config(teacher: Path, out: Path, *overrides: str) -> ExtractConfig:
 def test_the_rows_are_what_the_teacher_gives(digits: Cache) -> None:
     dataset = datasets.open_dataset("digits")
     manifest = digits.manifest
-    module, options = loading.load_network(
-        "lenet5", 10, (1, 16, 16), manifest["teacher"]["options"], weights.parse(digits.teacher_weights(), "w"), "w"
-    )
+    spec = loading.NetworkSpec("lenet5", 10, (1, 16, 16), manifest["teacher"]["options"])
+    module, options = loading.load_network(spec, weights.parse(digits.teacher_weights(), "w"), "w")
     network = feature_net.split(module.eval(), "lenet5", torch.zeros(2, *options["input_shape"]))
     preprocess = Preprocess.from_dict(manifest["preprocess"])
     for split in ("train", "test"):

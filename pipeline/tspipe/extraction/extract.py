@@ -110,9 +110,8 @@ def _prepare(config: ExtractConfig) -> Job:
     keep_freed()
 
     shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
-    module, options = loading.load_network(
-        name, classes, shape, recipe.teacher.options, config.weights.tensors, config.weights.source
-    )
+    spec = loading.NetworkSpec(name, classes, shape, recipe.teacher.options)
+    module, options = loading.load_network(spec, config.weights.tensors, config.weights.source)
     options["input_shape"] = list(shape)
     stored = weights.canonical_bytes(module)
     teacher = freeze(module, name, shape, device)

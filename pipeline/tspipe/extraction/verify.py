@@ -25,7 +25,7 @@ from tspipe.extraction import blocks as rows
 from tspipe.extraction import forward
 from tspipe.models import loading, weights
 from tspipe.models.feature_net import FeatureNet
-from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_network
+from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_spec
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.utils import device
@@ -260,14 +260,8 @@ def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
             f"{cache.path}: its teacher's weights are needed. Give the file they came from, SHA-256 "
             f"{there['file_sha256'][:12]}…: --weights FILE"
         )
-    module, _ = loading.load_network(
-        teacher_network(cache, config.recipe),
-        len(cache.classes),
-        tuple(there["options"]["input_shape"]),
-        there["options"],
-        config.weights.tensors,
-        config.weights.source,
-    )
+    spec = teacher_spec(cache, config.recipe, tuple(there["options"]["input_shape"]))
+    module, _ = loading.load_network(spec, config.weights.tensors, config.weights.source)
     data = weights.canonical_bytes(module)
     if hashlib.sha256(data).hexdigest() != there["weights_sha256"]:
         raise CacheMismatch(f"{config.weights.source} is not what {cache.path.name} was made with.")

@@ -1,7 +1,7 @@
 """Whether weights fit a network, and which network they fit instead."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,49 @@ _SIDES = (32, 28)  # image sizes to try, for networks whose shapes depend on the
 Shapes = dict[str, tuple[int, ...]]
 
 
-def load_network(
-    name: str,
-    num_classes: int,
-    input_shape: tuple[int, int, int],
-    options: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    source: str,
-) -> tuple[nn.Module, dict[str, Any]]:
+class NetworkSpec(NamedTuple):
+    """What determines a network without its weights.
+
+    Attributes:
+        name: as for `networks.build`.
+        num_classes: c.
+        input_shape: (C, H, W).
+        options: the network's options. An `input_shape` among them, as a cache's manifest has it, is ignored.
+    """
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    options: Mapping[str, Any]
+
+    def build(self) -> nn.Module:
+        """Build the network with random weights."""
+        options = {key: value for key, value in self.options.items() if key != "input_shape"}
+        return networks.build(self.name, self.num_classes, self.input_shape, options)
+
+    def count_parameters(self) -> int:
+        """Return the number of the network's parameters, without allocating them."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build().parameters())
+
+
+def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) -> tuple[nn.Module, dict[str, Any]]:
     """Build a network and load its weights; return it with its options and those that the weights' keys imply.
 
     Args:
-        name: the network's name.
-        input_shape: (C, H, W).
-        options: the network's options. An `input_shape` among them, as a cache's manifest has it, is ignored.
         tensors: the weights, under the keys of the network or of a published checkpoint of it.
         source: the name of the weights in an error.
 
     Raises NetworkError if they do not fit, before memory is allocated for the network.
     """
-    tensors, implied = networks.adapt(name, dict(tensors))
-    options = {**options, **implied}
+    tensors, implied = networks.adapt(spec.name, dict(tensors))
+    options = {**spec.options, **implied}
+    spec = spec._replace(options=options)
     with torch.device("meta"):
-        check_fit(_build(name, num_classes, input_shape, options), tensors, name, source)
-    module = _build(name, num_classes, input_shape, options)
-    load_into(module, tensors, name, source)
+        check_fit(spec.build(), tensors, spec.name, source)
+    module = spec.build()
+    load_into(module, tensors, spec.name, source)
     return module, options
-
-
-def count_parameters(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any]) -> int:
-    """Return the number of a network's parameters, without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in _build(name, num_classes, input_shape, options).parameters())
-
-
-def _build(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any]) -> nn.Module:
-    options = {key: value for key, value in options.items() if key != "input_shape"}
-    return networks.build(name, num_classes, input_shape, options)
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:

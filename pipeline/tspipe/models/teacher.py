@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from tspipe.cache import Cache
 from tspipe.errors import CacheMismatch, NetworkError
-from tspipe.models import loading, networks, weights
+from tspipe.models import networks, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
+from tspipe.models.loading import NetworkSpec, load_network
 from tspipe.models.output import Output
 from tspipe.recipes.schema import Recipe
 from tspipe.utils import plugins
@@ -40,18 +41,18 @@ def build_teacher(
     cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], data: bytes | None = None
 ) -> tuple[nn.Module, str]:
     """Return the network of a cache's teacher with its weights, on the CPU, and its name; see `load_teacher`."""
-    name, options = teacher_network(cache, recipe), cache.manifest["teacher"]["options"]
+    spec = teacher_spec(cache, recipe, input_shape)
     check_input_shape(cache, input_shape)
     source = f"the teacher's weights in {cache.path.name}"
-    count = loading.count_parameters(name, len(cache.classes), input_shape, options)
+    count = spec.count_parameters()
     # Checked before the weights are read: a sparse file may claim any size.
     if cache.dimensions.weights_bytes > _MAX_BYTES_PER_PARAMETER * count + 2**20:
         raise NetworkError(
-            f"{source} take {cache.dimensions.weights_bytes:,} bytes, more than the {count:,} weights of {name} need."
+            f"{source} take {cache.dimensions.weights_bytes:,} bytes, more than the {count:,} weights of {spec.name} "
+            "need."
         )
     tensors = weights.parse(data or cache.teacher_weights(), source)
-    module, _ = loading.load_network(name, len(cache.classes), input_shape, options, tensors, source)
-    return module, name
+    return load_network(spec, tensors, source)[0], spec.name
 
 
 def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
@@ -78,6 +79,12 @@ def teacher_network(cache: Cache, recipe: Recipe) -> str:
             f"Name its file: --set teacher.network=./{name}.py"
         )
     return name
+
+
+def teacher_spec(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> NetworkSpec:
+    """Return the network of the cache's teacher for images of this shape (C, H, W)."""
+    options = cache.manifest["teacher"]["options"]
+    return NetworkSpec(teacher_network(cache, recipe), len(cache.classes), input_shape, options)
 
 
 def run_teacher(teacher: FeatureNet, images: Tensor) -> Output:
@@ -114,8 +121,7 @@ def draws_at_random(teacher: FeatureNet, images: Tensor) -> bool:
 
 def count_teacher_parameters(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> int | None:
     """Return the number of the teacher's parameters, or None if its network cannot be built."""
-    options = cache.manifest["teacher"]["options"]
     try:
-        return loading.count_parameters(teacher_network(cache, recipe), len(cache.classes), input_shape, options)
+        return teacher_spec(cache, recipe, input_shape).count_parameters()
     except NetworkError:
         return None

@@ -37,12 +37,10 @@ class Optimisation(Section):
 
     optimizer: Optimizer = Field("adam", description="The optimiser.")
     lr: Positive = Field(1e-3, description="The initial learning rate.")
-    lr_drop_every: AtLeastOne = Field(
-        50, description="The learning rate is multiplied by lr_drop_factor every so many epochs."
-    )
+    lr_drop_every: AtLeastOne = Field(50, description="The number of epochs between drops of the learning rate.")
     lr_drop_factor: DropFactor = Field(0.1, description="The factor by which the learning rate drops.")
     lr_milestones: list[int] = Field(
-        [], description="The epochs after which the learning rate drops; if given, lr_drop_every is ignored."
+        [], description="Epochs after which the learning rate drops, instead of lr_drop_every."
     )
     momentum: Fraction = Field(0.9, description="The momentum of SGD.")
     weight_decay: NotNegative = Field(0.0, description="The weight decay.")
@@ -53,17 +51,13 @@ class Teacher(Optimisation):
 
     network: str = Field("resnet56", description="A network's name, torchvision:NAME, or the path of a Python file.")
     options: dict[str, Any] = Field({}, description="The options of the network.")
-    pretrained: bool = Field(
-        True, description="Start training from the pretrained weights that the network names, unless a file is given."
-    )
+    pretrained: bool = Field(True, description="Without a file, start from the weights that the network names.")
     epochs: AtLeastOne = Field(200, description="The number of epochs.")
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch.")
     optimizer: Optimizer = Field("sgd", description="The optimiser.")
     lr: Positive = Field(0.1, description="The initial learning rate.")
     weight_decay: NotNegative = Field(1e-4, description="The weight decay.")
-    shift: Count = Field(
-        0, description="Training images are shifted at random by up to this number of pixels in each direction."
-    )
+    shift: Count = Field(0, description="Shift training images at random by up to this many pixels each way.")
     random_crop: bool = Field(False, description="Crop training images at random positions instead of the centre.")
     flip: bool = Field(False, description="Mirror training images at random.")
 
@@ -78,9 +72,7 @@ class Compute(Section):
     """How stage one computes; the cache's bytes depend on it."""
 
     batch_size: AtLeastOne = Field(64, description="The number of images in a batch of stage one.")
-    block_rows: AtLeastOne = Field(
-        256, description="The number of images in a block; an interruption loses three blocks at most."
-    )
+    block_rows: AtLeastOne = Field(256, description="Images per block; an interruption loses three blocks at most.")
     device: Device = Field("auto", description="The device of the teacher in stage one.")
 
 
@@ -121,13 +113,10 @@ class Recipe(Optimisation):
     features: Features = Features()
     compute: Compute = Compute()
     views: Views = Views()
-    student: list[str] = Field(
-        ["lenet5"], min_length=1, description="The networks to train: names, torchvision:NAME, or Python files."
-    )
+    student: list[str] = Field(["lenet5"], min_length=1, description="Networks to train: names or paths of files.")
     students: dict[str, Student] = Field({}, description="Settings of a student that replace the recipe's, by name.")
     alone: Overrides = Field(
-        Overrides(),
-        description="Settings of an additional arm with --compare: the student alone, with a schedule of its own.",
+        Overrides(), description="A schedule of the student alone, which --compare adds as an arm."
     )
     epochs: AtLeastOne = Field(200, description="The number of epochs.")
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch, without random images.")
@@ -137,35 +126,27 @@ class Recipe(Optimisation):
     random_images: Count = Field(178, description="The number of random images added to every batch.")
     random_source: Literal["live", "pool"] = Field(
         "live",
-        description="Where random images are labelled: by the teacher during training, or in stage one "
-        "(tspipe cache --random-pool).",
+        description="Whether random images are labelled during training or in stage one (tspipe cache --random-pool).",
     )
-    random_generator: Generator = Field(
-        "mt19937", description="The generator of random images; minstd has a short period."
-    )
+    random_generator: Generator = Field("mt19937", description="The generator of random images; minstd soon repeats.")
     random_forward: Literal["concatenated", "separate"] = Field(
         "concatenated", description="Whether a student's batch norm sees real and random images as one batch."
     )
     precision: Precision = Field("float32", description="The precision of the students; weights are always float32.")
     live_precision: Precision = Field("float32", description="The precision of the live teacher.")
-    compile: bool = Field(
-        False, description="Compile students with torch.compile, on a GPU to CUDA graphs; needs a C++ compiler."
-    )
+    compile: bool = Field(False, description="Compile students with torch.compile; this needs a C++ compiler.")
     seeds: AtLeastOne = Field(1, description="The number of seeds, counted from 0; each is a cohort.")
     mse_weight: NotNegative | Literal["auto"] = Field(
         1.0,
         description="The weight of the MSE of the loss ts; auto is 1 / the mean variance of the cached features.",
     )
     xent_weight: NotNegative = Field(1.0, description="The weight of the cross-entropy of the loss ts.")
-    val_fraction: Fraction = Field(
-        0.0,
-        description="The fraction of the training images that is held back to select an epoch; drawn for each seed.",
-    )
+    val_fraction: Fraction = Field(0.0, description="The share of training images held back to select an epoch.")
     tensorboard: bool = Field(False, description="Write TensorBoard curves into the run folder.")
     checkpoint_seconds: NotNegative = Field(30.0, description="The time between checkpoints in seconds.")
     device: Device = Field("auto", description="The device of stage two and of the teacher's training.")
     memory: ByteSize | None = Field(
-        None, description="The memory for images and targets, as 2GB or 1GiB; none is half of the machine's."
+        None, description="For images and targets, such as 2GB; none is half of the machine's."
     )
     paper: Paper | None = Field(None, description="Published results to compare with.")
 
