@@ -181,6 +181,12 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], link
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_named_exist(page: str) -> None:
+    for file in re.findall(r"(?<![\w/])(?:tests|benchmarks|pipeline|docs)/[a-z0-9_/]+\.(?:py|toml|md)", PAGES[page]):
+        assert (ROOT / file).exists(), file
+
+
 def test_the_readme_is_short_and_starts_with_the_essentials() -> None:
     lines = README.splitlines()
     assert len(lines) <= 130
