@@ -36,9 +36,8 @@ def misfit(name, tensors, num_classes=10, input_shape=(3, 32, 32), **options):
 def test_load_network_returns_the_options_that_the_weights_imply() -> None:
     module = networks.build("resnet20", 10, SHAPE, {"shortcut": "B"})
     options = {"input_shape": list(SHAPE), "shortcut": "A"}
-    loaded, implied = loading.load_network(
-        loading.NetworkSpec("resnet20", 10, SHAPE, options), module.state_dict(), "w.pt"
-    )
+    spec = loading.NetworkSpec("resnet20", 10, SHAPE, options)
+    loaded, implied = loading.load_network(spec, module.state_dict(), "w.pt")
     assert implied == {"input_shape": [3, 32, 32], "shortcut": "B"}
     assert weights.canonical_bytes(loaded) == weights.canonical_bytes(module)
 

@@ -263,12 +263,12 @@ def test_strong_is_based_on_the_recipe_of_the_dataset_or_of_a_table():
 
 
 def test_a_recipe_that_is_its_own_base(tmp_path):
-    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
-    one.write_text(f'base = "{two}"')
-    two.write_text(f'base = "{one}"')
-    assert error_message(str(one)) == f"The recipe {two} is its own base."
-    one.write_text('base = ["cifar10", "strong"]')
-    assert error_message(str(one)) == f"The recipe {one} has a base that is not a name: ['cifar10', 'strong']."
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text(f'base = "{second}"')
+    second.write_text(f'base = "{first}"')
+    assert error_message(str(first)) == f"The recipe {second} is its own base."
+    first.write_text('base = ["cifar10", "strong"]')
+    assert error_message(str(first)) == f"The recipe {first} has a base that is not a name: ['cifar10', 'strong']."
 
 
 def test_options_of_an_unknown_loss():
