@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pets import CLASSES, plan
 from tspipe.cache import SPLITS, CacheWriter, Dimensions, open_cache
 from tspipe.cache.verify import find_damage
-from tspipe.utils.threads import cores
+from tspipe.utils.threads import available_cores
 
 WIDTH, REPEATS = 10240, 5
 
@@ -73,7 +73,9 @@ def main() -> None:
     make(path, gigabytes)
     size = path.stat().st_size
     assert find_damage(path) == []
-    print(f"{size / 1e9:.2f} GB, {cores()} cores, median of {REPEATS} (largest − smallest), the file in memory")
+    print(
+        f"{size / 1e9:.2f} GB, {available_cores()} cores, median of {REPEATS} (largest − smallest), the file in memory"
+    )
     median, spread = seconds(lambda: open_cache(path))
     print(f"open        {median * 1e3:8.1f} ms ({spread * 1e3:.1f})")
     floor, _ = seconds(lambda: read(path))

@@ -23,10 +23,10 @@ from pets import plan
 from tspipe.cache import SPLITS, CacheWriter, Dimensions, open_cache
 from tspipe.data.datasets import Images, open_dataset
 from tspipe.data.decode import read
-from tspipe.data.image_loader import Pixels, of_cache
+from tspipe.data.image_loader import ImageLoader, open_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.recipes.load import load
-from tspipe.utils.threads import cores
+from tspipe.utils.threads import available_cores
 
 BATCH, REPEATS = 10, 5
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def main(root: Path, count: int = 400) -> None:
     preprocess, train = load("cub200").preprocess, open_dataset("cub200", root).train
     with tempfile.TemporaryDirectory() as folder:
         cache = open_cache(with_pixels(Path(folder), train, preprocess, count))
-        held, steps = of_cache(cache, lambda: None)[0].train, replace(preprocess, resize=None, crop=None)
+        held, steps = open_images(cache, lambda: None)[0].train, replace(preprocess, resize=None, crop=None)
         order = [torch.randperm(count).split(BATCH) for _ in range(REPEATS + 1)]
         decoded = Decoded(train, preprocess)
 
@@ -76,7 +76,7 @@ def main(root: Path, count: int = 400) -> None:
 
         sampler: list[list[int]] = []  # refilled for each epoch, so that the workers stay, as in training
         workers = DataLoader(
-            decoded, batch_sampler=sampler, num_workers=cores(), prefetch_factor=4, persistent_workers=True
+            decoded, batch_sampler=sampler, num_workers=available_cores(), prefetch_factor=4, persistent_workers=True
         )
 
         def processes(batches: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
@@ -85,9 +85,9 @@ def main(root: Path, count: int = 400) -> None:
 
         ways: dict[str, Callable[..., Iterable[torch.Tensor]]] = {
             "one thread": one_thread,
-            f"{cores()} threads": Pixels(train, preprocess, "", 0, CPU).batches,
-            f"{cores()} processes": processes,
-            "from the cache": Pixels(held, steps, "", 0, CPU).batches,
+            f"{available_cores()} threads": ImageLoader(train, preprocess, "", 0, CPU).batches,
+            f"{available_cores()} processes": processes,
+            "from the cache": ImageLoader(held, steps, "", 0, CPU).batches,
         }
         print(f"{count} images, median of {REPEATS} (largest - smallest)")
         first = 0.0

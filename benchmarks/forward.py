@@ -19,8 +19,8 @@ from tspipe.losses.ts import ts_loss
 from tspipe.models import feature_net, networks
 from tspipe.models.inference import freeze
 from tspipe.models.probe import probe_images
-from tspipe.utils.memory import keep_freed
-from tspipe.utils.threads import cores
+from tspipe.utils.memory import keep_freed_memory
+from tspipe.utils.threads import available_cores
 
 SHAPE, TURNS, BATCH = (3, 32, 32), 9, 128
 TEACHER = ("plain", "kept", "frozen", "compiled", "bfloat16")
@@ -32,7 +32,7 @@ def teacher(way: str, name: str, count: int) -> Callable[[], object]:
     module = networks.build(name, 10, SHAPE, {}).eval()
     images = torch.rand(count, *SHAPE)
     if way != "plain":
-        keep_freed()
+        keep_freed_memory()
     if way in ("plain", "kept"):
         network: nn.Module = feature_net.split(module, name, probe_images(SHAPE))
     else:
@@ -51,7 +51,7 @@ def teacher(way: str, name: str, count: int) -> Callable[[], object]:
 
 
 def student(way: str, name: str, _: int) -> Callable[[], object]:
-    keep_freed()
+    keep_freed_memory()
     torch.manual_seed(0)
     module = networks.build(name, 10, SHAPE, {})
     network: nn.Module = feature_net.student_of(module, name, 64, 10, probe_images(SHAPE))
@@ -75,7 +75,8 @@ def student(way: str, name: str, _: int) -> Callable[[], object]:
 
 def main() -> None:
     name, count = (*sys.argv[1:], *("resnet56", "178")[len(sys.argv) - 1 :])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {cores()} cores, n = {TURNS} a process")
+    threads = f"{torch.get_num_threads()} threads of {available_cores()} cores"
+    print(f"torch {torch.__version__}, {threads}, n = {TURNS} a process")
     works = [("teacher", name, TEACHER)]
     works += [("student", network, STUDENTS) for network in ("lenet5", "alexnet", "mobilenet_v2", "resnet18")]
     for kind, network, ways in works:

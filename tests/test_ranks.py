@@ -111,7 +111,7 @@ def test_out_of_memory_on_one_of_many_ranks(tmp_path: Path, monkeypatch: pytest.
     def hungry(*_: Any) -> None:
         raise OutOfMemory(4, 2)
 
-    monkeypatch.setattr("tspipe.extraction.forward.taught", hungry)
+    monkeypatch.setattr("tspipe.extraction.forward.run_teacher_on_blocks", hungry)
     job = stage._prepare(small(tmp_path / "shapes"))
     with job.writer(1) as writer, pytest.raises(CacheError) as refused:
         stage._write_share(writer, job, {"train": [0, 1], "test": []}, Group(1, 2))

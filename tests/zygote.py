@@ -25,7 +25,7 @@ def slowly() -> None:
     from tspipe.cache import CacheWriter
     from tspipe.extraction import forward
 
-    taught, write_block = forward.taught, CacheWriter.write_block
+    taught, write_block = forward.run_teacher_on_blocks, CacheWriter.write_block
 
     def computed(*arguments: Any) -> Any:
         os.write(1, "computed {} {}\n".format(*arguments[-2:]).encode())  # in one call: never half a line
@@ -36,7 +36,7 @@ def slowly() -> None:
         os.write(1, f"written {split} {block}\n".encode())
         time.sleep(0.005)
 
-    forward.taught = computed
+    forward.run_teacher_on_blocks = computed
     CacheWriter.write_block = written  # type: ignore[method-assign]
 
 

@@ -15,7 +15,7 @@ from tspipe.cache.layout import decode_manifest, encode_manifest
 from tspipe.cli.render import show_cache
 from tspipe.errors import NotACache
 from tspipe.training.summary import label_shares
-from tspipe.utils.console import plain
+from tspipe.utils.console import printable
 
 
 @pytest.fixture
@@ -184,14 +184,14 @@ ESCAPED = (
 )
 
 
-def printable(text: str) -> bool:
+def is_printable(text: str) -> bool:
     return all(line.isprintable() for line in text.split("\n"))
 
 
 def test_plain() -> None:
-    assert plain(HOSTILE) == ESCAPED
-    assert plain("dög ‖ 犬 → ×") == "dög ‖ 犬 → ×"
-    assert plain("x" * 5000 + "remedy") == "x" * 1000 + " … " + "x" * 994 + "remedy"
+    assert printable(HOSTILE) == ESCAPED
+    assert printable("dög ‖ 犬 → ×") == "dög ‖ 犬 → ×"
+    assert printable("x" * 5000 + "remedy") == "x" * 1000 + " … " + "x" * 994 + "remedy"
 
 
 def test_a_cache_full_of_hostile_text_is_shown_in_one_screen(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,7 @@ def test_a_cache_full_of_hostile_text_is_shown_in_one_screen(cache: Path, capsys
     forge(cache, lambda manifest: manifest["dataset"].update(license=HOSTILE * 9))
     show_cache(open_cache(cache))
     shown = capsys.readouterr().out
-    assert printable(shown)
+    assert is_printable(shown)
     assert "dataset     pets, 2 classes: \\x1b[2J, [/]\\n" in shown
     assert r"licence     \x1b]0;owned\x07\x1b[2J\r\n\x9b31m[bold red]free[/]" in shown
     assert len(shown.splitlines()) < 25
@@ -207,7 +207,7 @@ def test_a_cache_full_of_hostile_text_is_shown_in_one_screen(cache: Path, capsys
 
 def test_long_names_are_shown_short(cache: Path) -> None:
     assert label_shares({"x" * 4096: 3, HOSTILE: 1}) == (
-        f"The teacher's labels for random images: {'x' * 30} … {'x' * 30} (75%), {plain(HOSTILE, 60)} (25%)"
+        f"The teacher's labels for random images: {'x' * 30} … {'x' * 30} (75%), {printable(HOSTILE, 60)} (25%)"
     )
 
 
@@ -232,4 +232,4 @@ def test_an_error_shows_hostile_text_escaped(cache: Path, tspipe: Callable[..., 
     (path,) = cache.parent.iterdir()
     found = tspipe("info", path)
     assert found.code in (0, 1)
-    assert printable(found.out + found.err)
+    assert is_printable(found.out + found.err)

@@ -119,7 +119,7 @@ def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeyp
 
 def test_the_teacher_runs_while_a_block_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block is written only when the teacher has begun the second: in one thread that would never be."""
-    second, taught, write_block = threading.Event(), forward.taught, CacheWriter.write_block
+    second, taught, write_block = threading.Event(), forward.run_teacher_on_blocks, CacheWriter.write_block
 
     def noting(*arguments: Any) -> Any:
         if arguments[4:] == ("train", 1):
@@ -130,7 +130,7 @@ def test_the_teacher_runs_while_a_block_is_written(tmp_path: Path, monkeypatch: 
         assert second.wait(30)
         write_block(self, split, block, columns)
 
-    monkeypatch.setattr(forward, "taught", noting)
+    monkeypatch.setattr(forward, "run_teacher_on_blocks", noting)
     monkeypatch.setattr(CacheWriter, "write_block", waiting)
     assert extract(small(tmp_path / "shapes")).dimensions.blocks("train") == 4
 
@@ -224,14 +224,14 @@ def test_out_of_memory_names_the_batch_size_that_fits(tmp_path: Path, error: str
 
 def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part file is of the larger batches, and only its owner deletes it."""
-    wanted, taught = hungry(tmp_path, 16), forward._taught
+    wanted, taught = hungry(tmp_path, 16), forward._run_batches
 
     def later(teacher: Any, preprocess: Any, size: int, pixels: Any, split: str, block: int) -> Any:
         if split == "test" and size > 4:
             raise torch.OutOfMemoryError("no room")
         return taught(teacher, preprocess, size, pixels, split, block)
 
-    monkeypatch.setattr(forward, "_taught", later)
+    monkeypatch.setattr(forward, "_run_batches", later)
     with pytest.raises(CacheError) as refused:
         extract(wanted)
     part = tmp_path / "shapes.h5.part"
@@ -249,7 +249,7 @@ def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: py
 
 def test_not_even_one_image_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = hungry(tmp_path, 2)
-    monkeypatch.setattr(forward, "_taught", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(forward, "_run_batches", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(OutOfMemory) as refused:
         extract(wanted)
     assert str(refused.value) == (

@@ -104,7 +104,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
     pool: Cache, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[tuple[str, int]]
 ) -> None:
     wanted, done = pool_config(teacher, tmp_path / "digits.h5"), []
-    taught = forward.taught
+    taught = forward.run_teacher_on_blocks
     for stop in [*stops, None]:
 
         def stopping(*arguments: Any, stop: Any = stop) -> Any:
@@ -113,7 +113,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
             done.append(arguments[-2:])
             return taught(*arguments)
 
-        monkeypatch.setattr(forward, "taught", stopping)
+        monkeypatch.setattr(forward, "run_teacher_on_blocks", stopping)
         with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
             extract(wanted)
     sizes = pool.dimensions
@@ -139,7 +139,7 @@ def test_with_and_without_a_pool_are_two_caches(pool: Cache, digits: Cache, teac
 def test_a_feature_beyond_float16_names_the_random_image(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taught = forward.taught
+    taught = forward.run_teacher_on_blocks
 
     def loud(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         features, logits = taught(*arguments)
@@ -147,7 +147,7 @@ def test_a_feature_beyond_float16_names_the_random_image(
             features[1] = 1e6
         return features, logits
 
-    monkeypatch.setattr(forward, "taught", loud)
+    monkeypatch.setattr(forward, "run_teacher_on_blocks", loud)
     with pytest.raises(CacheError) as refused:
         extract(pool_config(teacher, tmp_path / "x.h5"))
     assert str(refused.value) == (
@@ -177,8 +177,10 @@ def test_what_the_pool_has_is_asked_of_the_teacher_again(
     found = tspipe("verify", pool.path, "--teacher", images)
     assert (found.code, found.error) == (0, "")
     assert found.out.endswith(f"Changed argmax: 0 of {images:,}\n")
-    taught = forward.taught
-    monkeypatch.setattr(forward, "taught", lambda *a: [part + 100 * (a[-2] == "random") for part in taught(*a)])
+    taught = forward.run_teacher_on_blocks
+    monkeypatch.setattr(
+        forward, "run_teacher_on_blocks", lambda *a: [part + 100 * (a[-2] == "random") for part in taught(*a)]
+    )
     found = tspipe("verify", pool.path, "--teacher", images)
     assert found.error.startswith(
         f"The teacher gives other features or logits than the file holds for {POOL_ROWS} of {images:,} images, "
@@ -209,8 +211,8 @@ def test_repair_where_the_teacher_says_something_else_writes_nothing(
 ) -> None:
     path = Path(shutil.copy(pool.path, tmp_path / "copy.h5"))
     spoil(path, ("random_features", 20))
-    damaged, taught = path.read_bytes(), forward.taught
-    monkeypatch.setattr(forward, "taught", lambda *a: [part * 1.01 for part in taught(*a)])
+    damaged, taught = path.read_bytes(), forward.run_teacher_on_blocks
+    monkeypatch.setattr(forward, "run_teacher_on_blocks", lambda *a: [part * 1.01 for part in taught(*a)])
     found = tspipe("verify", "--repair", path)
     assert found.says(
         f"{path}: random images 16 to 31 give other features here than were written, so these are left as they are. "

@@ -66,8 +66,10 @@ def test_repair_computes_only_what_is_damaged(tspipe: Tspipe, copy: Path, monkey
     from tspipe.extraction import forward
 
     computed: list[int] = []
-    taught = forward.taught
-    monkeypatch.setattr(forward, "taught", lambda *arguments: computed.append(len(arguments[3])) or taught(*arguments))
+    taught = forward.run_teacher_on_blocks
+    monkeypatch.setattr(
+        forward, "run_teacher_on_blocks", lambda *arguments: computed.append(len(arguments[3])) or taught(*arguments)
+    )
     spoil(copy, ("train_features", 300), ("train_labels", 700), ("test_logits", 790))
     assert tspipe("verify", "--repair", copy).code == 0
     assert computed == [256, 29]  # the labels need no teacher

@@ -32,7 +32,7 @@ class Backbone(nn.Module):
 @pytest.fixture(autouse=True)
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have one core more than PyTorch uses.""" ""
-    monkeypatch.setattr("tspipe.training.live_teacher.cores", lambda: torch.get_num_threads() + 1)
+    monkeypatch.setattr("tspipe.training.live_teacher.available_cores", lambda: torch.get_num_threads() + 1)
 
 
 def live(backbone: Backbone) -> LiveTeacher:
@@ -53,7 +53,7 @@ def test_the_teacher_runs_one_batch_ahead() -> None:
 
 
 def test_the_teacher_waits_its_turn_if_no_core_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tspipe.training.live_teacher.cores", torch.get_num_threads)
+    monkeypatch.setattr("tspipe.training.live_teacher.available_cores", torch.get_num_threads)
     backbone = Backbone()
     teacher = live(backbone)
     before = backbone.calls

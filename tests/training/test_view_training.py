@@ -220,7 +220,7 @@ def test_progress_counts_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_feature_beyond_float16_names_the_image_of_the_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taught = forward.taught
+    taught = forward.run_teacher_on_blocks
 
     def loud(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         features, logits = taught(*arguments)
@@ -228,7 +228,7 @@ def test_a_feature_beyond_float16_names_the_image_of_the_view(tmp_path: Path, mo
             features[2 * V + 1] = 1e6
         return features, logits
 
-    monkeypatch.setattr(forward, "taught", loud)
+    monkeypatch.setattr(forward, "run_teacher_on_blocks", loud)
     with pytest.raises(CacheError) as refused:
         extract(small(tmp_path / "shapes", *VIEWS[:2]))
     assert str(refused.value) == (

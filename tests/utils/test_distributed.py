@@ -12,7 +12,7 @@ from tspipe.errors import RecipeError
 from tspipe.utils import distributed
 from tspipe.utils.device import pick_device
 from tspipe.utils.distributed import ALONE, group
-from tspipe.utils.threads import cores
+from tspipe.utils.threads import available_cores
 from zygote import places
 
 PROGRAM = """
@@ -23,7 +23,7 @@ from tspipe.errors import OtherProcessFailed
 with group() as found:
     print(found)
     print(found.broadcast({"from": found.rank}), found.gather(f"of {found.rank}"))
-    with found.first():
+    with found.rank_zero_first():
         with open(sys.argv[1], "a") as file:
             file.write(f"{found.rank}")
     found.barrier()
@@ -61,7 +61,7 @@ def test_a_process_alone() -> None:
         assert found is ALONE
         assert (found.broadcast("x"), found.gather("x")) == ("x", ["x"])
         found.barrier()
-        with found.first():
+        with found.rank_zero_first():
             pass
 
 
@@ -99,8 +99,8 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(wanted: str, monkeypatch
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert cores() == 8
+    assert available_cores() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert cores() == 2
+    assert available_cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert cores() == 1
+    assert available_cores() == 1

@@ -8,7 +8,7 @@ import pytest
 
 _PROGRAM = """
 import resource, torch
-from tspipe.utils.memory import keep_freed
+from tspipe.utils.memory import keep_freed_memory
 
 def faults():  # the fewest of some rounds: small things may take a part of what was freed
     torch.ones(20 * 2**20)  # so that the heap, where it keeps what is freed, has more than room enough
@@ -20,7 +20,7 @@ def faults():  # the fewest of some rounds: small things may take a part of what
     return min(counts)
 
 print(faults())
-keep_freed()
+keep_freed_memory()
 print(faults())
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tspipe.utils import threads as overlap
-from tspipe.utils.threads import Spent, ahead, behind, made_ahead
+from tspipe.utils.threads import TimeBreakdown, background_writer, prefetch, prefetch_map
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -19,12 +19,12 @@ def test_results_come_in_order_and_so_many_are_worked_on_ahead(threads: int) -> 
         time.sleep(0.01 * (6 - number))
         return 10 * number
 
-    results = ahead(work, range(6), threads)
+    results = prefetch_map(work, range(6), threads)
     assert next(results) == 0
     assert all(event.wait(60) for event in begun[: threads + 1])
     assert not any(event.is_set() for event in begun[threads + 1 :])
     assert list(results) == [10, 20, 30, 40, 50]
-    assert list(ahead(work, [])) == []
+    assert list(prefetch_map(work, [])) == []
 
 
 def test_one_item_is_made_ahead() -> None:
@@ -35,16 +35,16 @@ def test_one_item_is_made_ahead() -> None:
             yield number
             event.set()  # the next is asked for
 
-    found = made_ahead(items())
+    found = prefetch(items())
     assert next(found) == 0
     assert made[0].wait(60)
     assert not made[1].is_set()
     assert list(found) == [1, 2, 3]
-    assert list(made_ahead([])) == []
+    assert list(prefetch([])) == []
 
 
 def test_what_work_ahead_raises_comes_in_its_place() -> None:
-    results = ahead(lambda number: 1 // number, [1, 1, 0, 1])
+    results = prefetch_map(lambda number: 1 // number, [1, 1, 0, 1])
     assert [next(results), next(results)] == [1, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -59,7 +59,7 @@ def test_tasks_are_done_in_their_order_and_two_at_most_are_on_their_way() -> Non
         threads.add(threading.get_ident())
         done.append(number)
 
-    with behind() as do:
+    with background_writer() as do:
         for number in range(6):
             do(lambda number=number: task(number))  # type: ignore[misc]
             assert len(done) >= number - 1
@@ -72,10 +72,10 @@ def test_what_a_task_raises_reaches_the_caller() -> None:
     def fail() -> None:
         raise OSError("no room")
 
-    with pytest.raises(OSError, match="no room"), behind() as do:
+    with pytest.raises(OSError, match="no room"), background_writer() as do:
         do(fail)
     calls = 0
-    with pytest.raises(OSError, match="no room"), behind() as do:
+    with pytest.raises(OSError, match="no room"), background_writer() as do:
         for _ in range(100):
             calls += 1
             do(fail)
@@ -84,7 +84,7 @@ def test_what_a_task_raises_reaches_the_caller() -> None:
 
 def test_what_was_given_is_done_where_the_caller_raises() -> None:
     done: list[bool] = []
-    with pytest.raises(KeyboardInterrupt), behind() as do:
+    with pytest.raises(KeyboardInterrupt), background_writer() as do:
         do(lambda: done.append(True))
         raise KeyboardInterrupt
     assert done == [True]
@@ -94,7 +94,7 @@ def test_the_part_that_took_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     """By then: 2 s of waiting; 3 s of it and 3.5 at another part; 4 and 6.5."""
     clock = iter([0.0, 2.0, 10.0, 13.5, 20.0, 21.0, 30.0, 33.0, 40.0, 41.0])
     monkeypatch.setattr(overlap.time, "monotonic", lambda: next(clock))
-    spent, most = Spent(), []
+    spent, most = TimeBreakdown(), []
     for _ in spent.waiting("decoding", ["a", "b"]):
         most.append(spent.most)
         with spent.on("teacher"):

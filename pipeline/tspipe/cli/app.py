@@ -73,10 +73,10 @@ def _print_error(text: str) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from tspipe.utils.console import plain
-    from tspipe.utils.progress import console
+    from tspipe.utils.console import printable
+    from tspipe.utils.progress import stderr_console
 
-    console.print(Panel(Text(plain(text)), title="Error", title_align="left", border_style="red"))
+    stderr_console.print(Panel(Text(printable(text)), title="Error", title_align="left", border_style="red"))
 
 
 def _message(problem: Exception) -> str | None:

@@ -57,7 +57,7 @@ def cache(
     name = recipe or recipes.default_recipe(dataset)
     flags = {"dataset": dataset, "teacher.network": teacher, "views.count": views}
     with distributed.group() as group:
-        with group.first():
+        with group.rank_zero_first():
             chosen = recipes.load(name, settings or (), flags)
             dataset_name = datasets.parse(dataset, data)[1]
             config = TeacherConfig(chosen, data, download=download)
@@ -112,7 +112,7 @@ def verify(
     from tspipe.cache import open_cache
     from tspipe.cache.inspect import inspect
     from tspipe.recipes.load import recipe_for_cache
-    from tspipe.utils.console import size
+    from tspipe.utils.console import format_bytes
 
     damage = find_damage(file)
     if damage and not repair:
@@ -132,7 +132,7 @@ def verify(
             raise damage_error(file, damage)
     opened = open_cache(file)
     images = sum(opened.manifest["dataset"]["rows"].values())
-    say(f"{file} is intact: {images:,} images, {size(file.stat().st_size)}, id {opened.id[:12]}")
+    say(f"{file} is intact: {images:,} images, {format_bytes(file.stat().st_size)}, id {opened.id[:12]}")
     if data:
         say(f"All {stage.match_data(opened, config):,} images are those of the local dataset.")
     if teacher:

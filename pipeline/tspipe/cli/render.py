@@ -11,7 +11,7 @@ from rich.text import Text
 from tspipe.cache import SPLITS, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
 from tspipe.errors import CacheError
-from tspipe.utils.console import console, plain, size
+from tspipe.utils.console import format_bytes, printable, stdout_console
 
 _DTYPES = {"<f2": "float16", "<f4": "float32"}
 _NAME = 60  # characters shown of a class's name
@@ -46,13 +46,13 @@ def show_cache(cache: Facts) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in {
-        "file": f"{cache.name}, {size(cache.size)}",
+        "file": f"{cache.name}, {format_bytes(cache.size)}",
         "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
         "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
         "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS)
         + (" (pixels in the file)" if cache.has_images else ""),
         **_views(manifest["views"]),
-        "licence": plain(dataset["license"], 400) or "not stated",
+        "licence": printable(dataset["license"], 400) or "not stated",
         "preprocess": _preprocess(manifest["preprocess"]),
         "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"
         + (" (in the file)" if cache.has_teacher else " (not in the file)"),
@@ -61,8 +61,8 @@ def show_cache(cache: Facts) -> None:
         **_pool(manifest["random"]),
         "computed": "{device}, {precision}, batches of {batch_size}".format(**manifest["compute"]),
     }.items():
-        table.add_row(name, Text(plain(value)))
-    console().print(table)
+        table.add_row(name, Text(printable(value)))
+    stdout_console().print(table)
 
 
 def show_caches(folder: Path) -> None:
@@ -85,44 +85,44 @@ def show_caches(folder: Path) -> None:
         dataset, features = manifest["dataset"], manifest["features"]
         texts = str(path.relative_to(folder)), cache.id[:12], dataset["name"], manifest["teacher"]["network"]
         dtype = _DTYPES[features["dtype"]].replace("float", "f")
-        numbers = f"{sum(dataset['rows'].values()):,}", str(features["width"]), dtype, size(cache.size)
-        table.add_row(*(Text(plain(t, 40)) for t in texts), f"{_accuracy(manifest, 'test'):.2f}", *numbers)
-    out = console()
+        numbers = f"{sum(dataset['rows'].values()):,}", str(features["width"]), dtype, format_bytes(cache.size)
+        table.add_row(*(Text(printable(t, 40)) for t in texts), f"{_accuracy(manifest, 'test'):.2f}", *numbers)
+    out = stdout_console()
     if table.row_count:
         out.print(table)
     elif not problems:
         out.print(Text(f"There are no caches in {folder}. Make one: tspipe cache --dataset NAME"))
     for reason in problems:
-        out.print(Text(plain(reason)))
+        out.print(Text(printable(reason)))
 
 
 def show_diff(difference: Diff) -> None:
     """Print how two caches, A and B, differ."""
-    out = console()
+    out = stdout_console()
     table = Table(box=None, pad_edge=False)
     for heading in ("", "A", "B"):
         table.add_column(heading, overflow="fold")
     for name, one, two in difference.fields:
-        table.add_row(*(Text(plain(text, 100)) for text in (name, _value(one), _value(two))))
+        table.add_row(*(Text(printable(text, 100)) for text in (name, _value(one), _value(two))))
     if table.row_count:
         out.print(table)
     for split, rows in difference.splits.items():
         for line in _row_lines(rows):
-            out.print(Text(plain(f"{split}: {line}", 400)))
+            out.print(Text(printable(f"{split}: {line}", 400)))
     if difference.same:
         out.print("They hold the same.")
 
 
 def show_bench(result: dict[str, Any]) -> None:
     """Print the JSON result of `tspipe bench`: a table, the machine, and advice."""
-    out, table = console(), Table(box=None, pad_edge=False)
+    out, table = stdout_console(), Table(box=None, pad_edge=False)
     table.add_column("")
     for heading in ("beside", "tspipe", "ratio", "(quartiles)", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
     for line in result["lines"]:
         spread = "({lower} to {upper})".format(**{end: _ratio(line[end]) for end in ("lower", "upper")})
         times = (_seconds(line[way]) for way in ("floor", "ours"))
-        table.add_row(Text(plain(line["what"])), *times, _ratio(line["ratio"]), spread, str(line["n"]))
+        table.add_row(Text(printable(line["what"])), *times, _ratio(line["ratio"]), spread, str(line["n"]))
     out.print(table)
     out.print(
         "\nEach line compares tspipe, named first, with a floor: an epoch with its test, the random images of a batch, "
@@ -131,14 +131,14 @@ def show_bench(result: dict[str, Any]) -> None:
         "turns; ratios are of one turn, with their quartiles."
     )
     for name, value in result["facts"].items():
-        out.print(Text(plain(f"{name}: {value:.3g}")))
+        out.print(Text(printable(f"{name}: {value:.3g}")))
     machine = result["environment"]
     packages = ("python", "torch", "torchvision", "numpy", "h5py")
     out.print(
         "{device}, {threads} threads of {cores} cores, {processor}, {system}".format(**machine)
         + "".join(f", {name} {machine[name]}" for name in packages)
     )
-    out.print(Text(f"\n{plain(result['sentence'])}"))
+    out.print(Text(f"\n{printable(result['sentence'])}"))
 
 
 def _ratio(value: float) -> str:
@@ -187,7 +187,7 @@ def _value(value: Any) -> str:
 
 
 def _few(names: list[str], of: int, most: int = 5) -> str:
-    return ", ".join(plain(name, _NAME) for name in names[:most]) + (", …" if of > most else "")
+    return ", ".join(printable(name, _NAME) for name in names[:most]) + (", …" if of > most else "")
 
 
 def _accuracy(manifest: Manifest, split: str) -> float:
@@ -224,4 +224,4 @@ def show_settings() -> None:
         table.add_column(heading, overflow="fold")
     for setting in settings():
         table.add_row(Text(setting.name), Text(str(setting.default)), Text(setting.description))
-    console().print(table)
+    stdout_console().print(table)

@@ -22,11 +22,11 @@ def push(
 ) -> None:
     """Publish a cache for a team, with its SHA-256 beside it."""
     from tspipe.cache import open_cache, transfer
-    from tspipe.utils.progress import moving
+    from tspipe.utils.progress import byte_progress
 
     opened = open_cache(file)
     check_intact(file)
-    with moving(f"pushing {file.name}", lambda: 2 * opened.size) as moved:  # written, and read back
+    with byte_progress(f"pushing {file.name}", lambda: 2 * opened.size) as moved:  # written, and read back
         pushed = transfer.push(file, url, moved, force=force)
     say(f"{'Pushed to' if pushed.new else 'Already at'} {pushed.address}: id {opened.id[:12]}")
     _print_contents(opened)
@@ -40,11 +40,11 @@ def pull(
 ) -> None:
     """Download a cache and check it; an interrupted pull resumes."""
     from tspipe.cache import open_cache, transfer
-    from tspipe.utils.progress import moving
+    from tspipe.utils.progress import byte_progress
 
     out = out or Path("cache")
     out = out / transfer.file_name(url) if out.suffix != ".h5" or out.is_dir() else out
-    with moving(f"pulling {out.name}", lambda: transfer.remote_size(url)) as moved:
+    with byte_progress(f"pulling {out.name}", lambda: transfer.remote_size(url)) as moved:
         pulled = transfer.pull(url, out, moved, force=force)
     if not pulled.stated:
         check_intact(out)
@@ -82,12 +82,12 @@ def list_(
 def local_path(cache: str) -> Path:
     """Return the path of a cache; one at a URL is downloaded once, and kept while the remote file is unchanged."""
     from tspipe.cache import transfer
-    from tspipe.utils.progress import moving
+    from tspipe.utils.progress import byte_progress
 
     if not transfer.is_url(cache):
         return Path(cache)
     name = transfer.without_secrets(cache)
-    with moving(f"fetching {transfer.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
+    with byte_progress(f"fetching {transfer.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
         fetched = transfer.fetch(cache, moved)
     if fetched.how == "fetched":
         say(f"Fetched {name} to {fetched.path}")
@@ -105,15 +105,15 @@ def say(text: str) -> None:
     """Print a line now, with control characters escaped."""
     from tspipe.utils import console
 
-    console.say(text)
+    console.echo(text)
 
 
 def find_damage(file: Path) -> list["Damage"]:
     """Compare every byte with its checksum."""
     from tspipe.cache.verify import find_damage
-    from tspipe.utils.progress import moving
+    from tspipe.utils.progress import byte_progress
 
-    with moving(f"reading {file.name}", lambda: file.stat().st_size) as moved:
+    with byte_progress(f"reading {file.name}", lambda: file.stat().st_size) as moved:
         return find_damage(file, moved)
 
 

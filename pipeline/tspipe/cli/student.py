@@ -47,7 +47,7 @@ def student(
     flags = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
     flags["random_images"] = random_images
     with distributed.group() as group:
-        with group.first():
+        with group.rank_zero_first():
             opened = open_cache(local_path(cache))
             chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
             arms = select_arms(compare, chosen)

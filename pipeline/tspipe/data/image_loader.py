@@ -18,9 +18,9 @@ from tspipe.data.datasets import Dataset, Images
 from tspipe.data.decode import read
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import DatasetError
-from tspipe.utils.device import moved, sent
+from tspipe.utils.device import batches_to_device, to_device
 from tspipe.utils.progress import progress
-from tspipe.utils.threads import cores, made_ahead
+from tspipe.utils.threads import available_cores, prefetch
 
 T = TypeVar("T")
 _LOADED = 64  # images decoded at once into memory
@@ -36,7 +36,7 @@ def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead
     def task(indices: Sequence[int]) -> list[T]:
         return [work(i) for i in indices]
 
-    threads = cores()
+    threads = available_cores()
     pool = ThreadPoolExecutor(threads)
     waiting: deque[list[Future[list[T]]]] = deque()
     try:
@@ -51,7 +51,7 @@ def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead
         pool.shutdown(cancel_futures=True)
 
 
-def of_cache(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Preprocess]:
+def open_images(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Preprocess]:
     """A cache's images, and the steps left to do: those in the file, else the local ones that `local` opens."""
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
     if not cache.has_images:
@@ -84,7 +84,7 @@ def check_sizes(sizes: Sequence[tuple[int, ...]], keys: Sequence[str]) -> None:
             )
 
 
-class Pixels:
+class ImageLoader:
     """A split's preprocessed images, uint8.
 
     Args:
@@ -135,16 +135,16 @@ class Pixels:
         them. Forwards alone do fill them, and would be slower.
         """
         made = map(self._preprocess.normalise, self.batches(order, views))
-        return made_ahead(made) if self.device.type == "cpu" else made
+        return prefetch(made) if self.device.type == "cpu" else made
 
     def _as_held(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
         """Batches as they are held, or decoded."""
         if self._held is not None:
-            for rows in moved(order, self.device):
+            for rows in batches_to_device(order, self.device):
                 yield self._held.index_select(0, rows).permute(0, 3, 1, 2)
             return
         for batch in self._decoded(rows.tolist() for rows in order):
-            yield sent(torch.from_numpy(batch), self.device).permute(0, 3, 1, 2)
+            yield to_device(torch.from_numpy(batch), self.device).permute(0, 3, 1, 2)
 
     def _load(self, what: str) -> Tensor:
         channels, height, width = self._whole

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tspipe.cache import Cache, Manifest
 from tspipe.errors import CacheMismatch
-from tspipe.utils.device import moved
+from tspipe.utils.device import batches_to_device
 from tspipe.utils.rng import stream
 
 _SEED = 0  # of the views in a cache: a cache is made once
@@ -111,11 +111,11 @@ class EpochViews:
         generator = stream(seed, "views", epoch)
         if self._stored is None:
             views = torch.from_numpy(drawn(generator, self._images, self._wanted.shift, self._wanted.flip))
-            return order, moved([views[images] for images in order], self._device)
+            return order, batches_to_device([views[images] for images in order], self._device)
         count = self._wanted.count
         shown = torch.from_numpy(np.arange(self._images) * count + _words(generator, self._images) % count)
         rows = [shown[images] for images in order]
-        return rows, moved([self._stored[some] for some in rows], self._device)
+        return rows, batches_to_device([self._stored[some] for some in rows], self._device)
 
 
 def _words(generator: np.random.Generator, count: int) -> NDArray[np.int64]:

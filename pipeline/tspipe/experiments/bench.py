@@ -31,8 +31,8 @@ from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.run_folder import RunFolder, environment
 from tspipe.training.trainer import Trainer, open_trainer, task_shape
-from tspipe.utils.device import exact, pick_device
-from tspipe.utils.memory import keep_freed
+from tspipe.utils.device import pick_device, use_full_precision
+from tspipe.utils.memory import keep_freed_memory
 from tspipe.utils.progress import progress
 
 _PREPARED_BYTES = 2**30  # images that a floor has in memory: an epoch of CIFAR-10, larger than any processor's cache
@@ -70,8 +70,8 @@ class Result:
 def bench(config: StudentConfig, seconds: float = 120) -> Result:
     """Measure what `config` would train, for about `seconds`; keep nothing of it. Raises as `train_students`."""
     device = pick_device(config.recipe.device)
-    exact()
-    keep_freed()
+    use_full_precision()
+    keep_freed_memory()
     arms = (TAUGHT, RANDOM) if config.cache.has_teacher and config.recipe.random_images else (TAUGHT,)
     live = config.recipe.model_copy(update={"random_source": "live"})  # drawing from a pool costs next to nothing
     config = replace(config, arms=arms, recipe=live)

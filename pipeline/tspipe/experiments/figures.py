@@ -15,7 +15,7 @@ from tspipe.errors import ReportError
 from tspipe.experiments.results import Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
 from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
-from tspipe.utils.console import plain
+from tspipe.utils.console import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +168,9 @@ def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
             means = [100 * sample.mean for sample in result.curve]
             spread = [100 * (sample.deviation or 0) for sample in result.curve]
             look: dict[str, Any] = {"color": _colour(result), "linestyle": _DASHES[_loss(findings, result)]}
-            axes.plot(epochs, means, label=plain(result.name, _LONGEST), marker="o" if len(epochs) == 1 else "", **look)
+            axes.plot(
+                epochs, means, label=printable(result.name, _LONGEST), marker="o" if len(epochs) == 1 else "", **look
+            )
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
         axes.axhline(100 * findings.summary.teacher.test_accuracy, color=_GREY, linestyle=(0, (1, 1)), label="teacher")
@@ -202,11 +204,11 @@ def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> 
     for heading, rows in groups:
         box = {"facecolor": GROUND, "edgecolor": "none", "pad": 1}  # over the grid
         where = axes.get_yaxis_transform()
-        axes.text(0, y, plain(heading, _LONGEST), weight="bold", va="center", transform=where, bbox=box)
+        axes.text(0, y, printable(heading, _LONGEST), weight="bold", va="center", transform=where, bbox=box)
         for label, value in rows:
             y += 1
             places.append(y)
-            labels.append(plain(label, _LONGEST))
+            labels.append(printable(label, _LONGEST))
             axes.text(1.03, y, value, va="center", transform=where)
         y += 1.2
     figure.set_size_inches(_WIDTH, 0.24 * y + 1.1)
@@ -233,8 +235,8 @@ def _legend(figure: "Figure", entries: dict[str, dict[str, Any]], *, paper: bool
 
 
 def _title(findings: Findings, student: str = "") -> str:
-    where = plain(findings.summary.dataset, _LONGEST)
-    return f"{plain(student, _LONGEST)} on {where}" if student else f"{where}, {_n(findings)}"
+    where = printable(findings.summary.dataset, _LONGEST)
+    return f"{printable(student, _LONGEST)} on {where}" if student else f"{where}, {_n(findings)}"
 
 
 def _n(findings: Findings) -> str:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from tspipe.experiments import tables
 from tspipe.experiments.figures import GROUND, INK, Drawing
 from tspipe.experiments.results import Findings
-from tspipe.utils.console import plain
+from tspipe.utils.console import printable
 
 _MAX_LABELS = 20  # classes in the histogram of random images
 _CHOICES = {
@@ -31,7 +31,7 @@ def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: plain(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     runs = [_run(findings, drawings, i) for i, (findings, drawings) in enumerate(reports, 1)]
     title = runs[0]["title"] if len(runs) == 1 else f"{len(runs)} runs"
@@ -82,7 +82,7 @@ def _svg(drawing: Drawing, number: int) -> Markup:
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{drawing.name}-{number}-", svg)
     svg = svg.replace(INK, "currentColor").replace(GROUND, "var(--ground)")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(plain(drawing.words))}"', 1))
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable(drawing.words))}"', 1))
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

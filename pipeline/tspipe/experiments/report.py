@@ -16,7 +16,7 @@ from tspipe.experiments import html as page
 from tspipe.experiments.results import Findings, read
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.summary import label_shares
-from tspipe.utils.console import console, plain
+from tspipe.utils.console import printable, stdout_console
 from tspipe.utils.files import write_whole, writing
 
 _OVER = {
@@ -36,7 +36,7 @@ def show(run: RunFolder) -> None:
         write_whole(run.path / "curves.png", figures.draw(findings, "curves").png)
     except ReportError:
         contents = "no curves: pip install 'tspipe[plots]'"
-    console().print(Text(f"Run folder: {run.path} ({contents})"))
+    stdout_console().print(Text(f"Run folder: {run.path} ({contents})"))
 
 
 def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
@@ -49,8 +49,8 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
     for findings in all_findings:
         _print(findings, ("last", "best", "chosen"))
         for sentence in findings.ratios:
-            console().print(Text(sentence))
-    console().print(Text(f"Report: {page_path} (figures beside it)"))
+            stdout_console().print(Text(sentence))
+    stdout_console().print(Text(f"Report: {page_path} (figures beside it)"))
 
 
 def write(findings: Sequence[Findings], folder: Path) -> Path:
@@ -87,7 +87,7 @@ def _prefixes(findings: Sequence[Findings]) -> list[str]:
 
 
 def _print(findings: Findings, choices: Sequence[str]) -> None:
-    out = console()
+    out = stdout_console()
     out.print(table(tables.accuracies(findings, brief="chosen" in findings.choices)))  # in 80 columns
     marks = ", ".join(text for choice, text in _MARKS.items() if choice in findings.choices)
     out.print(Text(f"Test accuracy in %, mean ± sample deviation; {marks}."))
@@ -95,11 +95,11 @@ def _print(findings: Findings, choices: Sequence[str]) -> None:
         if choice in findings.choices:
             out.print(_OVER[choice])
             for sentence in tables.verdicts(findings, choice):
-                out.print(Text(f"  {plain(sentence)}"))
+                out.print(Text(f"  {printable(sentence)}"))
     if (beside := tables.beside_paper(findings)).rows:
         out.print(table(beside))
     for sentence in tables.paper_notes(findings):
-        out.print(Text(plain(sentence)))
+        out.print(Text(printable(sentence)))
     if findings.random_labels:
         out.print(Text(label_shares(findings.random_labels)))
     if findings.config.trust_data:
@@ -108,10 +108,10 @@ def _print(findings: Findings, choices: Sequence[str]) -> None:
 
 def table(of: tables.Table) -> RichTable:
     """Return a table for the terminal, in which names may wrap and numbers never do."""
-    shown = RichTable(title=Text(plain(of.title)), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = RichTable(title=Text(printable(of.title)), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for i, heading in enumerate(of.headings):
         number = i >= of.names
         shown.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in of.rows:
-        shown.add_row(*(Text(plain(text)) for text in row), end_section=row[1] == "teacher")
+        shown.add_row(*(Text(printable(text)) for text in row), end_section=row[1] == "teacher")
     return shown

@@ -23,7 +23,7 @@ from tspipe.training.config import StudentConfig, check_names
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.train_teacher import TeacherConfig, find_checkpoint
 from tspipe.training.trainer import train_students
-from tspipe.utils.console import counted, say
+from tspipe.utils.console import echo, pluralize
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.plugins import is_file, unknown
 
@@ -72,7 +72,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
 
     Raises RecipeError for an unknown table, part, arm or student, and what the stages raise.
     """
-    with group.first():
+    with group.rank_zero_first():
         selected = parts(config)
         for part in selected:  # errors that can be detected now must not wait for hours of stage one
             chosen = load.load(_recipe(config, part), config.settings, {"student": list(config.students) or None})
@@ -84,7 +84,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
                 losses.build(loss, 8, 8, chosen.stated_loss_options(loss))
     caches = [config.cache or _cache(config, part, group) for part in selected]
     runs: list[RunFolder] = []
-    with group.first():
+    with group.rank_zero_first():
         jobs = [_job(config, part, open_cache(path)) for part, path in zip(selected, caches, strict=True)]
     sizes = [_images(job) for job in jobs]
     for i, job in enumerate(jobs):
@@ -142,7 +142,7 @@ def arms_of(config: TableConfig, chosen: Recipe) -> tuple[str, ...]:
 def _cache(config: TableConfig, part: Part, group: Group) -> Path:
     """Make a part's cache unless it is finished, after training the teacher if it has no weights."""
     name, flags = _recipe(config, part), {"dataset": part.dataset}
-    with group.first():
+    with group.rank_zero_first():
         chosen = load.load(name, config.settings, flags)
         dataset_name, pool = datasets.parse(part.dataset, config.data)[1], _pool(config, chosen)
         network = chosen.teacher.network
@@ -205,7 +205,7 @@ def _differences(config: TableConfig, part: Part, chosen: Recipe, paper: Recipe,
     if teacher != paper.teacher.network:
         selected.append(f"the teacher {teacher} in place of {paper.teacher.network}")
     if config.epochs and config.epochs != paper.epochs:
-        epochs = counted(config.epochs, "epoch")
+        epochs = pluralize(config.epochs, "epoch")
         selected.append(f"{epochs} in place of {paper.epochs}, with the learning-rate schedule in proportion")
     if config.recipe:
         selected.append(f"the recipe {config.recipe}")
@@ -250,10 +250,10 @@ def _announce(job: StudentConfig, part: Part) -> None:
     """Print what is trained next, and how it differs from the paper."""
     chosen = job.recipe
     title, differs = (chosen.paper.title, chosen.paper.differs) if chosen.paper else (part.name, [])
-    counts = f"{counted(chosen.epochs, 'epoch')}, {counted(chosen.seeds, 'seed')}"
-    say(f"{title}: {', '.join(chosen.student)}; {'; '.join(job.arms)}; {counts}")
+    counts = f"{pluralize(chosen.epochs, 'epoch')}, {pluralize(chosen.seeds, 'seed')}"
+    echo(f"{title}: {', '.join(chosen.student)}; {'; '.join(job.arms)}; {counts}")
     for student in chosen.student:
         if chosen.paper and student not in chosen.paper.accuracy:
-            say(f"  {student} is not in {title} of the paper")
+            echo(f"  {student} is not in {title} of the paper")
     for difference in differs:
-        say(f"  differs from the paper: {difference}")
+        echo(f"  differs from the paper: {difference}")

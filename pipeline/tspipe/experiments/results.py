@@ -18,7 +18,7 @@ from tspipe.recipes.schema import Paper
 from tspipe.training.arms import ALONE, OWN, UNTAUGHT
 from tspipe.training.run_folder import Row, RunFolder
 from tspipe.training.summary import loss_ratios
-from tspipe.utils.console import counted
+from tspipe.utils.console import pluralize
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ class Findings:
     @property
     def duration(self) -> str:
         """The length of the run: `45 epochs, 5 seeds`."""
-        return f"{counted(self.config.epochs, 'epoch')}, {counted(self.config.seeds, 'seed')}"
+        return f"{pluralize(self.config.epochs, 'epoch')}, {pluralize(self.config.seeds, 'seed')}"
 
     @cached_property
     def comparisons(self) -> list[Comparison]:

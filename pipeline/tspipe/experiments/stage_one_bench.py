@@ -10,7 +10,7 @@ from torch import Tensor
 from tspipe.cache.layout import as_plan
 from tspipe.data import decode
 from tspipe.data.datasets import Dataset, Images
-from tspipe.data.image_loader import of_cache
+from tspipe.data.image_loader import open_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.experiments.baselines import as_way
@@ -22,7 +22,7 @@ from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Compute, Features
 from tspipe.training.run_data import open_local_dataset
 from tspipe.training.trainer import Trainer
-from tspipe.utils.progress import console
+from tspipe.utils.progress import stderr_console
 
 _BLOCKS = 4  # decoded blocks that are computed again and again
 
@@ -36,7 +36,7 @@ def measure(trainer: Trainer, timer: Timer) -> dict[str, tuple[list[float], list
     config = trainer.config
     # A teacher of its own, in float32 as in stage one, whatever the live teacher uses.
     teacher = load_teacher(config.cache, config.recipe, trainer.data.train.shape, trainer.device)
-    dataset, preprocess = of_cache(config.cache, lambda: open_local_dataset(config))
+    dataset, preprocess = open_images(config.cache, lambda: open_local_dataset(config))
     sizes = config.cache.dimensions
     blocks = [sizes.block("train", number) for number in range(sizes.blocks("train"))]
     decoded = [_decode(block, dataset.train, preprocess) for block in blocks[:_BLOCKS]]
@@ -89,7 +89,7 @@ def _files(trainer: Trainer, dataset: Dataset) -> Images | None:
     try:
         images = (open_local_dataset(trainer.config) if trainer.config.cache.has_images else dataset).train
     except (DatasetError, CacheMismatch) as problem:
-        console.print(f"Stage one is not timed from files. {problem}", markup=False)
+        stderr_console.print(f"Stage one is not timed from files. {problem}", markup=False)
         return None
     return images if images.array is None else None
 

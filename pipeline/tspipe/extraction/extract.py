@@ -35,11 +35,11 @@ from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
-from tspipe.utils.device import exact, pick_device
+from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
-from tspipe.utils.memory import keep_freed
-from tspipe.utils.progress import Advance, console, progress
-from tspipe.utils.threads import Spent, behind
+from tspipe.utils.memory import keep_freed_memory
+from tspipe.utils.progress import Advance, progress, stderr_console
+from tspipe.utils.threads import TimeBreakdown, background_writer
 
 _DTYPES = {"float16": "<f2", "float32": "<f4"}
 
@@ -72,7 +72,7 @@ def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
     Raises CacheMismatch when the name is taken by another cache and `force` is not set, CacheBusy when another
     process writes it.
     """
-    with group.first():
+    with group.rank_zero_first():
         job = _prepare(config)
     if group.rank:
         _help(job, group)
@@ -106,8 +106,8 @@ def _prepare(config: ExtractConfig) -> Job:
         )
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     device = pick_device(recipe.compute.device)
-    exact()
-    keep_freed()
+    use_full_precision()
+    keep_freed_memory()
 
     shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
     spec = loading.NetworkSpec(name, classes, shape, recipe.teacher.options)
@@ -130,7 +130,7 @@ def _lead(job: Job, group: Group) -> Cache:
     if pool := job.plan["random"]:
         shape = tuple(job.plan["teacher"]["options"]["input_shape"])
         if said := random_images.spent(pool["generator"], pool["rows"], "The pool", shape):
-            console.print(said)
+            stderr_console.print(said)
     with job.writer(0) as writer:
         _absorb(writer, job.dataset)
         missing = {split: writer.missing(split) for split in job.dimensions.sections}
@@ -198,19 +198,19 @@ def _silent(count: int, what: str) -> None:
 
 def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]], advance: Advance) -> None:
     """Compute and write these blocks, by split: decoding goes on ahead of the teacher, writing behind it."""
-    recipe, spent = job.config.recipe, Spent()
+    recipe, spent = job.config.recipe, TimeBreakdown()
 
     def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:
         writer.write_block(split, number, {"features": features, "logits": logits, **block.columns})
         advance(len(features), f"{split}, {spent.most}-bound")
 
-    with behind() as do:
+    with background_writer() as do:
         for split, numbers in blocks.items():
             ranges = [job.dimensions.block(split, number) for number in numbers]
             found = rows.of_section(split, job.dataset, recipe.preprocess, job.plan, ranges)
             for number, block in zip(numbers, spent.waiting("decoding", found), strict=True):
                 with spent.on("teacher"):
-                    features, logits = forward.taught(
+                    features, logits = forward.run_teacher_on_blocks(
                         job.teacher, recipe.preprocess, recipe.compute.batch_size, block.given, split, number
                     )
                 _check_features(features, block.keys, recipe)

@@ -11,7 +11,7 @@ from tspipe.models.feature_net import FeatureNet
 from tspipe.utils.rng import seed_torch
 
 
-def taught(
+def run_teacher_on_blocks(
     teacher: FeatureNet,
     preprocess: Preprocess,
     batch_size: int,
@@ -27,7 +27,7 @@ def taught(
 
     def given(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         try:
-            return _taught(teacher, preprocess, size, pixels, split, block)
+            return _run_batches(teacher, preprocess, size, pixels, split, block)
         except (MemoryError, RuntimeError) as problem:  # what a GPU raises is a RuntimeError, too
             if not _out_of_memory(problem):
                 raise
@@ -43,7 +43,7 @@ def taught(
 
 
 @torch.inference_mode()
-def _taught(
+def _run_batches(
     teacher: FeatureNet,
     preprocess: Preprocess,
     batch_size: int,

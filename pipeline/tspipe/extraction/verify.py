@@ -17,7 +17,7 @@ from tspipe.cache.repair import Repair
 from tspipe.cache.verify import Damage, explain
 from tspipe.data.datasets import Dataset, open_dataset
 from tspipe.data.decode import read
-from tspipe.data.image_loader import input_shape, of_cache
+from tspipe.data.image_loader import input_shape, open_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
@@ -29,7 +29,7 @@ from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teach
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.utils import device
-from tspipe.utils.console import console
+from tspipe.utils.console import stdout_console
 from tspipe.utils.device import pick_device
 from tspipe.utils.progress import progress
 
@@ -99,7 +99,7 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
 
     They are of both splits, and of the random pool where there is one; of an image's views the first, the plain one.
     """
-    dataset, preprocess = of_cache(cache, config.dataset)
+    dataset, preprocess = open_images(cache, config.dataset)
     device = pick_device(config.recipe.device)
     teacher = _teacher(cache, config, dataset, preprocess, device)
     sizes = cache.dimensions
@@ -115,7 +115,7 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
             for start in range(0, len(mine), at_once):  # none of a split of which nothing was chosen
                 some = mine[start : start + at_once]
                 pixels = np.stack([pixels_of(int(i)) for i in some])
-                features, logits = forward.taught(teacher, preprocess, len(some), pixels, split, 0)
+                features, logits = forward.run_teacher_on_blocks(teacher, preprocess, len(some), pixels, split, 0)
                 found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
                 advance(len(some), f"teacher, {split}")
     was_features, features, was_logits, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -159,7 +159,7 @@ def show(agreement: Agreement) -> None:
     for name, part in (("features", agreement.features), ("logits", agreement.logits)):
         share = part.largest / part.of if part.of else 0.0
         table.add_row(name, f"{part.largest:.2g}", f"{part.mean:.2g}", f"{share:.1e}")
-    out = console()
+    out = stdout_console()
     out.print(f"The teacher, run again on {agreement.images:,} random images, against the file:")
     out.print(table)
     out.print(f"Changed argmax: {agreement.changed:,} of {agreement.images:,}")
@@ -212,7 +212,7 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
     preprocess, compute = Preprocess.from_dict(cache.manifest["preprocess"]), cache.manifest["compute"]
     teacher = None
     if any(columns & _BY_TEACHER for columns in blocks.values()):
-        device.exact()
+        device.use_full_precision()
         teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
     with progress("repairing", len(blocks), "blocks") as advance:
         for split in dict.fromkeys(split for split, _ in blocks):
@@ -224,7 +224,7 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
             for number, block in zip(mine, found, strict=True):
                 columns = block.columns
                 if teacher is not None and blocks[split, number] & _BY_TEACHER:
-                    features, logits = forward.taught(
+                    features, logits = forward.run_teacher_on_blocks(
                         teacher, preprocess, compute["batch_size"], block.given, split, number
                     )
                     columns |= {"features": features, "logits": logits}

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tspipe.data.image_loader import Pixels
+from tspipe.data.image_loader import ImageLoader
 from tspipe.data.preprocess import Preprocess
 from tspipe.training.learner import Learner
 from tspipe.training.partition import Partition
 from tspipe.training.run_data import RunData
-from tspipe.utils.device import moved
+from tspipe.utils.device import batches_to_device
 from tspipe.utils.timing import Stopwatch
 
 
@@ -70,11 +70,11 @@ class Evaluator:
         rows = self.data.validation_split(learners[0].spec.seed)[1]
         return self._correct(learners, self.data.train, self.data.train_labels, rows)
 
-    def _correct(self, learners: list[Learner], images: Pixels, labels: Tensor, rows: Tensor) -> list[int]:
+    def _correct(self, learners: list[Learner], images: ImageLoader, labels: Tensor, rows: Tensor) -> list[int]:
         for learner in learners:
             learner.network.eval()
         order = self.partition.local_batches(list(rows.split(self.batch_size)))
-        expected = (labels.index_select(0, batch) for batch in moved(order, images.device))
+        expected = (labels.index_select(0, batch) for batch in batches_to_device(order, images.device))
         stopwatches = [learner.testing_time for learner in learners]
         networks = [learner.logits for learner in learners]
         counts = count_correct(networks, images.batches(order), expected, self.data.preprocess, stopwatches)

@@ -119,7 +119,7 @@ class Learner:
 
     def distribute(self, group: Group) -> None:
         """Have every process of the group train this learner, each on its part of a batch."""
-        self._parallel_model = group.parallel(self.model, self.metrics.device)
+        self._parallel_model = group.wrap_ddp(self.model, self.metrics.device)
 
     def step(self, batch: Batch, number: int) -> None:
         """Train on this arm's share of a batch. Nothing waits for the device."""

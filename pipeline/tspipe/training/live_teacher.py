@@ -12,9 +12,9 @@ from tspipe.models.feature_net import FeatureNet
 from tspipe.models.output import Output
 from tspipe.models.teacher import draws_at_random, run_teacher
 from tspipe.training.random_source import RandomSpec
-from tspipe.utils.device import sent
+from tspipe.utils.device import to_device
 from tspipe.utils.rng import seed_torch
-from tspipe.utils.threads import ahead, cores
+from tspipe.utils.threads import available_cores, prefetch_map
 from tspipe.utils.timing import Stopwatch
 
 _Labelled = tuple[Tensor, Output, torch.cuda.Event | None]  # images, the teacher's output, when it is complete
@@ -35,7 +35,7 @@ class LiveTeacher:
         self._stream = torch.cuda.Stream(spec.device) if spec.device.type == "cuda" else None
         probe = spec.preprocess.normalise(random_images.uniform(0, 0, 0, 1, spec.shape).to(spec.device))
         self._stochastic = draws_at_random(teacher, probe)
-        free_cores = cores() if self._stream else cores() - torch.get_num_threads()
+        free_cores = available_cores() if self._stream else available_cores() - torch.get_num_threads()
         self._threads = 0 if self._stochastic else min(_MAX_THREADS, free_cores)
 
     def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
@@ -44,8 +44,8 @@ class LiveTeacher:
             for number in numbers:
                 yield self.batch(seed, epoch, number)
             return
-        drawn = ahead(partial(self._draw, seed, epoch), numbers, self._threads)
-        yield from map(self._wait_for_teacher, ahead(self._label, drawn))
+        drawn = prefetch_map(partial(self._draw, seed, epoch), numbers, self._threads)
+        yield from map(self._wait_for_teacher, prefetch_map(self._label, drawn))
 
     def batch(self, seed: int, epoch: int, number: int) -> tuple[Tensor, Output]:
         """Return one batch, computed now."""
@@ -81,7 +81,7 @@ class LiveTeacher:
     def _label(self, images: Tensor) -> _Labelled:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             self.stopwatch.start()
-            images = self.spec.preprocess.normalise(sent(images, self.spec.device))
+            images = self.spec.preprocess.normalise(to_device(images, self.spec.device))
             output = run_teacher(self.teacher, images)
             self.stopwatch.stop()
             return images, output, self._stream.record_event() if self._stream else None

@@ -10,7 +10,7 @@ from tspipe.training.random_source import RandomSource
 from tspipe.training.run_folder import Row, RunFolder
 from tspipe.training.summary import label_shares, loss_ratios
 from tspipe.training.tensorboard import TensorBoard
-from tspipe.utils.progress import console
+from tspipe.utils.progress import stderr_console
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images, and pixels of them, whose labels are counted
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -46,12 +46,12 @@ def print_first_epoch(config: StudentConfig, folder: RunFolder, rows: list[Row],
     This comes after the first epoch and not before: no epoch needs it, and on a CPU it takes up to three seconds.
     """
     for sentence in loss_ratios(rows, hint=folder.config.get("mse_weight") != "auto"):
-        console.print(sentence, markup=False)
+        stderr_console.print(sentence, markup=False)
     if random and not (folder.path / "random_labels.json").exists():
         labels = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
         counts = _ranked_counts(labels, config.cache.classes)
         folder.write_json("random_labels.json", counts)
-        console.print(label_shares(counts), markup=False)
+        stderr_console.print(label_shares(counts), markup=False)
 
 
 def _ranked_counts(labels: torch.Tensor, classes: list[str]) -> dict[str, int]:

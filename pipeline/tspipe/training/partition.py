@@ -134,7 +134,7 @@ class SplitBatches(Partition):
         return list(cohort)
 
     def local_rows(self, rows: Tensor) -> Tensor:
-        return self.group.share(rows)
+        return self.group.shard(rows)
 
     def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
         return batches[self.group.rank :: self.group.size]

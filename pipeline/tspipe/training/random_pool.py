@@ -15,9 +15,9 @@ from tspipe.errors import CacheMismatch
 from tspipe.models.output import Output
 from tspipe.models.teacher import check_input_shape
 from tspipe.training.random_source import RandomSpec
-from tspipe.utils.device import sent
+from tspipe.utils.device import to_device
 from tspipe.utils.rng import stream
-from tspipe.utils.threads import ahead
+from tspipe.utils.threads import prefetch_map
 
 _USE_LIVE = "have the teacher label random images live: --set random_source=live"
 
@@ -50,8 +50,8 @@ class RandomPool:
         A thread draws each batch while the previous one is used.
         """
         steps = [epoch * self.spec.batches_per_epoch + number for number in numbers]
-        for drawn, stored in ahead(partial(self.batch, seed), steps):
-            images, features, logits = (sent(self.spec.local_rows(t), self.spec.device) for t in (drawn, *stored))
+        for drawn, stored in prefetch_map(partial(self.batch, seed), steps):
+            images, features, logits = (to_device(self.spec.local_rows(t), self.spec.device) for t in (drawn, *stored))
             yield self.spec.preprocess.normalise(images), Output(features, logits)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Output]:

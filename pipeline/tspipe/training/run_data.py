@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from tspipe.data.datasets import Dataset
-from tspipe.data.image_loader import Pixels, of_cache
+from tspipe.data.image_loader import ImageLoader, open_images
 from tspipe.data.local import check_preprocess, open_local
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.views import EpochViews
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.training.arms import any_taught
 from tspipe.training.config import StudentConfig
-from tspipe.utils.memory import memory_bound
+from tspipe.utils.memory import memory_limit
 from tspipe.utils.rng import stream
 
 
@@ -28,8 +28,8 @@ class RunData:
     """
 
     preprocess: Preprocess
-    train: Pixels
-    test: Pixels
+    train: ImageLoader
+    test: ImageLoader
     train_labels: Tensor
     test_labels: Tensor
     views: EpochViews | None
@@ -64,15 +64,15 @@ def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
     recipe, cache = config.recipe, config.cache
     check_preprocess(cache, recipe.preprocess)
     views = EpochViews.of_run(cache, recipe.views, any_taught(config.arms), device)
-    dataset, remaining_steps = of_cache(cache, lambda: open_local_dataset(config))
+    dataset, remaining_steps = open_images(cache, lambda: open_local_dataset(config))
     validation_count = round(recipe.val_fraction * len(dataset.train))
     _check_counts(config, dataset, validation_count)
-    memory = (recipe.memory or memory_bound(device)) // 3
+    memory = (recipe.memory or memory_limit(device)) // 3
     train_labels, test_labels = (torch.from_numpy(split.labels).to(device) for split in (cache.train, cache.test))
     return RunData(
         Preprocess.from_dict(cache.manifest["preprocess"]),
-        Pixels(dataset.train, remaining_steps, "train", memory, device, views=views is not None),
-        Pixels(dataset.test, remaining_steps, "test", memory, device),
+        ImageLoader(dataset.train, remaining_steps, "train", memory, device, views=views is not None),
+        ImageLoader(dataset.test, remaining_steps, "test", memory, device),
         train_labels,
         test_labels,
         views,

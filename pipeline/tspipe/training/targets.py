@@ -13,7 +13,7 @@ from tspipe.cache import Cache, Column
 from tspipe.errors import RecipeError
 from tspipe.losses import Target
 from tspipe.recipes.schema import Recipe
-from tspipe.utils.device import moved, sent
+from tspipe.utils.device import batches_to_device, to_device
 from tspipe.utils.rng import stream
 
 # Batches announced to the system before they are read: 47,000 cold rows of 4 KiB a second, and 22,000 with 4.
@@ -60,7 +60,7 @@ class TargetLoader:
         groups = [order[i : i + per_group] for i in range(0, len(order), per_group)]
         rows = [torch.cat(list(group)) if len(group) > 1 else group[0] for group in groups]
         read = self._read_groups(rows, -(-READ_AHEAD // per_group)) if self._read else itertools.repeat({})
-        for group, device_rows, columns in zip(groups, moved(rows, self.device), read, strict=False):
+        for group, device_rows, columns in zip(groups, batches_to_device(rows, self.device), read, strict=False):
             yield from self._gather([len(batch) for batch in group], device_rows, columns)
 
     def _gather(self, sizes: list[int], rows: Tensor, read: dict[str, Tensor]) -> Iterator[Target]:
@@ -81,7 +81,7 @@ class TargetLoader:
             start = time.perf_counter()
             columns = {name: torch.from_numpy(column.take(rows.numpy())) for name, column in self._read.items()}
             slow = slow or time.perf_counter() - start > SLOW_ROW * len(rows)
-            yield {name: sent(column, self.device) for name, column in columns.items()}
+            yield {name: to_device(column, self.device) for name, column in columns.items()}
 
     def select(self, labels: Tensor, features: Tensor | None = None, logits: Tensor | None = None) -> Target:
         """Return a target with only what the losses need; the rest has no columns."""

@@ -13,7 +13,7 @@ from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
 from tspipe.training import train_teacher
 from tspipe.training.train_teacher import TeacherConfig
-from tspipe.utils.console import say
+from tspipe.utils.console import echo
 
 
 def obtain_weights(config: TeacherConfig, dataset: str, file: Path | None, train: bool, command: str) -> Weights:
@@ -34,7 +34,7 @@ def obtain_weights(config: TeacherConfig, dataset: str, file: Path | None, train
                 f"There are no weights for {network} on {dataset}: {path} does not exist. "
                 + train_teacher.how_to_get(config, command)
             )
-        say(f"There are no weights for {network} on {dataset} yet, so the teacher is trained first.")
+        echo(f"There are no weights for {network} on {dataset} yet, so the teacher is trained first.")
         train_and_report(replace(config, out=path))
     weights = weight_files.read(path)
     check_network(weights, network)
@@ -43,7 +43,7 @@ def obtain_weights(config: TeacherConfig, dataset: str, file: Path | None, train
 
 def print_teacher(weights: Weights, network: str, dataset: str) -> None:
     """Print which teacher runs over a dataset, and with which weights."""
-    say(f"Teacher {network} with the weights {weights.source} (SHA-256 {weights.sha256[:12]}…) over {dataset}")
+    echo(f"Teacher {network} with the weights {weights.source} (SHA-256 {weights.sha256[:12]}…) over {dataset}")
 
 
 def teacher_command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:
@@ -57,7 +57,7 @@ def teacher_command(dataset: str, flags: Mapping[str, Any], settings: Iterable[s
 def train_and_report(config: TeacherConfig) -> None:
     """Train a teacher; print its test accuracy and where its weights are."""
     trained = train_teacher.train_teacher(config)
-    say(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
+    echo(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
 
 
 def check_network(weights: Weights, network: str) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspipe.data.datasets import Dataset, Images, open_dataset, parse, stem
-from tspipe.data.image_loader import Pixels, input_shape
+from tspipe.data.image_loader import ImageLoader, input_shape
 from tspipe.data.preprocess import shift_and_flip
 from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import feature_net, loading, networks, weights
@@ -25,7 +25,7 @@ from tspipe.training.evaluation import count_correct
 from tspipe.training.optimizers import make_optimizer, set_learning_rate
 from tspipe.utils.device import pick_device
 from tspipe.utils.files import lock
-from tspipe.utils.memory import keep_freed, memory_bound
+from tspipe.utils.memory import keep_freed_memory, memory_limit
 from tspipe.utils.progress import progress
 from tspipe.utils.rng import seed_torch, stream
 
@@ -93,7 +93,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     """
     recipe, settings = config.recipe, config.recipe.teacher
     device = pick_device(recipe.device)
-    keep_freed()
+    keep_freed_memory()
     dataset = open_dataset(recipe.dataset, config.data, download=config.download)
     if len(dataset.train) < settings.batch_size:
         raise DatasetError(
@@ -112,10 +112,10 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds)
         if config.force:
             checkpointer.delete()
-        memory = (recipe.memory or memory_bound(device)) // 2
+        memory = (recipe.memory or memory_limit(device)) // 2
         uncropped = replace(recipe.preprocess, crop=None) if settings.random_crop else recipe.preprocess
-        train = Pixels(dataset.train, uncropped, "train", memory, device)
-        test = Pixels(dataset.test, recipe.preprocess, "test", memory, device)
+        train = ImageLoader(dataset.train, uncropped, "train", memory, device)
+        test = ImageLoader(dataset.test, recipe.preprocess, "test", memory, device)
         _fit(network, recipe, train, torch.from_numpy(dataset.train.labels).to(device), checkpointer, identity)
         accuracy = _accuracy(network, recipe, test, torch.from_numpy(dataset.test.labels).to(device))
         metadata = {
@@ -133,7 +133,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
 
 
 def _fit(
-    network: nn.Module, recipe: Recipe, train: Pixels, labels: Tensor, checkpointer: Checkpointer, identity: str
+    network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor, checkpointer: Checkpointer, identity: str
 ) -> None:
     """Train all epochs, from the last checkpoint if there is one."""
     settings = recipe.teacher
@@ -210,7 +210,7 @@ def _check_finite(loss: Tensor, recipe: Recipe, epoch: int) -> None:
         )
 
 
-def _accuracy(network: nn.Module, recipe: Recipe, test: Pixels, labels: Tensor) -> float:
+def _accuracy(network: nn.Module, recipe: Recipe, test: ImageLoader, labels: Tensor) -> float:
     network.eval()
     batches = test.batches(sequential_batches(len(test), recipe.test_batch_size))
     (correct,) = count_correct([network], batches, labels.split(recipe.test_batch_size), recipe.preprocess)

@@ -32,11 +32,11 @@ from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
 from tspipe.training.tensorboard import open_tensorboard
-from tspipe.utils.device import exact, pick_device
+from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.files import lock
-from tspipe.utils.memory import keep_freed, memory_bound
-from tspipe.utils.progress import Advance, console, progress
+from tspipe.utils.memory import keep_freed_memory, memory_limit
+from tspipe.utils.progress import Advance, progress, stderr_console
 from tspipe.utils.rng import seed_torch_with, torch_seeds
 
 
@@ -49,9 +49,9 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
     data, TrainingError when a loss is not finite.
     """
     device = pick_device(config.recipe.device)
-    keep_freed()
+    keep_freed_memory()
     stem = config.cache.path.name.removesuffix(".h5")
-    with group.first():
+    with group.rank_zero_first():
         folder = find_run(identity(config), environment(device.type, torch.get_num_threads()), stem, config.out)
     if group.broadcast(folder.finished):
         return folder
@@ -61,14 +61,14 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
             "results of both. Choose another --out."
         )
     torch.set_num_threads(folder.environment["threads"])
-    exact()
-    with group.first():
+    use_full_precision()
+    with group.rank_zero_first():
         trainer = open_trainer(config, folder, device, group)
         if trainer.partition.is_writer:
             folder.create()
     with lock(folder.path / "run", RecipeError) if trainer.partition.is_writer else nullcontext():
         if not group.broadcast(folder.finished):  # another job may have finished it while this one read the data
-            with group.noticing():
+            with group.abort_on_lost_peer():
                 trainer.train()
         group.barrier()
     return folder
@@ -252,7 +252,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     random = open_random_source(config, data, partition, device) if uses_random else None
     needs = frozenset[str]().union(*(Learner(spec, recipe, shape, device).needs for spec in specs))
     columns = {"features": cache.train.features, "logits": cache.train.logits}
-    memory = (recipe.memory or memory_bound(device)) // 3
+    memory = (recipe.memory or memory_limit(device)) // 3
     targets = TargetLoader(columns, row_labels(cache), needs, memory, device)
     config = StudentConfig(**{**vars(config), "recipe": recipe})
     checkpointer = Checkpointer(folder.checkpoint, recipe.checkpoint_seconds)
@@ -274,5 +274,5 @@ def open_random_source(
     teacher.precision = getattr(torch, recipe.live_precision)
     images = recipe.random_images * batches_per_epoch * recipe.epochs
     if partition.is_writer and (warning := random_images.spent(recipe.random_generator, images, "A seed", shape)):
-        console.print(warning)
+        stderr_console.print(warning)
     return LiveTeacher(teacher, spec, recipe.random_generator)

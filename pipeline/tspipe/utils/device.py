@@ -9,7 +9,7 @@ from torch import Tensor
 from tspipe.errors import RecipeError
 
 
-def moved(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def batches_to_device(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """Batches of indices (n,) on a device, copied there at once: a copy for each batch would wait for the GPU."""
     if not batches or batches[0].device == device:
         return batches
@@ -17,7 +17,7 @@ def moved(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     return there
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device; on the way to a GPU nothing waits for what it still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -41,7 +41,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device(wanted, mine)
 
 
-def exact() -> None:
+def use_full_precision() -> None:
     """Have cuDNN and cuBLAS compute what the inputs say: no TF32, no kernel that won a race."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

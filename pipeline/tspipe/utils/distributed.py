@@ -46,11 +46,11 @@ class Group:
         """Wait until every rank is here."""
         self.gather(None)
 
-    def share(self, rows: Tensor) -> Tensor:
+    def shard(self, rows: Tensor) -> Tensor:
         """This rank's part of a batch (n, …): of sizes that differ by at most one; empty where n is below the rank."""
         return rows.tensor_split(self.size)[self.rank]
 
-    def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
+    def wrap_ddp(self, module: nn.Module, device: torch.device) -> nn.Module:
         """The module with its gradients averaged over all ranks at each backward pass.
 
         Batch norms then take their statistics from the batch of all ranks, which PyTorch can do on GPUs only. Raises
@@ -70,7 +70,7 @@ class Group:
         return nn.parallel.DistributedDataParallel(module, process_group=gpus)
 
     @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
+    def rank_zero_first(self) -> Iterator[None]:
         """Rank 0 does what is inside before the others do: what goes wrong for all of them is said once."""
         if self.rank:
             self.barrier()
@@ -83,11 +83,11 @@ class Group:
             return
         import torch.distributed as dist
 
-        with self.noticing():
+        with self.abort_on_lost_peer():
             call(dist)
 
     @contextlib.contextmanager
-    def noticing(self) -> Iterator[None]:
+    def abort_on_lost_peer(self) -> Iterator[None]:
         """Say of a connection that is lost inside that another process has failed: OtherProcessFailed."""
         try:
             yield

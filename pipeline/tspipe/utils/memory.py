@@ -9,7 +9,7 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1  # of glibc's malloc.h
 
 
-def memory_bound(device: torch.device) -> int:
+def memory_limit(device: torch.device) -> int:
     """What may be held in memory when nothing is said, in bytes: half of what this process and its GPU have."""
     if device.type == "cuda":
         return min(_half_of_memory(), torch.cuda.mem_get_info(device)[0] // 2)
@@ -25,7 +25,7 @@ def _half_of_memory() -> int:
     return min(machine, container) // 2
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep up to 2 GiB that are freed for the next tensors; elsewhere nothing happens.
 
     It maps each tensor of over 32 MiB anew and gives it back when it is freed, so that networks on the CPU may spend

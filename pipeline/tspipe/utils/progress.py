@@ -14,7 +14,7 @@ LINE_SECONDS = 15.0  # between plain lines
 Advance = Callable[[int, str], None]
 _MIB = 2**20
 
-console = Console(stderr=True, highlight=False)
+stderr_console = Console(stderr=True, highlight=False)
 
 
 class _Rate(ProgressColumn):
@@ -43,13 +43,13 @@ def progress(what: str, total: int, unit: str, done: int = 0, shown: bool = True
     if not shown:
         yield lambda _count, _what: None
         return
-    form = _bar if console.is_terminal else _lines
+    form = _bar if stderr_console.is_terminal else _lines
     with form(what, total, unit, done) as advance:
         yield advance
 
 
 @contextlib.contextmanager
-def moving(what: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
+def byte_progress(what: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
     """Progress in bytes that are read or sent; gives `moved(count)`. `total` is asked when the first bytes move."""
     done = shown = 0
     with contextlib.ExitStack() as stack:
@@ -69,7 +69,7 @@ def moving(what: str, total: Callable[[], int | None]) -> Iterator[Callable[[int
 @contextlib.contextmanager
 def _bar(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
     columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=stderr_console, transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda count, what: bar.update(task, advance=count, description=what)
 
@@ -87,7 +87,7 @@ def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
             printed = now
             rate = (count - done) / (now - start)
             left = timedelta(seconds=int((total - count) / rate) if rate else 0)
-            console.print(f"{what}: {count:,}/{total:,} {unit}, {_digits(rate)}/s, {left} left", markup=False)
+            stderr_console.print(f"{what}: {count:,}/{total:,} {unit}, {_digits(rate)}/s, {left} left", markup=False)
 
     yield advance
 

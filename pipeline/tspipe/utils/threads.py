@@ -14,7 +14,7 @@ U = TypeVar("U")
 _MOST = 2  # tasks begun or waiting: one more than is worked on, so that the thread need not wait for the next
 
 
-def ahead(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -> Iterator[U]:
+def prefetch_map(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -> Iterator[U]:
     """`map(work, items)`, so many threads working on the next results while the caller uses one."""
     waiting: deque[Future[U]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -26,17 +26,17 @@ def ahead(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -> Itera
             yield waiting.popleft().result()
 
 
-def made_ahead(items: Iterable[T]) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """The items, each made in a thread while the caller uses the one before."""
     source = iter(items)
-    for found in ahead(lambda _: list(itertools.islice(source, 1)), itertools.count()):
+    for found in prefetch_map(lambda _: list(itertools.islice(source, 1)), itertools.count()):
         if not found:
             return
         yield found.pop()
 
 
 @contextlib.contextmanager
-def behind() -> Iterator[Callable[[Callable[[], object]], None]]:
+def background_writer() -> Iterator[Callable[[Callable[[], object]], None]]:
     """Gives `do(task)`: tasks are done one after the other in a thread behind the caller's, at most two at a time.
 
     What a task raises, a later call of `do` raises, or the end of the `with`. Where the caller raises, tasks it gave
@@ -55,7 +55,7 @@ def behind() -> Iterator[Callable[[Callable[[], object]], None]]:
             waiting.popleft().result()
 
 
-class Spent:
+class TimeBreakdown:
     """How long a loop was at each of its parts, by name."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Spent:
         return max(self._seconds, key=self._seconds.__getitem__)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The processors this process may use; where torchrun started several on this machine, its share of them."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
