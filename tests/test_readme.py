@@ -205,12 +205,3 @@ def test_the_readme_shows_what_the_commands_print(tspipe: Callable, digits: Cach
 
 def test_every_page_is_linked_from_the_readme() -> None:
     assert [page for page in PAGES if page != "README.md" and f"({page})" not in README] == []
-
-
-def test_architecture_draws_the_order_that_its_test_checks() -> None:
-    order = re.search(
-        r"^ORDER = \[(.*?)\]", (ROOT / "tests/test_architecture.py").read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert order
-    drawn = re.findall(r"^    (\w+)(?:/| ) +\w", PAGES["docs/architecture.md"], re.MULTILINE)
-    assert drawn == re.findall(r'"(\w+)"', order[1])
