@@ -333,6 +333,12 @@ def test_what_a_network_returns_is_checked_when_it_is_built(tmp_path, returned, 
     )
 
 
+def test_on_the_meta_device_a_network_is_not_run(tmp_path):
+    path = user_file(tmp_path, "def build(num_classes):\n    return nn.Flatten()\n")
+    with torch.device("meta"):
+        assert isinstance(networks.build(path, 4, SMALL), nn.Flatten)
+
+
 def test_the_check_leaves_no_trace_and_runs_once(tmp_path):
     path = user_file(
         tmp_path,

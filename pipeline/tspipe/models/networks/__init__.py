@@ -25,6 +25,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tspipe.errors import NetworkError
@@ -66,7 +67,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     module = make(name, num_classes, input_shape, options)
     if not isinstance(module, nn.Module):
         raise NetworkError(f"{name}: build returns a {type(module).__name__}, not an nn.Module.")
-    if not any(parameter.is_meta for parameter in module.parameters()):
+    if not torch.empty(0).is_meta:
         _check_output(module, name, num_classes, input_shape)
     return module
 
