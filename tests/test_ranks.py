@@ -11,10 +11,11 @@ import pytest
 
 from conftest import Result, Zygote
 from shared import make_folder, small
-from tspipe.errors import CacheError, CacheMismatch, OutOfMemory
+from tspipe.errors import CacheError, CacheMismatch, NetworkError, OutOfMemory
 from tspipe.extraction import extract as stage
 from tspipe.extraction.extract import extract
-from tspipe.utils.distributed import Group
+from tspipe.training.train_teacher import TeacherConfig
+from tspipe.utils.distributed import ALONE, Group
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -48,6 +49,24 @@ def test_torchrun_writes_the_file_of_one_process(tspipe: Callable[..., Result], 
     assert sum("Error" in line for line in other.lines) == 1
     assert "two.h5isanothercache:compute.batch_sizeis64thereand3here." in other.error
     assert sum(line.startswith("Teacher lenet5") for line in other.lines) == 1
+
+
+def test_no_teacher_is_trained_inside_rank_zero_first(
+    tspipe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training may take hours, so the other ranks wait for it by heartbeat, and it may make collective calls."""
+    make_folder(tmp_path / "shapes")
+    trained: list[Path | None] = []
+
+    def train(config: TeacherConfig) -> None:
+        ALONE.barrier()
+        trained.append(config.out)
+        raise NetworkError("stop")
+
+    monkeypatch.setattr("tspipe.training.teacher_weights.train_and_report", train)
+    result = tspipe("cache", "--dataset", "folder:shapes", "--teacher", "lenet5", "--train-teacher")
+    assert (result.code, result.error) == (1, "stop")
+    assert trained == [Path("checkpoints/shapes-lenet5.safetensors")]
 
 
 def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None:

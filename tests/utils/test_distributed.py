@@ -9,74 +9,92 @@ import pytest
 import torch
 
 from tspipe.errors import RecipeError
-from tspipe.utils import distributed
+from tspipe.utils import distributed, heartbeat
 from tspipe.utils.device import pick_device
 from tspipe.utils.distributed import ALONE, group
 from tspipe.utils.threads import available_cores
 from zygote import places
 
 PROGRAM = """
-import os, pathlib, sys
+import os, pathlib, sys, time
+from tspipe.utils import heartbeat
 from tspipe.utils.distributed import group
 from tspipe.errors import OtherProcessFailed
 
-with group() as found:
-    print(found)
-    print(found.broadcast({"from": found.rank}), found.gather(f"of {found.rank}"))
-    with found.rank_zero_first():
+heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.1, 3
+with group() as ranks:
+    print(ranks)
+    print(ranks.broadcast({"from": ranks.rank}), ranks.gather(f"of {ranks.rank}"))
+    with ranks.rank_zero_first():
         with open(sys.argv[1], "a") as file:
-            file.write(f"{found.rank}")
-    found.barrier()
+            file.write(f"{ranks.rank}")
+    ranks.barrier()
     print(pathlib.Path(sys.argv[1]).read_text())
-    if found.rank == 1:
+    if ranks.rank == 0:
+        time.sleep(5)  # a live rank may work longer than a dead one is waited for
+    ranks.barrier()
+    if ranks.rank == int(sys.argv[2]):
         os._exit(3)
     try:
-        found.barrier()
-    except OtherProcessFailed as problem:
-        print(problem)
+        ranks.barrier()
+    except OtherProcessFailed as error:
+        print(error)
+        os._exit(0)
 """
 
 
-def test_a_group_of_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_group_of_two(killed: int, tmp_path: Path) -> None:
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, tmp_path / "order"],
+            [sys.executable, "-c", PROGRAM, tmp_path / "order", str(killed)],
             env={**os.environ, **place},
             stdout=subprocess.PIPE,
             text=True,
         )
         for place in places(2)
     ]
-    said = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    lines = [process.communicate(timeout=120)[0].splitlines() for process in started]
     both = "{'from': 0} ['of 0', 'of 1']"
-    assert said[0] == [
-        "Group(rank=0, size=2)", both, "01", "Rank 0 stops: another process has failed, or cannot be reached."
-    ]  # fmt: skip
-    assert said[1] == ["Group(rank=1, size=2)", both, "01"]
-    assert [process.returncode for process in started] == [0, 3]
+    lost = f"Rank {1 - killed} stops: another process has failed, or cannot be reached."
+    for rank in range(2):
+        expected = [f"Group(rank={rank}, size=2)", both, "01"]
+        assert lines[rank] == (expected if rank == killed else [*expected, lost])
+    assert [process.returncode for process in started] == ([3, 0] if killed == 0 else [0, 3])
+
+
+def test_a_collective_inside_rank_zero_first_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="Move it out of the block"), ALONE.rank_zero_first():
+        ALONE.barrier()
+    ALONE.barrier()
+
+
+def test_a_collective_call_times_out_within_minutes() -> None:
+    assert distributed._COLLECTIVE_TIMEOUT.total_seconds() <= 600
+    assert heartbeat.LOST_AFTER_SECONDS <= 300
 
 
 def test_a_process_alone() -> None:
-    with group() as found:
-        assert found is ALONE
-        assert (found.broadcast("x"), found.gather("x")) == ("x", ["x"])
-        found.barrier()
-        with found.rank_zero_first():
+    with group() as process_group:
+        assert process_group is ALONE
+        assert (process_group.broadcast("x"), process_group.gather("x")) == ("x", ["x"])
+        process_group.barrier()
+        with process_group.rank_zero_first():
             pass
 
 
 def test_a_size_without_an_address_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with group() as found:
-        assert found is ALONE
+    with group() as process_group:
+        assert process_group is ALONE
 
 
 def test_torchruns_job_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in places(1)[0].items():
         monkeypatch.setenv(name, value)
-    with group() as found:
-        assert found is ALONE
+    with group() as process_group:
+        assert process_group is ALONE
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])

@@ -63,8 +63,11 @@ def cache(
             config = TeacherConfig(chosen, data, download=download)
             repeated = {"--teacher": teacher, "--data": data, "--recipe": recipe}
             command = teachers.teacher_command(dataset, repeated, settings or ())
-            may_train = train_teacher and not group.rank
-            teacher_weights = teachers.obtain_weights(config, dataset_name, weights, may_train, command)
+            untrained = teachers.needs_training(config, dataset_name, weights, train_teacher, command)
+        if group.broadcast(untrained):
+            teachers.train_on_rank_zero(config, dataset_name, group)
+        with group.rank_zero_first():
+            teacher_weights = teachers.read_weights(config, dataset_name, weights)
             chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(teacher_weights))
             default_network = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)

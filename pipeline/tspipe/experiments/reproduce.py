@@ -155,7 +155,11 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
             )
         command = teachers.teacher_command(part.dataset, {"--data": config.data, "--recipe": name}, config.settings)
         training = TeacherConfig(chosen, config.data, download=config.download)
-        selected = teachers.obtain_weights(training, dataset_name, config.weights, not group.rank, command)
+        untrained = teachers.needs_training(training, dataset_name, config.weights, True, command)
+    if group.broadcast(untrained):
+        teachers.train_on_rank_zero(training, dataset_name, group)
+    with group.rank_zero_first():
+        selected = teachers.read_weights(training, dataset_name, config.weights)
         chosen = load.load(name, config.settings, flags, teachers.recorded_settings(selected))
         if not group.rank:
             teachers.print_teacher(selected, network, dataset_name)

@@ -14,10 +14,11 @@ from tspipe.models.weights import Weights
 from tspipe.training import train_teacher
 from tspipe.training.train_teacher import TeacherConfig
 from tspipe.utils.console import echo
+from tspipe.utils.distributed import Group
 
 
-def obtain_weights(config: TeacherConfig, dataset: str, file: Path | None, train: bool, command: str) -> Weights:
-    """Return a teacher's weights: from `file`, else from its checkpoint, else from training if `train` is set.
+def needs_training(config: TeacherConfig, dataset: str, file: Path | None, train: bool, command: str) -> bool:
+    """Whether the teacher has no weights, neither in `file` nor in its checkpoint, and `train` is set.
 
     Args:
         config: how to train the teacher.
@@ -26,16 +27,30 @@ def obtain_weights(config: TeacherConfig, dataset: str, file: Path | None, train
             no weights and it may not be trained, or if trained weights are published.
     """
     network = config.recipe.teacher.network
-    path = file or train_teacher.find_checkpoint(dataset, network)
-    if path is None:
+    if file or train_teacher.find_checkpoint(dataset, network):
+        return False
+    if networks.published(network, dataset) or not train:
         path = train_teacher.checkpoint_path(dataset, network)
-        if networks.published(network, dataset) or not train:
-            raise NetworkError(
-                f"There are no weights for {network} on {dataset}: {path} does not exist. "
-                + train_teacher.how_to_get(config, command)
-            )
+        raise NetworkError(
+            f"There are no weights for {network} on {dataset}: {path} does not exist. "
+            + train_teacher.how_to_get(config, command)
+        )
+    return True
+
+
+def train_on_rank_zero(config: TeacherConfig, dataset: str, group: Group) -> None:
+    """Train a teacher on rank 0, into its checkpoint; the other ranks wait for as long as rank 0 lives."""
+    if not group.rank:
+        network = config.recipe.teacher.network
         echo(f"There are no weights for {network} on {dataset} yet, so the teacher is trained first.")
-        train_and_report(replace(config, out=path))
+        train_and_report(replace(config, out=train_teacher.checkpoint_path(dataset, network)))
+    group.barrier()
+
+
+def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weights:
+    """Read a teacher's weights from `file`, else from its checkpoint."""
+    network = config.recipe.teacher.network
+    path = file or train_teacher.find_checkpoint(dataset, network) or train_teacher.checkpoint_path(dataset, network)
     weights = weight_files.read(path)
     check_network(weights, network)
     return weights

@@ -1,65 +1,70 @@
-"""Where a process computes: its device and its place among others. The only file that imports torch.distributed."""
+"""The group of processes that compute together. The only file that imports torch.distributed."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tspipe.errors import OtherProcessFailed, RecipeError
+from tspipe.utils.heartbeat import Heartbeat
 
 T = TypeVar("T")
-_PLACE = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # in the environment of torchrun's processes
-_PATIENCE = timedelta(days=7)  # one rank may work for long while the others wait; one that has died is noticed at once
+_TORCHRUN_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # once all ranks have made the call; the wait for them has no limit
+_in_rank_zero_first = ContextVar("_in_rank_zero_first", default=False)
 
 
 @dataclass(frozen=True)
 class Group:
     """The processes of a job that torchrun started, or this one alone.
 
-    All of them make the same calls in the same order; each call waits for the others. Values are pickled, so they
-    are small Python objects. Raises OtherProcessFailed when another process has ended instead of making the call.
+    All of them make the same calls in the same order. A call waits for the others for as long as they live, and
+    raises OtherProcessFailed when one has ended instead. Values are pickled, so they are small Python objects.
     """
 
     rank: int = 0
     size: int = 1
+    heartbeat: Heartbeat | None = field(default=None, repr=False, compare=False)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, on every rank; what the others give is not looked at."""
+        """Return rank 0's value; the values of other ranks are ignored."""
         values: list[Any] = [value]
-        self._together(lambda dist: dist.broadcast_object_list(values))
-        found: T = values[0]
-        return found
+        self._run_collective(lambda dist: dist.broadcast_object_list(values))
+        received: T = values[0]
+        return received
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Return every rank's value, in the order of ranks, on every rank."""
         values: list[Any] = [value] * self.size
-        self._together(lambda dist: dist.all_gather_object(values, value))
+        self._run_collective(lambda dist: dist.all_gather_object(values, value))
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank makes this call."""
         self.gather(None)
 
     def shard(self, rows: Tensor) -> Tensor:
-        """This rank's part of a batch (n, …): of sizes that differ by at most one; empty where n is below the rank."""
+        """Return this rank's part of a batch (n, …). Sizes differ by at most one; a part is empty if n <= rank."""
         return rows.tensor_split(self.size)[self.rank]
 
     def wrap_ddp(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module with its gradients averaged over all ranks at each backward pass.
+        """Return the module with its gradients averaged over all ranks at each backward pass.
 
-        Batch norms then take their statistics from the batch of all ranks, which PyTorch can do on GPUs only. Raises
-        RecipeError for one elsewhere.
+        Batch norms take their statistics from the batch of all ranks, which PyTorch supports on GPUs only. Raises
+        RecipeError for a batch norm elsewhere.
         """
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         gpus = None
         if device.type == "cuda":
-            gpus = _between_gpus()
+            gpus = _nccl_group()
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module, gpus)
         elif norms:
             raise RecipeError(
@@ -71,28 +76,42 @@ class Group:
 
     @contextlib.contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """Rank 0 does what is inside before the others do: what goes wrong for all of them is said once."""
+        """Run the block on rank 0 before the other ranks, so that an error common to all is reported once.
+
+        The block makes no collective call, which would wait for itself: one raises RuntimeError.
+        """
         if self.rank:
             self.barrier()
-        yield
+        token = _in_rank_zero_first.set(True)
+        try:
+            yield
+        finally:
+            _in_rank_zero_first.reset(token)
         if not self.rank:
             self.barrier()
 
-    def _together(self, call: Callable[[Any], object]) -> None:
+    def _run_collective(self, call: Callable[[Any], object]) -> None:
+        if _in_rank_zero_first.get():
+            raise RuntimeError("A collective call inside rank_zero_first waits for itself. Move it out of the block.")
         if self.size == 1:
             return
         import torch.distributed as dist
 
         with self.abort_on_lost_peer():
+            if self.heartbeat:
+                self.heartbeat.meet()
             call(dist)
 
     @contextlib.contextmanager
     def abort_on_lost_peer(self) -> Iterator[None]:
-        """Say of a connection that is lost inside that another process has failed: OtherProcessFailed."""
+        """Raise OtherProcessFailed in place of the error of a lost connection."""
         try:
             yield
-        except RuntimeError as problem:  # PyTorch has no class of its own for it
-            if not any(name in str(problem) for name in ("gloo", "NCCL", "Connection")):
+        except RuntimeError as problem:  # gloo and NCCL have no class of their own for it
+            import torch.distributed as dist
+
+            lost = any(name in str(problem) for name in ("gloo", "NCCL", "Connection"))
+            if not lost and not isinstance(problem, dist.DistError):
                 raise
             raise OtherProcessFailed(
                 f"Rank {self.rank} stops: another process has failed, or cannot be reached."
@@ -103,26 +122,41 @@ ALONE = Group()
 
 
 @lru_cache
-def _between_gpus() -> Any:
+def _nccl_group() -> Any:
     import torch.distributed as dist
 
-    return dist.new_group(backend="nccl")
+    return dist.new_group(backend="nccl", timeout=_COLLECTIVE_TIMEOUT)
 
 
 @contextlib.contextmanager
 def group() -> Iterator[Group]:
-    """The group that torchrun's environment variables tell of; without them, or with one process, ALONE.
+    """Join the group that torchrun's environment variables describe; without them, or with one process, yield ALONE.
 
-    It carries small objects over gloo; tensors on GPUs want a group of their own.
+    It carries small objects over gloo; gradients on GPUs have an NCCL group of their own. A normal exit waits for all
+    ranks.
     """
-    # Some clusters set WORLD_SIZE without torchrun; then nobody says where the others are.
-    if not os.environ.keys() >= _PLACE or os.environ["WORLD_SIZE"] == "1":
+    # Some clusters set WORLD_SIZE without torchrun and without an address.
+    if not os.environ.keys() >= _TORCHRUN_VARIABLES or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    heartbeat = Heartbeat(_connect, rank, size)
+    joined, failed = Group(rank, size, heartbeat), True
     try:
-        yield Group(dist.get_rank(), dist.get_world_size())
+        yield joined
+        joined.barrier()  # the store lives in rank 0, so it leaves last
+        failed = False
     finally:
+        heartbeat.stop(failed)
         dist.destroy_process_group()
+
+
+def _connect() -> Any:
+    """Return a connection to the store of `init_process_group`, with a prefix for its keys."""
+    dist: Any = import_module("torch.distributed")  # PyTorch's stubs do not export the stores
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore(f"tspipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
