@@ -59,7 +59,7 @@ def cache(
     with distributed.group() as group:
         with group.rank_zero_first():
             chosen = recipes.load(name, settings or (), flags)
-            dataset_name = datasets.parse(dataset, data)[1]
+            dataset_name = datasets.parse(dataset, data).name
             config = TeacherConfig(chosen, data, download=download)
             repeated = {"--teacher": teacher, "--data": data, "--recipe": recipe}
             command = teachers.teacher_command(dataset, repeated, settings or ())
@@ -162,7 +162,7 @@ def _student_flags(extraction: "ExtractConfig", dataset: str, recipe: str) -> li
     from tspipe.data import datasets
     from tspipe.utils import plugins
 
-    folder = extraction.data or datasets.parse(dataset, extraction.data)[2]
+    folder = extraction.data or datasets.parse(dataset, extraction.data).folder
     network = extraction.recipe.teacher.network
     flags = ["--data", shlex.quote(str(folder))] if folder and not extraction.images else []
     if plugins.is_file(dataset):

@@ -144,7 +144,7 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
     name, flags = _recipe(config, part), {"dataset": part.dataset}
     with group.rank_zero_first():
         chosen = load.load(name, config.settings, flags)
-        dataset_name, pool = datasets.parse(part.dataset, config.data)[1], _pool(config, chosen)
+        dataset_name, pool = datasets.parse(part.dataset, config.data).name, _pool(config, chosen)
         network = chosen.teacher.network
         path = cache_path(dataset_name, network, _usual_teacher(part))
         path = path.with_stem("-".join([path.stem, *_kinds(chosen, pool)]))
@@ -196,7 +196,7 @@ def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
     chosen = shortened(chosen, config.epochs or chosen.epochs)
     if chosen.paper:
         chosen = chosen.model_copy(update={"paper": chosen.paper.model_copy(update={"differs": differs})})
-    folder = datasets.parse(part.dataset, config.data)[2]
+    folder = datasets.parse(part.dataset, config.data).folder
     return StudentConfig(
         chosen, cache, arms_of(config, chosen), config.data or folder or usual, download=config.download
     )

@@ -72,7 +72,7 @@ def find_checkpoint(dataset: str, network: str) -> Path | None:
 def how_to_get(config: TeacherConfig, command: str) -> str:
     """Say where the teacher's weights are published, and what training with `command` costs."""
     recipe, settings = config.recipe, config.recipe.teacher
-    if (address := networks.published(settings.network, parse(recipe.dataset, config.data)[1])) is None:
+    if (address := networks.published(settings.network, parse(recipe.dataset, config.data).name)) is None:
         return f"Give a file (--weights FILE) or train the teacher: {command}"
     images = open_dataset(recipe.dataset, config.data).train
     flops = _flops_per_image(recipe, images) * len(images) * settings.epochs

@@ -1,12 +1,15 @@
-"""What every dataset keeps to. A new file in tspipe/datasets is tested here without being named."""
+"""The contract of every dataset. A new file in data/datasets is tested without being named."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tspipe.data import datasets
 from tspipe.data.datasets import Images, open_dataset
+from tspipe.data.datasets._contract import check_images
+from tspipe.errors import DatasetError
 
 NAMES = datasets.names()
 SPLITS = ["train", "test"]
@@ -27,10 +30,11 @@ def test_a_new_dataset_needs_a_tiny_archive(archive):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_module_says_where_it_comes_from(name):
-    module, stated, root = datasets.parse(name)
+    reference = datasets.parse(name)
+    module = reference.module
     assert all(isinstance(getattr(module, constant), str) for constant in ["SOURCE", "LICENSE", "CITATION"])
     assert module.SOURCE and module.LICENSE
-    assert (stated, root) == (name, None)
+    assert (reference.name, reference.folder) == (name, None)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -57,7 +61,7 @@ def test_images(name, split, archive):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_the_same_again(name, archive):
-    module, root = datasets.parse(name)[0], archive(name)
+    module, root = datasets.parse(name).module, archive(name)
     first, second = module.load(root, "train"), module.load(root, "train")
     assert list(first.keys) == list(second.keys)
     np.testing.assert_array_equal(first.labels, second.labels)
@@ -79,11 +83,79 @@ def test_reads_from_threads(name, archive):
 def test_opens_with_both_splits(name, archive):
     root = archive(name)
     dataset = open_dataset(name, root)
-    assert dataset.name == datasets.parse(name, root)[1]
+    assert dataset.name == datasets.parse(name, root).name
     assert list(dataset.train.classes) == list(dataset.test.classes)
     assert dataset.split("train") is dataset.train and dataset.split("test") is dataset.test
 
 
 def load(name: str, split: str, archive) -> Images:
-    images: Images = datasets.parse(name)[0].load(archive(name), split)
+    images: Images = datasets.parse(name).module.load(archive(name), split)
     return images
+
+
+SOUND = Images(np.array([0, 1]), ["a", "b"], ["cat", "dog"], lambda _: np.zeros((4, 5, 3), np.uint8))
+
+
+def test_a_sound_split_is_unchanged():
+    checked = check_images(SOUND, "mine", "train")
+    assert (checked.labels is SOUND.labels, checked.keys is SOUND.keys, checked.classes is SOUND.classes) == (True,) * 3
+    np.testing.assert_array_equal(checked.read(1), SOUND.read(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"labels": np.array([0.0, 1.0])},
+            "labels are float64 of shape (2,). Return an int64 array of shape (N,), N > 0.",
+        ),
+        ({"labels": [0, 1]}, "labels are list. Return an int64 array of shape (N,), N > 0."),
+        (
+            {"labels": np.array([[0], [1]])},
+            "labels are int64 of shape (2, 1). Return an int64 array of shape (N,), N > 0.",
+        ),
+        (
+            {"labels": np.array([0, 2])},
+            "label 2 of image 1 is no index into 2 classes. Return labels from 0 to 1.",
+        ),
+        (
+            {"labels": np.array([-1, 0])},
+            "label -1 of image 0 is no index into 2 classes. Return labels from 0 to 1.",
+        ),
+        ({"keys": ["a"]}, "1 keys for 2 labels. Return one key per image."),
+        ({"keys": ["a", 7]}, "keys[1] is 7. Return a sequence of str."),
+        ({"keys": ["a", "a"]}, "'a' occurs 2 times in keys. Return each once."),
+        ({"classes": []}, "there are no classes. Return at least one."),
+        ({"classes": ["cat", "cat"]}, "'cat' occurs 2 times in classes. Return each once."),
+        ({"classes": ["cat", None]}, "classes[1] is None. Return a sequence of str."),
+    ],
+)
+def test_a_split_that_breaks_the_contract(changes, message):
+    with pytest.raises(DatasetError) as refused:
+        check_images(replace(SOUND, **changes), "mine", "test")
+    assert str(refused.value) == f"mine, split test: {message}"
+
+
+@pytest.mark.parametrize(
+    ("image", "description"),
+    [
+        (np.zeros((4, 5), np.uint8), "uint8 of shape (4, 5)"),
+        (np.zeros((4, 5, 3), np.float32), "float32 of shape (4, 5, 3)"),
+        (np.zeros((0, 5, 3), np.uint8), "uint8 of shape (0, 5, 3)"),
+        (b"JFIF", "bytes"),
+    ],
+)
+def test_an_image_that_breaks_the_contract(image, description):
+    with pytest.raises(DatasetError) as refused:
+        check_images(replace(SOUND, read=lambda _: image), "mine", "train").read(1)
+    assert str(refused.value) == (
+        f"mine, split train: read(1) returns {description}. Return a uint8 array of shape (H, W, C)."
+    )
+
+
+def test_a_dataset_file_is_checked_when_it_is_opened(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def load(root, split):\n    return [split]\n")
+    with pytest.raises(DatasetError) as refused:
+        open_dataset(str(file))
+    assert str(refused.value) == "mine, split train: load returns list. Return tspipe.data.datasets.Images."

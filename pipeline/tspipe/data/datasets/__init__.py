@@ -19,8 +19,8 @@ from tspipe.utils import plugins
 Pixels = NDArray[np.uint8]
 
 
-class Whole(Protocol):
-    """What numpy makes one array of."""
+class ArrayLike(Protocol):
+    """An object that numpy converts to one array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -36,7 +36,7 @@ class Images:
         labels: (N,) int64, indices into `classes`.
         keys: a stable id per image: the path relative to the split's folder, or the index in the published file.
         classes: the class names.
-        read: `read(i)` gives image i as (H, W, C) uint8, after EXIF rotation and conversion to RGB (grey
+        read: `read(i)` returns image i as (H, W, C) uint8, after EXIF rotation and conversion to RGB (grey
             datasets keep C = 1). Safe to call from several threads.
         array: all images as (N, H, W, C) uint8, in memory or in one piece of a file; None where sizes differ.
     """
@@ -45,21 +45,21 @@ class Images:
     keys: Sequence[str]
     classes: Sequence[str]
     read: Callable[[int], Pixels]
-    array: Whole | None = None
+    array: ArrayLike | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def from_array(array: Pixels, labels: NDArray[np.integer], classes: Sequence[str]) -> Images:
-    """A split that is one array, its keys the indices."""
+    """Return a split that is one array; its keys are the indices."""
     keys = [str(i) for i in range(len(array))]
     return Images(labels.astype(np.int64), keys, classes, lambda i: array[i], array)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that has been found: its name as the cache states it, and its two splits."""
+    """A dataset that has been opened: its name as the cache states it, its licence, and its two splits."""
 
     name: str
     licence: str
@@ -67,44 +67,64 @@ class Dataset:
     test: Images
 
     def split(self, name: str) -> Images:
-        """`train` or `test` by name."""
+        """Return the split `train` or `test`."""
         return self.train if name == "train" else self.test
 
 
+@dataclass(frozen=True)
+class DatasetReference:
+    """A dataset that has not been opened yet.
+
+    Attributes:
+        module: the Python file that defines it.
+        name: its name as a cache states it.
+        folder: the folder of its images, if the name on the command line includes one.
+    """
+
+    module: ModuleType
+    name: str
+    folder: Path | None = None
+
+
 def names() -> list[str]:
-    """The datasets there are."""
+    """Return the names of the datasets in this folder."""
     return plugins.names("data.datasets")
 
 
-def parse(spec: str, data: Path | None = None) -> tuple[ModuleType, str, Path | None]:
-    """What the command line's `--dataset` means: the module, the name a cache states, the folder if it names one.
+def parse(spec: str, data: Path | None = None) -> DatasetReference:
+    """Return the dataset that the command line's `--dataset` refers to.
 
     `spec` is a name, `folder:PATH` (or `folder`, and then `data` is the path), or the path of a Python file.
     """
     kind, _, folder = spec.partition(":")
     module = plugins.load("data.datasets", kind, "load", DatasetError)
     if kind == "folder" and (path := Path(folder) if folder else data):
-        return module, f"folder:{plugins.plain(path.absolute().name)}", path
+        return DatasetReference(module, f"folder:{plugins.plain(path.absolute().name)}", path)
     if folder:
         raise DatasetError(f"{kind} is a dataset of its own and takes no path; use --data {folder}.")
-    return module, plugins.recorded_name("data.datasets", kind), None
+    return DatasetReference(module, plugins.recorded_name("data.datasets", kind))
 
 
 def stem(name: str) -> str:
-    """The file name stem a dataset's cache and checkpoints begin with: `folder:birds` gives `birds`."""
+    """Return the stem of a dataset's cache and checkpoints: `birds` for `folder:birds`."""
     return name.removeprefix("folder:")
 
 
 def open_dataset(spec: str, data: Path | None = None, *, download: bool = False) -> Dataset:
     """Load both splits of a dataset. Its images lie in `data`, else where `spec` says, else in `data/<name>`.
 
-    Raises DatasetError: unknown name, missing folder (where it was looked for, how to get it), unsound files.
+    Raises DatasetError: unknown name, missing folder (with where it was looked for and how to get it), unsound files,
+    or splits that break the contract of `Images`.
     """
-    module, name, folder = parse(spec, data)
-    root = data or folder or Path("data") / stem(name)
-    if download and hasattr(module, "download"):  # where it has none, `load` says what is missing and where to get it
-        module.download(root)
-    train, test = module.load(root, "train"), module.load(root, "test")
+    from tspipe.data.datasets._contract import check_images
+
+    reference = parse(spec, data)
+    root = data or reference.folder or Path("data") / stem(reference.name)
+    if download and hasattr(reference.module, "download"):  # without one, `load` says where to get what is missing
+        reference.module.download(root)
+    train, test = (
+        check_images(reference.module.load(root, split), reference.name, split) for split in ("train", "test")
+    )
     if list(train.classes) != list(test.classes):
         raise DatasetError(f"{root}: train and test do not have the same classes.")
-    return Dataset(name, getattr(module, "LICENSE", ""), train, test)
+    return Dataset(reference.name, getattr(reference.module, "LICENSE", ""), train, test)
