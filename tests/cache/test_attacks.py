@@ -14,10 +14,10 @@ from forging import DATASPACE, DATATYPE, Change, message, move, overwrite, poke,
 from pets import plan, write
 from tspipe.errors import CacheDamaged
 
-CONTIGUOUS = "a cache's datasets are contiguous."
-TYPE = "'train_features' has a type the format does not use."
-BEYOND = "'train_labels' is damaged, or reaches beyond the end of the file."
-NOT_PLAIN = "its HDF5 structure is not of the plain kind that the format uses."
+CONTIGUOUS = "only contiguous datasets are allowed."
+TYPE = "'train_features' has a type that the format does not allow."
+BEYOND = "'train_labels' is damaged, or extends beyond the end of the file."
+NOT_PLAIN = "its HDF5 structure uses features that the format does not allow."
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def typed(kind: h5t.TypeID, name: str = "train_features") -> Change:
         with h5py.File(path, "r+") as file:
             shape = file[name].shape
             del file[name]
-            how = h5p.create(h5p.DATASET_CREATE)
-            how.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-            h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), how)
+            properties = h5p.create(h5p.DATASET_CREATE)
+            properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+            h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), properties)
 
     return attack
 
@@ -201,13 +201,13 @@ def user_block_that_begins_as_hdf5(path: Path) -> None:
     poke(path, 24, struct.pack("<Q", 512))
 
 
-def instead(**how: object) -> Change:
+def instead(**options: object) -> Change:
     """An attack that puts another dataset in the place of the features."""
 
     def attack(path: Path) -> None:
         with h5py.File(path, "r+") as file:
             del file["train_features"]
-            file.create_dataset("train_features", **how)
+            file.create_dataset("train_features", **options)
 
     return attack
 
@@ -290,30 +290,30 @@ def newer_object(file: h5py.File) -> None:
 
 
 ATTACKS: list[tuple[Change, str]] = [
-    (edited(external_storage), "'id' keeps its bytes in another file."),
-    (edited(external_link), "its root group is of the kind that can link to other files; a cache's is not."),
+    (edited(external_storage), "'id' stores its bytes in another file, which is not allowed."),
+    (edited(external_link), "its root group is of a kind that can link to other files, which is not allowed."),
     (edited(external_link_in_a_group), "'train_features' is not a dataset."),
     (edited(soft_link_through_an_external_one), "'outside' is not a dataset."),
-    (edited(soft_link), "'more' is a soft or external link; a cache has hard links only."),
-    (edited(soft_links_in_a_circle), "'a' is a soft or external link; a cache has hard links only."),
+    (edited(soft_link), "'more' is a soft or external link; only hard links are allowed."),
+    (edited(soft_links_in_a_circle), "'a' is a soft or external link; only hard links are allowed."),
     (edited(virtual), f"'train_features' is virtual; {CONTIGUOUS}"),
     (edited(unlimited_virtual), f"'train_features' is virtual; {CONTIGUOUS}"),
     (again(chunks=(5, 5)), f"'train_features' is chunked; {CONTIGUOUS}"),
     (again(maxshape=(None, 5)), f"'train_features' is chunked; {CONTIGUOUS}"),
     *(
-        (again(**how), "'train_features' is filtered (compressed); a cache's datasets are not.")
-        for how in ({"compression": "gzip"}, {"compression": "lzf"}, {"shuffle": True}, {"fletcher32": True})
+        (again(**options), "'train_features' is filtered (compressed), which is not allowed.")
+        for options in ({"compression": "gzip"}, {"compression": "lzf"}, {"shuffle": True}, {"fletcher32": True})
     ),
     (
         again("train_labels", scaleoffset=0),
-        "'train_labels' is filtered (compressed); a cache's datasets are not.",
+        "'train_labels' is filtered (compressed), which is not allowed.",
     ),
-    (user_block, "it begins with a user block, which a cache has not."),
-    (user_block_that_begins_as_hdf5, "its HDF5 superblock is not that of version 0, the one the format uses."),
+    (user_block, "it begins with an HDF5 user block, which is not allowed."),
+    (user_block_that_begins_as_hdf5, "its HDF5 superblock is not of version 0, the only one allowed."),
     (again(dtype="<f4"), "'train_features' is <f4 (10, 5); its manifest says <f2 (10, 5)."),
     (again("train_labels", dtype="<f4"), "'train_labels' is <f4 (10,); its manifest says <i8 (10,)."),
     *((typed(of(dtype)), TYPE) for dtype in (">f2", "<f8", "<i4", "<u2", "i1", "?", "c8", [("a", "<f2")], "V2")),
-    (typed(of(">i8"), "train_labels"), "'train_labels' has a type the format does not use."),
+    (typed(of(">i8"), "train_labels"), "'train_labels' has a type that the format does not allow."),
     (typed(reduced(h5t.IEEE_F16LE, 12)), TYPE),
     (typed(reduced(h5t.IEEE_F32LE, 24)), TYPE),
     (typed(reduced(h5t.STD_I64LE, 40)), TYPE),
@@ -327,29 +327,29 @@ ATTACKS: list[tuple[Change, str]] = [
     (typed(padded(h5t.STR_NULLTERM)), TYPE),
     (typed(padded(h5t.STR_SPACEPAD)), TYPE),
     (typed(of("S4097")), TYPE),
-    (stretched(2**40), "'train_features' is damaged, or reaches beyond the end of the file."),
-    (stretched(2**62), "'train_features' is damaged, or reaches beyond the end of the file."),
+    (stretched(2**40), "'train_features' is damaged, or extends beyond the end of the file."),
+    (stretched(2**62), "'train_features' is damaged, or extends beyond the end of the file."),
     (again(shape=(5, 5)), "'train_features' is <f2 (5, 5); its manifest says <f2 (10, 5)."),
     (again(shape=(5, 10)), "'train_features' is <f2 (5, 10); its manifest says <f2 (10, 5)."),
     (instead(data=h5py.Empty("<f2")), "'train_features' has no fixed shape."),
     (instead(data=np.float16(1)), "'train_features' has no fixed shape."),
     (stretched(12), "'train_logits' overlaps 'train_features'."),
-    (moved(8), "'train_labels' overlaps HDF5's superblock."),
+    (moved(8), "'train_labels' overlaps the HDF5 superblock."),
     (beyond_the_end, BEYOND),
     (moved(2**63), BEYOND),
-    (moved(2**64 - 1), "'train_labels' has no storage of its size."),
-    (instead(shape=(10, 5), dtype="<f2"), "'train_features' has no storage of its size."),
-    (instead(shape=(0, 5), dtype="<f2"), "'train_features' has no storage of its size."),
+    (moved(2**64 - 1), "'train_labels' has storage of the wrong size."),
+    (instead(shape=(10, 5), dtype="<f2"), "'train_features' has storage of the wrong size."),
+    (instead(shape=(0, 5), dtype="<f2"), "'train_features' has storage of the wrong size."),
     (edited(group), "'train_features' is not a dataset."),
     (edited(root_in_itself), "'more' is not a dataset."),
     (edited(named_type), "'more' is not a dataset."),
-    (edited(unknown), "it holds 'notes', which the format does not know."),
-    (edited(unprintable), "it holds '\\x1b[2J\\\\xff', which the format does not know."),
+    (edited(unknown), "it holds 'notes', which is not in the format."),
+    (edited(unprintable), "it holds '\\x1b[2J\\\\xff', which is not in the format."),
     (edited(second_name), "'train_features' overlaps 'more'."),
     (one_name_twice, "it holds 'train_logits' twice."),
     (edited(missing), "the dataset 'test_keys' is missing."),
-    (edited(many), "it holds more datasets than the format has."),
-    (edited(too_many_for_a_node), "it holds more datasets than the format has."),
+    (edited(many), "it has more datasets than the format allows."),
+    (edited(too_many_for_a_node), "it has more datasets than the format allows."),
     (again("train_labels", shape=(9,)), "'train_labels' is <i8 (9,); its manifest says <i8 (10,)."),
     (again("train_keys", shape=(9,)), "'train_keys' is |S6 (9,); its manifest says |S6 (10,)."),
     (again("test_digests", shape=(2, 8)), "'test_digests' is |u1 (2, 8); its manifest says |u1 (3, 8)."),
@@ -358,8 +358,8 @@ ATTACKS: list[tuple[Change, str]] = [
         again("train_checksums", shape=(2, 5, 32)),
         "'train_checksums' is |u1 (2, 5, 32); its manifest says |u1 (3, 5, 32).",
     ),
-    (edited(attribute), "'train_features' has attributes; a cache's datasets have none."),
-    (edited(dimension_scale), "'train_labels' has attributes; a cache's datasets have none."),
+    (edited(attribute), "'train_features' has attributes, which are not allowed."),
+    (edited(dimension_scale), "'train_labels' has attributes, which are not allowed."),
     (
         edited(root_attribute),
         "it is an HDF5 file, but not a tspipe cache (root attributes `format` and `version`).",
@@ -369,7 +369,7 @@ ATTACKS: list[tuple[Change, str]] = [
         "it has format version 2; this tspipe reads version 1. A newer tspipe may read it: "
         "pip install --upgrade tspipe",
     ),
-    (tree_that_contains_itself, "it holds more datasets than the format has."),
+    (tree_that_contains_itself, "it has more datasets than the format allows."),
     (group_whose_tree_contains_itself, "'more' is not a dataset."),
     (message_that_lies_in_itself, NOT_PLAIN),
     (shape_that_lies_in_itself, NOT_PLAIN),
@@ -377,14 +377,14 @@ ATTACKS: list[tuple[Change, str]] = [
     (edited(newer_object), NOT_PLAIN),
     (header_that_continues_itself, NOT_PLAIN),
     (header_without_an_end, NOT_PLAIN),
-    (header_beyond_the_end, "its HDF5 structure is damaged. Get the file again from where it came from."),
+    (header_beyond_the_end, "its HDF5 structure is damaged. Get the file again from its source."),
 ]
 
 
-@pytest.mark.parametrize(("attack", "said"), ATTACKS)
-def test_refused(cache: Path, attack: Change, said: str) -> None:
+@pytest.mark.parametrize(("attack", "message"), ATTACKS)
+def test_refused(cache: Path, attack: Change, message: str) -> None:
     attack(cache)
-    assert refusal(cache) == said
+    assert refusal(cache) == message
 
 
 def test_labels_outside_the_classes(cache: Path) -> None:

@@ -11,7 +11,7 @@ from conftest import Result
 from forging import Change, forge, forge_text, move, overwrite, refusal, resize, stretch
 from pets import plan, write
 from tspipe.cache import open_cache
-from tspipe.cache.layout import decode_manifest, encode_manifest
+from tspipe.cache.manifest import decode_manifest, encode_manifest
 from tspipe.cli.render import show_cache
 from tspipe.errors import NotACache
 from tspipe.training.summary import label_shares
@@ -95,16 +95,16 @@ MANIFESTS: list[tuple[Change, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("attack", "said"), MANIFESTS)
-def test_manifest(cache: Path, attack: Change, said: str) -> None:
+@pytest.mark.parametrize(("attack", "message"), MANIFESTS)
+def test_manifest(cache: Path, attack: Change, message: str) -> None:
     attack(cache)
-    assert refusal(cache) == said
+    assert refusal(cache) == message
 
 
 @pytest.mark.parametrize(
-    ("attack", "said"),
+    ("attack", "message"),
     [
-        (changed("random", None), "it holds 'random_checksums', which the format does not know."),
+        (changed("random", None), "it holds 'random_checksums', which is not in the format."),
         (changed("random.rows", 7), "'random_features' is <f2 (6, 5); its manifest says <f2 (7, 5)."),
         (changed("random.rows", 0), "manifest.random.rows cannot be 0."),
         (changed("random.seed", -1), "manifest.random.seed cannot be -1."),
@@ -114,30 +114,30 @@ def test_manifest(cache: Path, attack: Change, said: str) -> None:
         (without("random", "rows"), "manifest.random lacks the field 'rows'."),
     ],
 )
-def test_a_pool_that_the_manifest_does_not_describe(tmp_path: Path, attack: Change, said: str) -> None:
+def test_a_pool_that_the_manifest_does_not_describe(tmp_path: Path, attack: Change, message: str) -> None:
     write(tmp_path / "pool.h5", plan({"train": 10, "test": 3}, pool=6))
     attack(tmp_path / "pool.h5")
-    assert refusal(tmp_path / "pool.h5") == said
+    assert refusal(tmp_path / "pool.h5") == message
 
 
 @pytest.mark.parametrize(
-    ("attack", "said"),
+    ("attack", "message"),
     [
-        (changed("views", None), "it holds 'train_views', which the format does not know."),
+        (changed("views", None), "it holds 'train_views', which is not in the format."),
         (changed("views.count", 3), "'train_features' is <f2 (20, 5); its manifest says <f2 (30, 5)."),
         (changed("views.count", 1), "manifest.views.count cannot be 1."),
         (changed("views.shift", -1), "manifest.views.shift cannot be -1."),
         (changed("views.flip", 1), "manifest.views.flip cannot be 1."),
     ],
 )
-def test_views_that_the_manifest_does_not_describe(tmp_path: Path, attack: Change, said: str) -> None:
+def test_views_that_the_manifest_does_not_describe(tmp_path: Path, attack: Change, message: str) -> None:
     write(tmp_path / "views.h5", plan({"train": 10, "test": 3}, views=2))
     attack(tmp_path / "views.h5")
-    assert refusal(tmp_path / "views.h5") == said
+    assert refusal(tmp_path / "views.h5") == message
 
 
 def test_a_deep_manifest_does_not_exhaust_the_stack() -> None:
-    """Of some depth it can be parsed, but not shown in a message."""
+    """Of some depth it can be parsed, but not printed in a message."""
     text = encode_manifest(plan({"train": 1, "test": 1}))
     for depth in range(900, 1000):
         deep = text.replace(b'"block_rows":4', b'"block_rows":' + b"[" * depth + b"]" * depth)
@@ -198,11 +198,11 @@ def test_a_cache_full_of_hostile_text_is_shown_in_one_screen(cache: Path, capsys
     overwrite(cache, "classes", b"\x1b[2J[/]\n")
     forge(cache, lambda manifest: manifest["dataset"].update(license=HOSTILE * 9))
     show_cache(open_cache(cache))
-    shown = capsys.readouterr().out
-    assert is_printable(shown)
-    assert "dataset     pets, 2 classes: \\x1b[2J, [/]\\n" in shown
-    assert r"licence     \x1b]0;owned\x07\x1b[2J\r\n\x9b31m[bold red]free[/]" in shown
-    assert len(shown.splitlines()) < 25
+    output = capsys.readouterr().out
+    assert is_printable(output)
+    assert "dataset     pets, 2 classes: \\x1b[2J, [/]\\n" in output
+    assert r"licence     \x1b]0;owned\x07\x1b[2J\r\n\x9b31m[bold red]free[/]" in output
+    assert len(output.splitlines()) < 25
 
 
 def test_long_names_are_shown_short(cache: Path) -> None:
@@ -230,6 +230,6 @@ def name_of_a_dataset(path: Path) -> None:
 def test_an_error_shows_hostile_text_escaped(cache: Path, tspipe: Callable[..., Result], attack: Change) -> None:
     attack(cache)
     (path,) = cache.parent.iterdir()
-    found = tspipe("info", path)
-    assert found.code in (0, 1)
-    assert is_printable(found.out + found.err)
+    result = tspipe("info", path)
+    assert result.code in (0, 1)
+    assert is_printable(result.out + result.err)

@@ -40,8 +40,8 @@ def test_a_reader_written_from_the_specification(digits: Cache) -> None:
     assert hashlib.sha256(encoded + sums).hexdigest() == held["id"].tobytes().decode() == digits.id
     # What the manifest says of the rest.
     described = [held[f"{split}_{column}"] for split in ("train", "test") for column in ("labels", "keys", "digests")]
-    whole = hashlib.sha256(b"".join(part.tobytes() for part in (held["classes"], *described)))
-    assert whole.hexdigest() == manifest["dataset"]["fingerprint"]
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in (held["classes"], *described)))
+    assert digest.hexdigest() == manifest["dataset"]["fingerprint"]
     assert hashlib.sha256(held["teacher_weights"]).hexdigest() == manifest["teacher"]["weights_sha256"]
     correct = int((held["test_logits"].argmax(1) == held["test_labels"]).sum())
     assert correct == manifest["teacher"]["correct"]["test"]

@@ -247,15 +247,15 @@ def main(folder: Path, first: int, count: int) -> None:
     before = peak_memory()
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MEMORY, size + 2 * MEMORY))
-    found = list(run(folder, first, count))
+    results = list(run(folder, first, count))
     print(
         json.dumps(
             {
-                "cases": len(found),
-                "outcomes": Counter(outcome for outcome, *_ in found),
-                "mutations": sum(mutations for *_, mutations, _ in found),
-                "in metadata": sum(metadata for *_, metadata in found),
-                "worst seconds": max(seconds for _, seconds, *_ in found),
+                "cases": len(results),
+                "outcomes": Counter(outcome for outcome, *_ in results),
+                "mutations": sum(mutations for *_, mutations, _ in results),
+                "in metadata": sum(metadata for *_, metadata in results),
+                "worst seconds": max(seconds for _, seconds, *_ in results),
                 "peak bytes": peak_memory(),
                 "bytes taken": peak_memory() - before,
             }
@@ -272,13 +272,13 @@ def test_only_cache_errors_come_out(tmp_path: Path) -> None:
     except subprocess.TimeoutExpired:
         done, ended = None, "no end"
     assert done and done.returncode == 0, f"case {(tmp_path / 'number').read_text().strip()}: {ended}"
-    found = json.loads(done.stdout)
-    print(found)
-    assert found["cases"] == CASES
-    assert {"read", "NotACache"} <= found["outcomes"].keys()
-    assert found["in metadata"] >= found["mutations"] / 2
-    assert found["worst seconds"] < SECONDS
-    assert found["bytes taken"] < MEMORY
+    results = json.loads(done.stdout)
+    print(results)
+    assert results["cases"] == CASES
+    assert {"read", "NotACache"} <= results["outcomes"].keys()
+    assert results["in metadata"] >= results["mutations"] / 2
+    assert results["worst seconds"] < SECONDS
+    assert results["bytes taken"] < MEMORY
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tspipe.cache.layout import MANIFEST_BYTES, Dimensions, Manifest, decode_manifest, encode_manifest
+from tspipe.cache.layout import MANIFEST_BYTES, Dimensions
+from tspipe.cache.manifest import Manifest, decode_manifest, encode_manifest
 from tspipe.errors import CacheError, NotACache
 
 SHA = "0123456789abcdef" * 4
@@ -52,7 +53,7 @@ def test_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("surprise", 1, "manifest has an unknown field 'surprise'."),
         ("block_rows", 0, "manifest.block_rows cannot be 0."),
@@ -81,15 +82,15 @@ def test_round_trip() -> None:
         ),
     ],
 )
-def test_what_the_schema_does_not_allow(path: str, value: object, said: str | None) -> None:
+def test_what_the_schema_does_not_allow(path: str, value: object, message: str | None) -> None:
     text = json.dumps(changed(path, value), sort_keys=True, separators=(",", ":"))
     with pytest.raises(NotACache) as refused:
         decode_manifest(text.encode().ljust(MANIFEST_BYTES, b"\0"))
-    assert said is None or str(refused.value) == said
+    assert message is None or str(refused.value) == message
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "its manifest is not JSON."),
         (b"{" * 60000, "its manifest is not JSON."),
@@ -100,10 +101,10 @@ def test_what_the_schema_does_not_allow(path: str, value: object, said: str | No
         (encode_manifest(MANIFEST).rstrip(b"\0").replace(b":256", b':2,"block_rows":256', 1), None),
     ],
 )
-def test_other_texts(data: bytes, said: str | None) -> None:
+def test_other_texts(data: bytes, message: str | None) -> None:
     with pytest.raises(NotACache) as refused:
         decode_manifest(data.ljust(MANIFEST_BYTES, b"\0"))
-    assert said is None or str(refused.value) == said
+    assert message is None or str(refused.value) == message
 
 
 @given(data=st.binary(max_size=200), at=st.integers(0, 900))
@@ -111,10 +112,10 @@ def test_only_cache_errors_come_out(data: bytes, at: int) -> None:
     whole = bytearray(encode_manifest(MANIFEST))
     whole[at : at + len(data)] = data
     try:
-        found = decode_manifest(bytes(whole[:MANIFEST_BYTES]))
+        result = decode_manifest(bytes(whole[:MANIFEST_BYTES]))
     except CacheError:
         return
-    assert encode_manifest(found) == bytes(whole[:MANIFEST_BYTES])
+    assert encode_manifest(result) == bytes(whole[:MANIFEST_BYTES])
 
 
 def test_too_long_a_manifest() -> None:

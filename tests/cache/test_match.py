@@ -9,7 +9,7 @@ from tspipe.cache.layout import digest
 from tspipe.cache.match import match_classes, match_split
 from tspipe.errors import CacheMismatch
 
-REMEDY = "Give the data the cache was made from (--data), or make the cache again (tspipe cache --force)."
+REMEDY = "Give the data that the cache was made from (--data), or make the cache again (tspipe cache --force)."
 
 
 class Rows:
@@ -70,22 +70,22 @@ def test_shuffled(stored: Stored, local: Local) -> None:
     order = [0, 1, 3, 2, 4, 5]
     other = Local([local.images[i] for i in order], local.labels[order], [local.keys[i] for i in order])
     assert refused(stored, other) == (
-        f"x.h5 is not of this data: at train index 2, the cache has 'img2.png', the dataset 'img3.png'. {REMEDY}"
+        f"x.h5 is not of these data: at train index 2, the cache has 'img2.png', the dataset 'img3.png'. {REMEDY}"
     )
 
 
 def test_an_image_less(stored: Stored, local: Local) -> None:
     other = Local(local.images[:3] + local.images[4:], np.delete(local.labels, 3), local.keys[:3] + local.keys[4:])
     assert refused(stored, other) == (
-        "x.h5 is not of this data (6 images in the cache, 5 here): at train index 3, the cache has 'img3.png', the "
-        f"dataset 'img4.png'. {REMEDY}"
+        "x.h5 is not of these data (6 images cached, 5 in the dataset): at train index 3, the cache has 'img3.png', "
+        f"the dataset 'img4.png'. {REMEDY}"
     )
 
 
 def test_an_image_more(stored: Stored, local: Local) -> None:
     other = Local([*local.images, local.images[0]], np.append(local.labels, 0), [*local.keys, "new.png"])
     assert refused(stored, other) == (
-        "x.h5 is not of this data (6 images in the cache, 7 here): at train index 6, the cache has nothing, the "
+        "x.h5 is not of these data (6 images cached, 7 in the dataset): at train index 6, the cache has nothing, the "
         f"dataset 'new.png'. {REMEDY}"
     )
 
@@ -93,7 +93,7 @@ def test_an_image_more(stored: Stored, local: Local) -> None:
 def test_another_label(stored: Stored, local: Local) -> None:
     other = replace(local, labels=np.array([0, 1, 2, 0, 2, 2]))
     assert refused(stored, other) == (
-        "x.h5 is not of this data: at train index 4, 'img4.png' has label 1 in the cache and 2 in the dataset. "
+        "x.h5 is not of these data: at train index 4, 'img4.png' has label 1 in the cache and 2 in the dataset. "
         f"{REMEDY}"
     )
 
@@ -101,11 +101,11 @@ def test_another_label(stored: Stored, local: Local) -> None:
 def test_one_changed_pixel(stored: Stored, local: Local) -> None:
     changed = local.images[5].copy()
     changed[3, 4, 2] ^= 1
-    there, here = digest(local.images[5]).hex(), digest(changed).hex()
-    said = refused(stored, replace(local, images=[*local.images[:5], changed]))
-    assert said == (
-        "x.h5 is not of this data: at train index 5, the pixels of 'img5.png' are not the same: digest "
-        f"{there} in the cache, {here} in the dataset. {REMEDY}"
+    expected, actual = digest(local.images[5]).hex(), digest(changed).hex()
+    message = refused(stored, replace(local, images=[*local.images[:5], changed]))
+    assert message == (
+        "x.h5 is not of these data: at train index 5, the pixels of 'img5.png' differ: digest "
+        f"{expected} in the cache, {actual} in the dataset. {REMEDY}"
     )
 
 
@@ -124,7 +124,7 @@ def test_classes() -> None:
     match_classes("x.h5", ["cat", "dog"], ["cat", "dog"])
     with pytest.raises(CacheMismatch) as problem:
         match_classes("x.h5", ["cat", "dog"], ["cat", "cow"])
-    assert str(problem.value) == f"x.h5: class 1 is 'dog' in the cache and 'cow' in the dataset. {REMEDY}"
+    assert str(problem.value) == f"x.h5: class 1 is 'dog' in the cache, 'cow' in the dataset. {REMEDY}"
     with pytest.raises(CacheMismatch) as problem:
         match_classes("x.h5", ["cat", "dog"], ["cat"])
     assert str(problem.value) == f"x.h5 has 2 classes, the dataset 1. {REMEDY}"

@@ -83,5 +83,5 @@ def test_reading_ahead_changes_nothing(digits: Cache) -> None:
 
 def test_the_reader_loads_no_torch() -> None:
     program = "import sys, tspipe.cache; print(sorted({'torch', 'torchvision', 'pydantic'} & sys.modules.keys()))"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

@@ -155,12 +155,12 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 @pytest.fixture
 def memory() -> Iterator[MemoryFileSystem]:
     """The memory:// of fsspec, empty before and after."""
-    found = MemoryFileSystem()
-    found.store.clear()
-    found.pseudo_dirs[:] = [""]
-    yield found
-    found.store.clear()
-    found.pseudo_dirs[:] = [""]
+    result = MemoryFileSystem()
+    result.store.clear()
+    result.pseudo_dirs[:] = [""]
+    yield result
+    result.store.clear()
+    result.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture
@@ -231,8 +231,8 @@ def test_sha256sum_reads_what_lies_beside_it(cache: Path, tmp_path: Path) -> Non
     assert (tmp_path / "team" / "pets.h5.sha256").read_text() == f"{sha256(cache)}  pets.h5\n"
     if shutil.which("sha256sum"):
         command = ["sha256sum", "--strict", "-c", "pets.h5.sha256"]
-        found = subprocess.run(command, cwd=tmp_path / "team", capture_output=True, text=True)
-        assert (found.returncode, found.stdout) == (0, "pets.h5: OK\n")
+        result = subprocess.run(command, cwd=tmp_path / "team", capture_output=True, text=True)
+        assert (result.returncode, result.stdout) == (0, "pets.h5: OK\n")
 
 
 def test_the_same_file_is_not_pushed_twice(cache: Path, place: Place) -> None:
@@ -269,8 +269,8 @@ def test_a_push_that_fails_midway_leaves_nothing(
         broken.setattr(MemoryFile, "write", fail, raising=False)
         push(cache, "memory://team", nothing)
     if isinstance(error, OSError):
-        said = "memory://team/pets.h5: No space left on device. When that is put right, run the same command again."
-        assert str(refused.value) == said
+        message = "memory://team/pets.h5: No space left on device. When that is put right, run the same command again."
+        assert str(refused.value) == message
     assert list(memory.store) == []
     assert push(cache, "memory://team", nothing).new
     assert sorted(memory.store) == ["/team/pets.h5", "/team/pets.h5.sha256"]
@@ -331,8 +331,8 @@ else:
 
 def kill_after(size: int, what: str, path: Path, url: str) -> None:
     """Push or pull in another process, which is killed when so many bytes have moved."""
-    found = subprocess.run([sys.executable, "-c", KILLED, what, path, url, str(size)], capture_output=True)
-    assert found.returncode == -9, found.stderr
+    result = subprocess.run([sys.executable, "-c", KILLED, what, path, url, str(size)], capture_output=True)
+    assert result.returncode == -9, result.stderr
 
 
 def kill_pull(web: Web, path: Path, url: str) -> None:
@@ -360,14 +360,14 @@ def test_a_killed_push_leaves_a_part_file_that_a_later_one_removes(cache: Path, 
 
 def test_a_file_damaged_at_the_other_end_is_not_taken_for_the_same(cache: Path, tmp_path: Path) -> None:
     push(cache, str(tmp_path / "team"), nothing)
-    there = tmp_path / "team" / "pets.h5"
-    data = bytearray(there.read_bytes())
+    target = tmp_path / "team" / "pets.h5"
+    data = bytearray(target.read_bytes())
     data[-1] ^= 1
-    there.write_bytes(data)
+    target.write_bytes(data)
     with pytest.raises(CacheMismatch):
         push(cache, str(tmp_path / "team"), nothing)
     assert push(cache, str(tmp_path / "team"), nothing, force=True).new
-    assert there.read_bytes() == cache.read_bytes()
+    assert target.read_bytes() == cache.read_bytes()
 
 
 def test_a_folder_may_be_called_like_a_cache(cache: Path, tmp_path: Path) -> None:
@@ -383,14 +383,14 @@ def test_nowhere_is_no_place_to_push_to(cache: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{}  pets.h5", "\\{}  pets.h5", "{}"])
 def test_checksum_files_of_other_tools(cache: Path, tmp_path: Path, line: str) -> None:
-    there = tmp_path / "there.h5"
-    there.write_bytes(cache.read_bytes())
+    target = tmp_path / "there.h5"
+    target.write_bytes(cache.read_bytes())
     (tmp_path / "there.h5.sha256").write_text(line.format(sha256(cache).upper()))
-    assert pull(str(there), tmp_path / "here.h5", nothing).stated
+    assert pull(str(target), tmp_path / "here.h5", nothing).stated
     (tmp_path / "there.h5.sha256").write_text("no checksum")
     with pytest.raises(CacheError) as refused:
-        pull(str(there), tmp_path / "second.h5", nothing)
-    assert str(refused.value) == f"{there}.sha256 states no SHA-256. Push the file again, or delete that one."
+        pull(str(target), tmp_path / "second.h5", nothing)
+    assert str(refused.value) == f"{target}.sha256 states no SHA-256. Push the file again, or delete that one."
 
 
 def test_a_part_file_that_is_a_link_is_not_followed(cache: Path, tmp_path: Path) -> None:
@@ -622,8 +622,8 @@ def test_where_nothing_tells_versions_apart_the_bytes_do(stated: bool, cache: Pa
     assert fetch(url, nothing, tmp_path / "home").how == ("unchanged" if stated else "fetched")
     other = make(tmp_path / "other" / "pets.h5", train=9, weights=3_000_000 + 5 * 2 + 2 * 4 + 8 + 6 + 8)
     web.put(other, stated=stated)
-    found = fetch(url, nothing, tmp_path / "home")
-    assert (found.how, found.path.read_bytes()) == ("fetched", other.read_bytes())
+    result = fetch(url, nothing, tmp_path / "home")
+    assert (result.how, result.path.read_bytes()) == ("fetched", other.read_bytes())
 
 
 def test_fetch_keeps_its_copies_where_the_desktop_says(
@@ -634,8 +634,8 @@ def test_fetch_keeps_its_copies_where_the_desktop_says(
     assert fetch("memory://team/pets.h5", nothing).path.parent.parent == tmp_path / "xdg" / "tspipe"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    found = fetch("memory://team/pets.h5", nothing)
-    assert (found.how, found.path.parent.parent) == ("fetched", tmp_path / "home" / ".cache" / "tspipe")
+    result = fetch("memory://team/pets.h5", nothing)
+    assert (result.how, result.path.parent.parent) == ("fetched", tmp_path / "home" / ".cache" / "tspipe")
     assert fetch("memory://team/pets.h5", nothing).how == "unchanged"
     push(make(tmp_path / "other" / "pets.h5", train=11), "memory://team", nothing, force=True)
     assert fetch("memory://team/pets.h5", nothing).how == "fetched"
@@ -671,32 +671,32 @@ def big(path: Path, block_rows: int) -> Path:
 def test_a_peek_is_cheap_however_big_the_cache(block_rows: int, identified: bool, web: Web, tmp_path: Path) -> None:
     path = big(tmp_path / "big.h5", block_rows)
     assert path.stat().st_size > 6_000_000
-    found, cache = peek(web.put(path)), open_cache(path)
+    result, cache = peek(web.put(path)), open_cache(path)
     assert len(web.requests) <= 4
     assert web.sent <= 256 * 1024
-    assert found.identified == identified
-    assert (found.name, found.size, found.id, found.manifest, found.has_teacher, found.has_images) == (
+    assert result.identified == identified
+    assert (result.name, result.size, result.id, result.manifest, result.has_teacher, result.has_images) == (
         *("big.h5", path.stat().st_size, cache.id, cache.manifest),
         True,
         cache.has_images,
     )
-    assert 5 < len(found.classes) < 1000
-    assert found.classes == cache.classes[: len(found.classes)]
+    assert 5 < len(result.classes) < 1000
+    assert result.classes == cache.classes[: len(result.classes)]
 
 
 def test_a_peek_of_a_small_cache_takes_one_request(web: Web, tmp_path: Path) -> None:
     path = make(tmp_path / "pets.h5", weights=0)
-    found = peek(web.put(path))
+    result = peek(web.put(path))
     assert web.requests == [("GET", "/pets.h5")]
-    assert (found.classes, found.has_teacher, found.identified) == (["cat", "dög"], False, True)
+    assert (result.classes, result.has_teacher, result.identified) == (["cat", "dög"], False, True)
 
 
 @pytest.mark.parametrize("scheme", ["memory", "path"])
 def test_peek_elsewhere(scheme: str, memory: MemoryFileSystem, tmp_path: Path) -> None:
     path = big(tmp_path / "here" / "big.h5", 64)
     url = push(path, "memory://team" if scheme == "memory" else str(tmp_path / "team"), nothing).address
-    found = peek(url)
-    assert (found.id, found.identified) == (open_cache(path).id, True)
+    result = peek(url)
+    assert (result.id, result.identified) == (open_cache(path).id, True)
 
 
 def spoiled(path: Path, name: str) -> bytes:
@@ -713,16 +713,16 @@ def spoiled(path: Path, name: str) -> bytes:
 def test_a_peek_checks_as_opening_does(web: Web, tmp_path: Path) -> None:
     path = big(tmp_path / "big.h5", 64)
     url, size = web.put(path), path.stat().st_size
-    for content, error, said in [
-        (spoiled(path, "test_checksums"), CacheDamaged, "its id is not that of its manifest and checksums. Get the "),
-        (path.read_bytes()[:-1], NotACache, f"it was cut short: {size - 1:,} bytes, not {size:,}. Get it again from "),
+    for content, error, message in [
+        (spoiled(path, "test_checksums"), CacheDamaged, "its id does not match its manifest and checksums. Get the "),
+        (path.read_bytes()[:-1], NotACache, f"it is truncated: {size - 1:,} bytes, not {size:,}. Get it again from "),
         (b"<html>" * 1000, NotACache, "it is not an HDF5 file, so not a tspipe cache."),
         (path.read_bytes().replace(open_cache(path).id.encode(), bytes(64)), CacheIncomplete, "it is not finished. "),
     ]:
         web.files["big.h5"] = content
         with pytest.raises(error) as refused:
             peek(url)
-        assert str(refused.value).startswith(f"{url}: {said}")
+        assert str(refused.value).startswith(f"{url}: {message}")
 
 
 def test_a_server_that_gives_no_parts_is_not_peeked_into(web: Web, tmp_path: Path) -> None:
@@ -743,7 +743,7 @@ def test_a_web_server_takes_no_files(cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("s3://bucket/pets.h5", "s3:// needs a driver: pip install 'tspipe[s3]'"),
         (
@@ -756,7 +756,7 @@ def test_a_web_server_takes_no_files(cache: Path) -> None:
     ],
 )
 def test_what_cannot_be_had_is_told_in_one_sentence(
-    url: str, said: str, monkeypatch: pytest.MonkeyPatch, memory: MemoryFileSystem, tmp_path: Path
+    url: str, message: str, monkeypatch: pytest.MonkeyPatch, memory: MemoryFileSystem, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.setitem(sys.modules, "adlfs", None)
@@ -767,7 +767,7 @@ def test_what_cannot_be_had_is_told_in_one_sentence(
     ):
         with pytest.raises(CacheError) as refused:
             act()
-        assert str(refused.value) == said
+        assert str(refused.value) == message
 
 
 class Refusing(MemoryFileSystem):
@@ -785,7 +785,7 @@ class NoCredentialsError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             PermissionError("k=secret"),
@@ -802,13 +802,13 @@ class NoCredentialsError(Exception):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_no_exception_of_a_driver_comes_through(
-    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("refusing", Refusing, clobber=True)
     monkeypatch.setattr(Refusing, "error", error)
     with pytest.raises(CacheError) as refused:
         pull("refusing://team/pets.h5", tmp_path / "pets.h5", nothing)
-    assert str(refused.value) == f"refusing://team/pets.h5: {said}"
+    assert str(refused.value) == f"refusing://team/pets.h5: {message}"
 
 
 def test_secrets_in_an_address_are_used_and_not_shown(cache: Path, web: Web, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every byte that is not what was written is found, and in which dataset and rows."""
+"""Every byte that is damaged is found, and in which dataset and rows."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pets import plan, write
 from tspipe.cache import SPLITS, open_cache
 from tspipe.cache.inspect import Region, checksum_names, identify, inspect
-from tspipe.cache.layout import Manifest, encode_manifest
+from tspipe.cache.manifest import Manifest, encode_manifest
 from tspipe.cache.read import Column
 from tspipe.cache.verify import explain, find_damage
 from tspipe.cache.write import block_checksums, fingerprint
@@ -21,7 +21,7 @@ from tspipe.errors import CacheError
 
 WEIGHTS = b"in place of weights"
 FLIPS = int(os.environ.get("TSPIPE_FLIPS", "150"))  # of each kind
-AGAIN = "Get the file again, or put back what was there: tspipe verify --repair"
+AGAIN = "Get the file again, or repair it: tspipe verify --repair"
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def test_a_sound_file_is_what_was_written(sound: Path) -> None:
 def test_a_flipped_byte_is_found_in_its_dataset_and_rows(
     copy: Path, name: str, row: int, where: str, mask: int
 ) -> None:
-    found = region(copy, name)
-    flip(copy, found.offset + row * (found.nbytes // found.shape[0]), mask)
-    assert explain(copy, find_damage(copy)) == f"{copy} is not what was written: {name}, {where}. {AGAIN} {copy}"
+    result = region(copy, name)
+    flip(copy, result.offset + row * (result.nbytes // result.shape[0]), mask)
+    assert explain(copy, find_damage(copy)) == f"{copy} is damaged: {name}, {where}. {AGAIN} {copy}"
 
 
 def test_a_changed_manifest_is_named(copy: Path) -> None:
@@ -95,15 +95,15 @@ def test_a_changed_manifest_is_named(copy: Path) -> None:
     manifest["dataset"]["license"] = "CC1"
     put(copy, "manifest", 0, encode_manifest(manifest))
     assert explain(copy, find_damage(copy)) == (
-        f"{copy} is not what was written: manifest, rows 0 to 65,535 (not what the id says). Get the file again from "
-        "where it came from, or make it again: tspipe cache --force"
+        f"{copy} is damaged: manifest, rows 0 to 65,535 (does not match the id). Get the file again from "
+        "its source, or make it again: tspipe cache --force"
     )
 
 
 def test_several_places_are_all_named_and_neighbours_joined(copy: Path) -> None:
     for name, row in (("train_features", 0), ("train_features", 4), ("train_keys", 9), ("test_logits", 2)):
-        found = region(copy, name)
-        flip(copy, found.offset + row * (found.nbytes // found.shape[0]))
+        result = region(copy, name)
+        flip(copy, result.offset + row * (result.nbytes // result.shape[0]))
     places = [damage.where for damage in find_damage(copy)]
     assert places == ["train_features, rows 0 to 7", "train_keys, rows 8 to 9", "test_logits, rows 0 to 2"]
 
@@ -151,9 +151,9 @@ def assert_reported_or_unchanged(path: Path, sound: Path) -> None:
     assert after.teacher_weights() == before.teacher_weights()
     for split in SPLITS:
         for column in ("features", "logits", "keys", "digests", "checksums"):
-            there, here = getattr(before.split(split), column), getattr(after.split(split), column)
-            assert there.dtype == here.dtype
-            assert there.load().tobytes() == here.load().tobytes()
+            target, local = getattr(before.split(split), column), getattr(after.split(split), column)
+            assert target.dtype == local.dtype
+            assert target.load().tobytes() == local.load().tobytes()
         np.testing.assert_array_equal(before.split(split).labels, after.split(split).labels)
     for column in ("features", "logits", "checksums"):
         assert getattr(before.random, column).load().tobytes() == getattr(after.random, column).load().tobytes()
@@ -180,27 +180,29 @@ def test_targets_that_are_no_numbers(copy: Path, split: str, row: int, column: s
     put(copy, f"{split}_{column}", row, np.array([value], dtype).tobytes())
     fit(copy)
     open_cache(copy)
-    found = [damage for damage in find_damage(copy) if "number" in damage.why]
-    assert [damage.where for damage in found] == [f"{split}_{column}, row {row}"]
-    assert "(not a number, or infinite). Get the file again from" in explain(copy, found)
+    result = [damage for damage in find_damage(copy) if "NaN" in damage.why]
+    assert [damage.where for damage in result] == [f"{split}_{column}, row {row}"]
+    assert "(NaN or infinite). Get the file again from" in explain(copy, result)
 
 
 def test_two_images_of_one_key(copy: Path) -> None:
     put(copy, "train_keys", 1, b"tr0\0\0\0")
     fit(copy)
-    assert [(damage.dataset, damage.why) for damage in find_damage(copy)] == [("train_keys", "two images have one key")]
+    assert [(damage.dataset, damage.why) for damage in find_damage(copy)] == [
+        ("train_keys", "two images have the same key")
+    ]
 
 
 def test_a_manifest_that_counts_other_right_answers(copy: Path) -> None:
     fit(copy, lambda manifest: manifest["teacher"]["correct"].update(train=10))
-    assert [(part.dataset, part.why) for part in find_damage(copy)] == [("train_logits", "not 10 images right")]
+    assert [(part.dataset, part.why) for part in find_damage(copy)] == [("train_logits", "not 10 correct predictions")]
 
 
 def test_rows_and_checksums_at_once_are_told_apart(copy: Path) -> None:
     """Of the checksums stored and those computed, the mixture that gives the id is right."""
     for name, row in (("train_features", 1), ("train_keys", 9), ("test_logits", 0)):
-        found = region(copy, name)
-        flip(copy, found.offset + row * (found.nbytes // found.shape[0]))
+        result = region(copy, name)
+        flip(copy, result.offset + row * (result.nbytes // result.shape[0]))
     sums = region(copy, "train_checksums")
     for column in (1, 2, 7):  # of blocks 0, 0 and 1: logits, labels, labels
         flip(copy, sums.offset + column * 32)
@@ -215,7 +217,7 @@ def test_rows_and_checksums_at_once_are_told_apart(copy: Path) -> None:
 def test_an_id_overwritten_with_zeros_is_not_an_unfinished_file(copy: Path) -> None:
     put(copy, "id", 0, bytes(64))
     assert explain(copy, find_damage(copy)) == (
-        f"{copy} is not what was written: id, rows 0 to 63 (no SHA-256). Get the file again from where it came from, "
+        f"{copy} is damaged: id, rows 0 to 63 (not a SHA-256). Get the file again from its source, "
         "or make it again: tspipe cache --force"
     )
 
@@ -225,6 +227,6 @@ def test_where_it_cannot_be_known_both_are_named(copy: Path) -> None:
     flip(copy, region(copy, "train_features").offset)
     flip(copy, region(copy, "train_checksums").offset)
     assert explain(copy, find_damage(copy)) == (
-        f"{copy} is not what was written: train_features, rows 0 to 3 (they or their checksums). Get the file again "
-        "from where it came from, or make it again: tspipe cache --force"
+        f"{copy} is damaged: train_features, rows 0 to 3 (these rows or their checksums are damaged). Get the file "
+        "again from its source, or make it again: tspipe cache --force"
     )

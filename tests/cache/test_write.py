@@ -49,22 +49,22 @@ def test_what_is_written_is_read(
         times = (views or 1) if split == "train" else 1
         blocks = [rows_of(split, sizes.block(split, b), width, times) for b in range(sizes.blocks(split))]
         expected = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        found = cache.split(split)
-        np.testing.assert_array_equal(found.features, expected["features"].astype(dtype))
-        np.testing.assert_array_equal(found.logits, expected["logits"])
-        np.testing.assert_array_equal(found.labels, expected["labels"])
-        np.testing.assert_array_equal(found.keys, expected["keys"])
-        np.testing.assert_array_equal(found.digests, expected["digests"])
-        assert (found.views is None) == (not views or split == "test")
-        if found.views is not None:
-            np.testing.assert_array_equal(found.views, expected["views"])
+        result = cache.split(split)
+        np.testing.assert_array_equal(result.features, expected["features"].astype(dtype))
+        np.testing.assert_array_equal(result.logits, expected["logits"])
+        np.testing.assert_array_equal(result.labels, expected["labels"])
+        np.testing.assert_array_equal(result.keys, expected["keys"])
+        np.testing.assert_array_equal(result.digests, expected["digests"])
+        assert (result.views is None) == (not views or split == "test")
+        if result.views is not None:
+            np.testing.assert_array_equal(result.views, expected["views"])
         correct = int((expected["logits"][::times].argmax(1) == expected["labels"]).sum())
         assert cache.manifest["teacher"]["correct"][split] == correct
     assert (cache.random is None) == (pool == 0)
     if cache.random is not None:
-        wanted = rows_of("random", range(pool), width)
-        np.testing.assert_array_equal(cache.random.features, wanted["features"].astype(dtype))
-        np.testing.assert_array_equal(cache.random.logits, wanted["logits"])
+        expected = rows_of("random", range(pool), width)
+        np.testing.assert_array_equal(cache.random.features, expected["features"].astype(dtype))
+        np.testing.assert_array_equal(cache.random.logits, expected["logits"])
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_layout_is_the_designed_one(tmp_path: Path) -> None:
         assert dict(file.attrs) == {"format": b"tspipe-cache", "version": 1}
         names = sorted(file, key=lambda name: file[name].id.get_offset())
         columns = ("features", "logits", "labels", "keys", "digests", "checksums")
-        wanted = {f"{split}_{column}" for split in SPLITS for column in columns}
-        assert set(names) == {"manifest", "id", "classes", "teacher_weights"} | wanted
+        expected = {f"{split}_{column}" for split in SPLITS for column in columns}
+        assert set(names) == {"manifest", "id", "classes", "teacher_weights"} | expected
         for name in names:
             assert file[name].chunks is None
             assert file[name].compression is None
@@ -133,8 +133,8 @@ def test_another_plan_is_refused_with_what_differs(tmp_path: Path) -> None:
         write(path, plan({"train": 11, "test": 3}, dtype="<f4"))
     assert str(refused.value) == (
         f"{path}.part was begun with another plan: dataset.rows.train is 10 there and 11 here; "
-        "features.dtype is '<f2' there and '<f4' here. Give the same settings to go on with it, or delete it to "
-        "begin again."
+        "features.dtype is '<f2' there and '<f4' here. Use the same settings to resume it, or delete it to "
+        "start again."
     )
     write(path, plan({"train": 10, "test": 3}))  # the part file was not touched
 
@@ -143,7 +143,7 @@ def test_finishing_early_is_refused(tmp_path: Path) -> None:
     path, manifest = tmp_path / "pets.h5", plan({"train": 10, "test": 3})
     with CacheWriter(path, manifest, dimensions(manifest), CLASSES) as writer, pytest.raises(CacheError) as refused:
         writer.finish()
-    assert str(refused.value) == f"{path}.part still lacks 4 blocks. Run the same command again."
+    assert str(refused.value) == f"{path}.part lacks 4 blocks. Run the same command again."
     assert not path.exists()
 
 

@@ -124,7 +124,7 @@ def test_a_damaged_cache_is_not_pushed(tspipe: Tspipe, digits: Cache, tmp_path: 
     path.write_bytes(data)
     result = tspipe("push", path, tmp_path / "team")
     assert result.code == 1
-    assert result.says(f"{path} is not what was written: train_features, rows 0 to 255. …")
+    assert result.says(f"{path} is damaged: train_features, rows 0 to 255. …")
     assert not (tmp_path / "team").exists()
 
 
@@ -137,7 +137,7 @@ def test_without_a_published_sha256_every_byte_is_verified(tspipe: Tspipe, digit
     path.write_bytes(data)
     result = tspipe("pull", path, "--out", "second.h5")
     assert result.code == 1
-    assert result.error.startswith("second.h5 is not what was written: train_features, rows 0 to 255.")
+    assert result.error.startswith("second.h5 is damaged: train_features, rows 0 to 255.")
 
 
 def test_a_student_of_a_url(tspipe: Tspipe, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_trusted_data_are_not_compared_and_the_run_records_it(tspipe: Tspipe, ph
     (photos / "train/a/03.png").write_bytes((photos / "train/b/00.png").read_bytes())
     result = tspipe(*command)
     assert result.code == 1
-    assert result.error.startswith("photos.h5 is not of this data: at train index 3, the pixels of 'a/03.png' are not")
+    assert result.error.startswith("photos.h5 is not of these data: at train index 3, the pixels of 'a/03.png' differ")
     assert not Path("runs").exists()
     result = tspipe(*command, "--trust-data")
     assert (result.code, result.error) == (0, "")
@@ -273,6 +273,6 @@ def test_damaged_pixels_are_found_and_repaired(tspipe: Tspipe, photos: Path) -> 
     data = bytearray(original)
     data[images.offset + 6 * images.row_bytes] ^= 1
     path.write_bytes(data)
-    assert tspipe("verify", path).says(f"{path} is not what was written: train_images, rows 4 to 7. …")
+    assert tspipe("verify", path).says(f"{path} is damaged: train_images, rows 4 to 7. …")
     assert tspipe("verify", path, "photos", "--repair").code == 0
     assert path.read_bytes() == original

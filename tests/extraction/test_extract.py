@@ -113,7 +113,7 @@ def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeyp
     with pytest.raises(CacheMismatch) as refused:
         extract(wanted)
     assert str(refused.value).startswith(
-        f"{tmp_path}/shapes.h5.part is not of this data: at train index 0, the pixels of 'a/00.png' are not the same: "
+        f"{tmp_path}/shapes.h5.part is not of these data: at train index 0, the pixels of 'a/00.png' differ: "
     )
 
 

@@ -35,8 +35,8 @@ def test_damage_is_said_with_dataset_rows_and_remedy(tspipe: Tspipe, copy: Path)
     found = tspipe("verify", copy)
     assert found.code == 1
     assert found.says(
-        f"{copy} is not what was written: train_features, rows 256 to 511; test_labels, rows 0 to 255. Get the file "
-        f"again, or put back what was there: tspipe verify --repair {copy}"
+        f"{copy} is damaged: train_features, rows 256 to 511; test_labels, rows 0 to 255. Get the file "
+        f"again, or repair it: tspipe verify --repair {copy}"
     )
 
 
@@ -96,8 +96,8 @@ def test_a_manifest_cannot_be_put_back(tspipe: Tspipe, copy: Path) -> None:
     found = tspipe("verify", "--repair", copy)
     assert found.code == 1
     assert found.says(
-        f"{copy} is not what was written: manifest, rows 0 to 65,535 (not what the id says). Get the file again from "
-        "where it came from, or make it again: tspipe cache --force"
+        f"{copy} is damaged: manifest, rows 0 to 65,535 (does not match the id). Get the file again from "
+        "its source, or make it again: tspipe cache --force"
     )
     assert copy.read_bytes() == data
 
@@ -139,7 +139,7 @@ def test_data_compares_every_image(tspipe: Tspipe, shapes: Path) -> None:
     found = tspipe("verify", shapes, "--data", folder)
     assert found.code == 1
     assert found.error.startswith(
-        "shapes.h5 is not of this data: at test index 7, the pixels of 'b/03.png' are not the same: digest"
+        "shapes.h5 is not of these data: at test index 7, the pixels of 'b/03.png' differ: digest"
     )
 
 
@@ -188,7 +188,7 @@ def test_a_cache_without_its_teacher_takes_its_weights(
 ) -> None:
     """No command writes one yet; the format allows it."""
     from tspipe.cache import CacheWriter, Dimensions
-    from tspipe.cache.layout import as_plan
+    from tspipe.cache.manifest import as_plan
     from tspipe.data import datasets
     from tspipe.extraction import blocks as rows
 

@@ -279,8 +279,8 @@ def test_another_dataset_is_refused(digits: Cache, tmp_path: Path, monkeypatch: 
     with pytest.raises(CacheMismatch) as refused:
         train_students(config(digits, tmp_path / "x"))
     assert str(refused.value) == (
-        "digits.h5 is not of this data (1,000 images in the cache, 999 here): at train index 999, the cache has '999', "
-        "the dataset nothing. Give the data the cache was made from (--data), or make the cache again "
+        "digits.h5 is not of these data (1,000 images cached, 999 in the dataset): at train index 999, the cache has "
+        "'999', the dataset nothing. Give the data that the cache was made from (--data), or make the cache again "
         "(tspipe cache --force)."
     )
 

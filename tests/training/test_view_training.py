@@ -247,7 +247,7 @@ def test_cropped_pixels_cannot_be_stored_with_views(tmp_path: Path) -> None:
     assert not (tmp_path / "shapes.h5.part").exists()
     cache = extract(replace(small(tmp_path / "shapes", *VIEWS), images=True))  # somebody else's file may claim it
     forge(cache.path, lambda manifest: manifest["preprocess"].update(crop=8))
-    assert refusal(cache.path) == "its images are cropped, which has taken away what its views need."
+    assert refusal(cache.path) == "its images are cropped, and so cannot be used for its views."
 
 
 DAMAGE = [
@@ -278,7 +278,7 @@ def test_damaged_views_are_named_with_their_rows(tspipe: Tspipe, cropped: Cache,
     path.write_bytes(cropped.path.read_bytes())
     spoil(path, ("train_views", 4 * V))
     assert tspipe("verify", path).says(
-        f"{path} is not what was written: train_views, rows 12 to 23. Get the file again, or put back what was there: "
+        f"{path} is damaged: train_views, rows 12 to 23. Get the file again, or put back what was there: "
         f"tspipe verify --repair {path}"
     )
 

@@ -1,4 +1,4 @@
-"""What differs between two caches."""
+"""Compares two caches."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.layout import SPLITS, differing_fields
+from tspipe.cache.layout import SPLITS
+from tspipe.cache.manifest import differing_fields
 from tspipe.cache.read import Cache, Column, Pool
 
 _ROWS = 4096  # compared at once
@@ -17,13 +18,13 @@ class SplitDiff:
     """How a split of two caches differs; images are matched by key.
 
     Attributes:
-        common: how many keys both have.
-        only: keys that only the first, and only the second has.
-        edited: keys whose image is another (digest).
-        relabelled: keys whose label is another, by class name.
-        moved: how many common keys have another place among the common ones.
-        features, logits: the largest difference over images that both have unchanged; None where widths differ.
-        argmax: how many of these the two teachers call differently.
+        common: number of keys in both.
+        only: keys that only the first and only the second cache has.
+        edited: keys with different images (by digest).
+        relabelled: keys with different labels (by class name).
+        moved: number of common keys at another position among the common ones.
+        features, logits: largest difference over unchanged images; None if widths differ.
+        argmax: number of unchanged images that the teachers classify differently.
     """
 
     common: int = 0
@@ -43,9 +44,9 @@ class SplitDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """How two caches differ: fields of what they say of themselves, `(name, first, second)`, and their rows.
+    """How two caches differ: in fields, as `(name, first, second)`, and in rows.
 
-    Of the `random` pool rows are compared where both draw the same images.
+    Rows of the random pool are compared if both pools draw the same images.
     """
 
     fields: list[tuple[str, Any, Any]]
@@ -76,16 +77,16 @@ def compare(first: Cache, second: Cache) -> Diff:
 
 
 def _draws(cache: Cache) -> tuple[Any, ...]:
-    """What the pixels of a cache's random pool follow from."""
+    """Return everything that determines the pixels of a cache's random pool."""
     manifest = cache.manifest
     return manifest["random"], manifest["block_rows"], manifest["teacher"]["options"].get("input_shape")
 
 
 def _compare_pools(first: Pool, second: Pool) -> SplitDiff:
-    rows, found = np.arange(len(first)), SplitDiff(common=len(first))
-    found.features, _ = _apart(first.features, second.features, rows, rows)
-    found.logits, found.argmax = _apart(first.logits, second.logits, rows, rows)
-    return found
+    rows, difference = np.arange(len(first)), SplitDiff(common=len(first))
+    difference.features, _ = _apart(first.features, second.features, rows, rows)
+    difference.logits, difference.argmax = _apart(first.logits, second.logits, rows, rows)
+    return difference
 
 
 def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
@@ -94,37 +95,37 @@ def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
     places = [{key: row for row, key in enumerate(some)} for some in keys]
     common = [key for key in keys[0] if key in places[1]]
     rows = [np.array([where[key] for key in common], np.int64) for where in places]
-    digests = [split.digests.take(mine) for split, mine in zip(splits, rows, strict=True)]
+    digests = [split.digests.take(indices) for split, indices in zip(splits, rows, strict=True)]
     labels = [
-        np.array(cache.classes)[split.labels[mine]]
-        for cache, split, mine in zip((first, second), splits, rows, strict=True)
+        np.array(cache.classes)[split.labels[indices]]
+        for cache, split, indices in zip((first, second), splits, rows, strict=True)
     ]
     same = (digests[0] == digests[1]).all(axis=1)
-    found = SplitDiff(
+    difference = SplitDiff(
         common=len(common),
         only=([key for key in keys[0] if key not in places[1]], [key for key in keys[1] if key not in places[0]]),
         edited=[common[i] for i in np.flatnonzero(~same)],
         relabelled=[common[i] for i in np.flatnonzero(labels[0] != labels[1])],
         moved=int((np.argsort(rows[1]) != np.arange(len(common))).sum()),
     )
-    # Of an image's views the first; row i·V + v is its view v.
-    at = [mine[same] * cache.dimensions.views_of(name) for cache, mine in zip((first, second), rows, strict=True)]
-    found.features, _ = _apart(splits[0].features, splits[1].features, *at)
-    found.logits, found.argmax = _apart(splits[0].logits, splits[1].logits, *at)
-    return found
+    # The first view of each image; row i·V + v is view v of image i.
+    at = [indices[same] * cache.dimensions.views_of(name) for cache, indices in zip((first, second), rows, strict=True)]
+    difference.features, _ = _apart(splits[0].features, splits[1].features, *at)
+    difference.logits, difference.argmax = _apart(splits[0].logits, splits[1].logits, *at)
+    return difference
 
 
 def _apart(one: Column, two: Column, *rows: NDArray[np.int64]) -> tuple[float | None, int]:
-    """The largest difference between rows of two columns, and how many have their largest value elsewhere."""
+    """Return the largest difference between rows of two columns, and how many rows differ in their argmax."""
     if one.row_shape != two.row_shape:
         return None, 0
     largest, elsewhere = 0.0, 0
     for start in range(0, len(rows[0]), _ROWS):
-        there, here = (
-            column.take(mine[start : start + _ROWS]).astype(np.float64)
-            for column, mine in zip((one, two), rows, strict=True)
+        left, right = (
+            column.take(indices[start : start + _ROWS]).astype(np.float64)
+            for column, indices in zip((one, two), rows, strict=True)
         )
-        apart = np.where(there == here, 0, np.abs(there - here))  # the same infinity twice is no difference
+        apart = np.where(left == right, 0, np.abs(left - right))  # equal infinities do not differ
         largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
-        elsewhere += int((there.argmax(1) != here.argmax(1)).sum())
+        elsewhere += int((left.argmax(1) != right.argmax(1)).sum())
     return largest, elsewhere

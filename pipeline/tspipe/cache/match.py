@@ -1,4 +1,4 @@
-"""Does a cache belong to this data? Rows of another order, split or version would train students on wrong targets."""
+"""Compares a cache with local data: rows in another order, split or version would give students wrong targets."""
 
 import itertools
 import os
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from tspipe.cache.layout import digest
 from tspipe.errors import CacheMismatch
 
-_TASK = 16  # images a thread takes at once: handing out single ones costs more than a small JPEG
-SAMPLE = 256  # images whose pixels are compared at a start; `None` compares all
-_REMEDY = "Give the data the cache was made from (--data), or make the cache again (tspipe cache --force)."
+_TASK = 16  # images per thread and task: scheduling single ones costs more than decoding a small JPEG
+SAMPLE = 256  # images whose pixels are compared by default; None compares all
+_REMEDY = "Give the data that the cache was made from (--data), or make the cache again (tspipe cache --force)."
 
 
 class Stored(Protocol):
-    """The columns of a split that say which images its rows are of."""
+    """The columns of a split that identify the images of its rows."""
 
     @property
     def labels(self) -> NDArray[np.int64]: ...
@@ -47,12 +47,12 @@ class Local(Protocol):
 
 
 def match_classes(name: str, stored: Sequence[str], local: Sequence[str]) -> None:
-    """Compare class names; raises CacheMismatch naming the first that differs."""
+    """Compare class names. Raises CacheMismatch naming the first that differs."""
     if len(stored) != len(local):
         raise CacheMismatch(f"{name} has {len(stored)} classes, the dataset {len(local)}. {_REMEDY}")
-    for i, (there, here) in enumerate(zip(stored, local, strict=True)):
-        if there != here:
-            raise CacheMismatch(f"{name}: class {i} is {there!r} in the cache and {here!r} in the dataset. {_REMEDY}")
+    for i, (cached, actual) in enumerate(zip(stored, local, strict=True)):
+        if cached != actual:
+            raise CacheMismatch(f"{name}: class {i} is {cached!r} in the cache, {actual!r} in the dataset. {_REMEDY}")
 
 
 def match_split(
@@ -68,19 +68,19 @@ def match_split(
     """Compare a split's keys and labels, and the pixels of a random sample, with the local dataset.
 
     Args:
-        name: what to call the cache in an error.
-        rows: only these (of a file not finished); None: all, and then the count too.
-        sample: how many images to compare by digest; None: all of them.
-        advance: is told how many more images were compared.
+        name: the cache's name in error messages.
+        rows: the rows to compare, of an unfinished file; None compares all rows and their number.
+        sample: how many images to compare by digest; None for all.
+        advance: called with the number of images compared since the last call.
 
-    Raises CacheMismatch naming the first image that differs: its key, index, what was expected and found.
+    Raises CacheMismatch naming the first image that differs: its key, its index, and both values.
     """
     keys = [key.decode("utf-8", "replace") for key in stored.keys.load().tolist()]
     local_keys = local.keys
     for i in range(len(keys)) if rows is None else rows.tolist():
         if i >= len(local_keys) or keys[i] != local_keys[i]:
-            here = repr(local_keys[i]) if i < len(local_keys) else "nothing"
-            _differs(name, split, i, f"the cache has {keys[i]!r}, the dataset {here}", keys, local_keys)
+            local_key = repr(local_keys[i]) if i < len(local_keys) else "nothing"
+            _differs(name, split, i, f"the cache has {keys[i]!r}, the dataset {local_key}", keys, local_keys)
     if rows is None and len(local_keys) > len(keys):
         i = len(keys)
         _differs(name, split, i, f"the cache has nothing, the dataset {local_keys[i]!r}", keys, local_keys)
@@ -96,19 +96,19 @@ def match_split(
     def digests_of(images: list[int]) -> list[bytes]:
         return [digest(local.read(i)) for i in images]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
         for start in range(0, len(rows), SAMPLE):
             some = rows[start : start + SAMPLE]
             tasks = [some[i : i + _TASK].tolist() for i in range(0, len(some), _TASK)]
             digests = itertools.chain.from_iterable(pool.map(digests_of, tasks))
-            for i, expected, found in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
-                if found != expected.tobytes():
-                    both = f"digest {expected.tobytes().hex()} in the cache, {found.hex()} in the dataset"
-                    what = f"the pixels of {keys[i]!r} are not the same: {both}"
+            for i, expected, actual in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
+                if actual != expected.tobytes():
+                    both = f"digest {expected.tobytes().hex()} in the cache, {actual.hex()} in the dataset"
+                    what = f"the pixels of {keys[i]!r} differ: {both}"
                     _differs(name, split, i, what, keys, local_keys)
             advance(len(some))
 
 
 def _differs(name: str, split: str, i: int, what: str, stored: Sequence[str], local: Sequence[str]) -> None:
-    counts = "" if len(stored) == len(local) else f" ({len(stored):,} images in the cache, {len(local):,} here)"
-    raise CacheMismatch(f"{name} is not of this data{counts}: at {split} index {i}, {what}. {_REMEDY}")
+    counts = "" if len(stored) == len(local) else f" ({len(stored):,} images cached, {len(local):,} in the dataset)"
+    raise CacheMismatch(f"{name} is not of these data{counts}: at {split} index {i}, {what}. {_REMEDY}")

@@ -1,4 +1,4 @@
-"""Reading a feature cache: columns by offset, without HDF5, without torch."""
+"""Reads a feature cache: columns by offset, without HDF5 and without torch."""
 
 import hashlib
 import os
@@ -11,26 +11,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tspipe.cache.inspect import Region, Structure, inspect
-from tspipe.cache.layout import SPLITS, Dimensions, Manifest
+from tspipe.cache.layout import SPLITS, Dimensions
+from tspipe.cache.manifest import Manifest
 from tspipe.errors import CacheDamaged, CacheError
 
-_AHEAD = getattr(os, "posix_fadvise", None)  # not on macOS, where reading ahead is left to the system
-_PAGE, _SPAN = 4096, 2**26  # bytes; the most that are read of which some are dropped
+_AHEAD = getattr(os, "posix_fadvise", None)  # absent on macOS, where the system decides about reading ahead
+_PAGE, _SPAN = 4096, 2**26  # bytes; the largest range read at once to select rows from
 
 Stamp = tuple[int, int, int]
 
 
 def _stamp(status: os.stat_result) -> Stamp:
-    """What changes when a file is replaced or written to: inode, size, time of the last change (ns)."""
+    """Return what changes when a file is replaced or written to: inode, size, modification time (ns)."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Column(Sequence[Any]):
     """One dataset of the file as an array-like: `column[i]`, `column[3:7]`, `column[[5, 2]]`, `numpy.asarray(column)`.
 
-    It holds (path, offset, shape, dtype) and what shows that the file is still the same one. It opens the file on
-    first use in each process, so it pickles small and works in data-loader workers however they are started. Rows
-    are copies.
+    It holds (path, offset, shape, dtype) and a stamp that detects a replaced file. It opens the file on first use in
+    each process, so it is cheap to pickle and works in data-loader workers, however they are started. Rows are copies.
     """
 
     def __init__(self, path: Path, region: Region, stamp: Stamp | None = None):
@@ -45,7 +45,7 @@ class Column(Sequence[Any]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole column."""
+        """The size of the column in bytes."""
         return len(self) * self.row_bytes
 
     def __getitem__(self, index: int | slice | ArrayLike) -> Any:
@@ -63,13 +63,13 @@ class Column(Sequence[Any]):
         return np.asarray(self.load(), dtype=dtype)
 
     def load(self) -> NDArray[Any]:
-        """All rows, read in one go."""
+        """Read all rows at once."""
         return self._contiguous(0, len(self))
 
     def take(self, rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
-        """The rows with these indices (n,), in this order, negative ones from the end.
+        """Return the rows with these indices (n,), in this order; negative indices count from the end.
 
-        Each is a read of its own, unless so many are wanted that all between the first and the last are read faster.
+        Each row is read separately, unless they are so dense that reading the whole range is faster.
         """
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
@@ -82,17 +82,17 @@ class Column(Sequence[Any]):
             return np.take(self._contiguous(first, stop), rows - first, axis=0)
         descriptor, size = self._descriptor(), self.row_bytes
         offsets = (rows.astype(np.int64, copy=False) * size + self.offset).tolist()
-        # pread is twice as fast as preadv, copy and all.
-        found = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
-        if len(found) == len(rows) * size:
-            return np.frombuffer(found, self.dtype).reshape(len(rows), *self.row_shape)
+        # pread is twice as fast as preadv, including the copy.
+        joined = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
+        if len(joined) == len(rows) * size:
+            return np.frombuffer(joined, self.dtype).reshape(len(rows), *self.row_shape)
         out = np.empty((len(rows), *self.row_shape), self.dtype)
-        for i, offset in enumerate(offsets):  # some came in pieces, or not at all
+        for i, offset in enumerate(offsets):  # some reads were short
             self._read(descriptor, _buffer(out[i]), offset)
         return out
 
     def advise(self, rows: NDArray[np.integer[Any]]) -> None:
-        """Tell the system that these rows are wanted soon, so that it reads them while others are worked on."""
+        """Announce to the system that these rows are needed soon, so that it reads them in the background."""
         if _AHEAD is None:
             return
         descriptor, span = self._descriptor(), _ends(rows)
@@ -101,7 +101,7 @@ class Column(Sequence[Any]):
             _AHEAD(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
     def _dense(self, first: int, stop: int, count: int) -> bool:
-        """Whether so many rows of a range are on average less than a page apart, so that each page is read anyway."""
+        """Return whether rows are on average less than a page apart, so that every page is read anyway."""
         return (stop - first) * self.row_bytes <= min(_PAGE * count, _SPAN)
 
     def _contiguous(self, start: int, stop: int) -> NDArray[Any]:
@@ -114,7 +114,7 @@ class Column(Sequence[Any]):
         while buffer:
             done = os.preadv(descriptor, [buffer], offset)
             if done == 0:
-                raise CacheDamaged(f"{self.path} became shorter while it was read. Get the file again.")
+                raise CacheDamaged(f"{self.path} was truncated while it was read. Get the file again.")
             buffer, offset = buffer[done:], offset + done
 
     def _descriptor(self) -> int:
@@ -122,7 +122,7 @@ class Column(Sequence[Any]):
             try:
                 self._file = os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as problem:
-                raise CacheError(f"{self.path} cannot be read any more ({problem.strerror}).") from problem
+                raise CacheError(f"{self.path} can no longer be read ({problem.strerror}).") from problem
             if self._stamp is not None and _stamp(os.fstat(self._file[1])) != self._stamp:
                 raise CacheError(f"{self.path} was replaced while it was in use. Run the command again.")
         return self._file[1]
@@ -137,17 +137,17 @@ class Column(Sequence[Any]):
 
 
 def _ends(rows: NDArray[np.integer[Any]]) -> tuple[int, int]:
-    """The first of these rows, and the one after the last."""
+    """Return the first of these rows and the one after the last."""
     return (int(rows.min()), int(rows.max()) + 1) if rows.size else (0, 0)
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split's columns; n images, V views of each (1 in `test`), features and logits with a row per view."""
+    """The columns of a split: n images, V views of each (1 in `test`), and a row of features and logits per view."""
 
     features: Column  # (n·V, d) float16 or float32
     logits: Column  # (n·V, c) float32
-    labels: NDArray[np.int64]  # (n,), checked to be classes
+    labels: NDArray[np.int64]  # (n,), checked to be valid classes
     keys: Column  # (n,) bytes
     digests: Column  # (n, 8) uint8
     checksums: Column  # (blocks, columns, 32) uint8
@@ -160,7 +160,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Pool:
-    """The random pool's columns: P random images, whose pixels are drawn again as the manifest says."""
+    """The columns of the random pool: P random images, whose pixels are drawn again from the manifest."""
 
     features: Column  # (P, d) float16 or float32
     logits: Column  # (P, c) float32
@@ -172,7 +172,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Cache:
-    """An opened cache: its manifest and its columns."""
+    """An open cache: its manifest and its columns."""
 
     path: Path
     id: str  # 64 hex digits
@@ -187,30 +187,30 @@ class Cache:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The file name."""
         return self.path.name
 
     @property
     def size(self) -> int:
-        """The file's bytes."""
+        """The file size in bytes."""
         return self.path.stat().st_size
 
     def split(self, name: str) -> Split:
-        """`train` or `test` by name."""
+        """Return the split `train` or `test`."""
         return self.train if name == "train" else self.test
 
     @property
     def has_images(self) -> bool:
-        """Whether the file holds its images' pixels, so that training needs no dataset."""
+        """Whether the file contains the images' pixels, so that training needs no dataset."""
         return self.train.images is not None and self.test.images is not None
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the file carries its teacher's weights."""
+        """Whether the file contains the teacher's weights."""
         return self._weights is not None
 
     def teacher_weights(self) -> bytes:
-        """The teacher's weights as safetensors bytes, checked against the manifest's SHA-256."""
+        """Return the teacher's weights as safetensors bytes, checked against the manifest's SHA-256."""
         if self._weights is None:
             raise CacheError(
                 f"{self.path.name} does not carry its teacher, so nothing can label random images. "
@@ -237,8 +237,8 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
 
 
 def assemble(path: Path, structure: Structure, *, watched: bool = True) -> Cache:
-    """A file of this structure as a Cache, its labels not checked; `watched` reads nothing once the file changes."""
-    path = path.absolute()  # columns open it again later, from wherever the process then is
+    """Return a Cache of this structure, without checking labels; `watched` refuses to read once the file changes."""
+    path = path.absolute()  # columns open it later, perhaps from another working directory
     stamp = _stamp(path.stat()) if watched else None
     columns = {name: Column(path, region, stamp) for name, region in structure.regions.items()}
     splits = {split: split_columns(columns, split) for split in SPLITS}
@@ -256,9 +256,9 @@ def assemble(path: Path, structure: Structure, *, watched: bool = True) -> Cache
 
 
 def split_columns(columns: dict[str, Column], split: str) -> Split:
-    """A split's columns out of all of a file's, by name."""
-    mine = {name.removeprefix(f"{split}_"): column for name, column in columns.items() if name.startswith(f"{split}_")}
-    return Split(labels=mine.pop("labels").load(), **mine)
+    """Return a split's columns, selected by name."""
+    own = {name.removeprefix(f"{split}_"): column for name, column in columns.items() if name.startswith(f"{split}_")}
+    return Split(labels=own.pop("labels").load(), **own)
 
 
 def _pool(columns: dict[str, Column]) -> Pool | None:
@@ -267,5 +267,5 @@ def _pool(columns: dict[str, Column]) -> Pool | None:
 
 
 def _buffer(array: NDArray[Any]) -> memoryview:
-    """An array's bytes, to be read into."""
+    """Return an array's memory, to read into."""
     return memoryview(array.view(np.uint8).reshape(-1).data) if array.size else memoryview(b"")

@@ -90,7 +90,7 @@ class Remote:
             extra = _EXTRAS.get(protocol)
             how = f"pip install 'tspipe[{extra}]'" if extra else str(problem)
             raise CacheError(f"{protocol}:// needs a driver: {how}") from problem
-        with _explained(shown):
+        with _driver_errors(shown):
             # Not fsspec.url_to_fs, to which `::` in an address, as in `http://[::1]/`, means something else.
             options = {**driver._get_kwargs_from_urls(url), **_options(protocol)}
             path = driver._strip_protocol(protocol + url[len(protocol) :] if is_url(url) else url)  # expands `~`, too
@@ -114,7 +114,7 @@ class Remote:
 
     def info(self) -> dict[str, Any]:
         """What its place says of it, now: drivers remember listings."""
-        with _explained(self.shown):
+        with _driver_errors(self.shown):
             self.fs.invalidate_cache()
             return dict(self.fs.info(self.path))
 
@@ -144,8 +144,8 @@ class Remote:
     def version(self) -> dict[str, str]:
         """What changes when the file does; empty where its place tells nothing of the kind."""
         info = self.info()
-        found = {key: str(info[key]) for key in _VERSION if info.get(key)}
-        return {**found, "size": str(info.get("size"))} if found else {}
+        fields = {key: str(info[key]) for key in _VERSION if info.get(key)}
+        return {**fields, "size": str(info.get("size"))} if fields else {}
 
     def stated(self) -> str | None:
         """The SHA-256 that lies beside it, or None."""
@@ -156,12 +156,12 @@ class Remote:
             if not problem.absent:
                 raise
             return None
-        found = re.match(rb"\\?([0-9a-fA-F]{64})\b", line)  # with a backslash before names that have one
-        if found is None and line.lstrip().startswith(b"<"):
+        match = re.match(rb"\\?([0-9a-fA-F]{64})\b", line)  # with a backslash before names that have one
+        if match is None and line.lstrip().startswith(b"<"):
             return None  # a page in place of a 404, as some web servers answer
-        if found is None:
+        if match is None:
             raise CacheError(f"{self.checksum.shown} states no SHA-256. Push the file again, or delete that one.")
-        return found[1].decode().lower()
+        return match[1].decode().lower()
 
     def sha256(self, advance: Advance = lambda count: None) -> str:
         """Its SHA-256, by reading all of it."""
@@ -178,7 +178,7 @@ class Remote:
 
         Web servers without range requests begin at 0. They get one request, which may end at `stop`.
         """
-        with _explained(self.shown):
+        with _driver_errors(self.shown):
             if not self.web:
                 file = self.fs.open(self.path, "rb", cache_type="none")  # no reading ahead
                 file.seek(start)
@@ -194,7 +194,7 @@ class Remote:
     def chunks(self, file: Any, length: int | None = None) -> Iterator[bytes]:
         """What is left of an opened file, or its next `length` bytes at most, piece by piece."""
         left = length
-        with _explained(self.shown):
+        with _driver_errors(self.shown):
             while left != 0 and (chunk := file.read(_CHUNK if left is None else min(left, _CHUNK))):
                 left = None if left is None else left - len(chunk)
                 yield chunk
@@ -208,7 +208,7 @@ class Remote:
             def read(start: int, stop: int) -> tuple[bytes, int]:
                 if file is None:
                     return self._piece(start, stop)
-                with _explained(self.shown):
+                with _driver_errors(self.shown):
                     file.seek(start)
                     return file.read(stop - start), file.size
 
@@ -225,7 +225,7 @@ class Remote:
 
     def write(self, chunks: Iterable[bytes]) -> None:
         """Write it anew; under this name it may be seen unfinished."""
-        with _explained(self.shown), self.fs.open(self.path, "wb") as file:
+        with _driver_errors(self.shown), self.fs.open(self.path, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -237,7 +237,7 @@ class Remote:
         part = self._beside(f".{self.name}.push-{secrets.token_hex(4)}.part")
         try:
             write(part)
-            with _explained(self.shown):
+            with _driver_errors(self.shown):
                 self.fs.mv(part.path, self.path)
         except BaseException:
             part.remove()
@@ -283,21 +283,21 @@ def _options(protocol: str) -> dict[str, Any]:
 
 def _content_range(file: Any) -> tuple[int | None, int | None]:
     """Where a web server says that its answer begins, and of how many bytes it is a part."""
-    found = re.fullmatch(r"bytes (\d{1,19})-\d+/(\d{1,18})", file.r.headers.get("Content-Range", ""))
-    return (int(found[1]), int(found[2])) if found else (None, None)
+    match = re.fullmatch(r"bytes (\d{1,19})-\d+/(\d{1,18})", file.r.headers.get("Content-Range", ""))
+    return (int(match[1]), int(match[2])) if match else (None, None)
 
 
 @contextlib.contextmanager
-def _explained(shown: str) -> Iterator[None]:
+def _driver_errors(shown: str) -> Iterator[None]:
     try:
         yield
     except TspipeError:
         raise
     except Exception as problem:  # every driver has exceptions of its own
-        raise _told(problem, shown) from problem
+        raise _as_remote_error(problem, shown) from problem
 
 
-def _told(problem: BaseException, shown: str) -> RemoteError:
+def _as_remote_error(problem: BaseException, shown: str) -> RemoteError:
     """A driver's exception as a sentence. Its own words may hold the address with all its secrets."""
     cause = problem.__cause__
     if cause is not None and (isinstance(cause, OSError) or hasattr(cause, "status")):

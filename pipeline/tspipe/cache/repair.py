@@ -1,4 +1,4 @@
-"""Putting back the bytes a damaged cache was written with, and no others."""
+"""Restores the original bytes of a damaged cache, and writes no others."""
 
 import hashlib
 import os
@@ -20,10 +20,10 @@ from tspipe.utils.files import lock, write_at, writing
 
 
 class Repair:
-    """Writes into a finished file what is proven to be its own; a context manager that holds the file's lock.
+    """Writes verified bytes into a finished file; a context manager that holds the file's lock.
 
-    Every method compares what it is given with a checksum, the manifest or the id first, and says whether it fits;
-    what does not fit is not written. So a kill leaves a file that is less damaged or as damaged as before.
+    Every method first compares the bytes with a checksum, the manifest or the id, and returns whether they match; bytes
+    that do not match are not written. So after a kill a file is never more damaged than before.
     """
 
     def __init__(self, path: Path):
@@ -46,12 +46,12 @@ class Repair:
         self._stack.close()
 
     def known(self, damage: Damage) -> None:
-        """Checksums and the id, which the other rows tell."""
+        """Restore checksums or the id, whose bytes follow from the other rows."""
         assert damage.data is not None
         self._write(damage.dataset, damage.rows.start, damage.data)
 
     def classes(self, names: Sequence[str]) -> bool:
-        """The class names; checked against the fingerprint, which covers them."""
+        """Restore the class names; return whether they match the fingerprint."""
         column = self._columns["classes"]
         data = np.array([name.encode() for name in names], column.dtype)
         described: str = self.cache.manifest["dataset"]["fingerprint"]
@@ -61,15 +61,15 @@ class Repair:
         return fits
 
     def weights(self, data: bytes) -> bool:
-        """The teacher's weights; checked against the manifest's SHA-256."""
-        there: str = self.cache.manifest["teacher"]["weights_sha256"]
-        fits = len(data) == self._columns["teacher_weights"].nbytes and hashlib.sha256(data).hexdigest() == there
+        """Restore the teacher's weights; return whether they match the manifest's SHA-256."""
+        expected: str = self.cache.manifest["teacher"]["weights_sha256"]
+        fits = len(data) == self._columns["teacher_weights"].nbytes and hashlib.sha256(data).hexdigest() == expected
         if fits:
             self._write("teacher_weights", 0, data)
         return fits
 
     def block(self, split: str, block: int, columns: Mapping[str, NDArray[Any]]) -> list[str]:
-        """These columns of a block; gives those that are not what was written."""
+        """Restore these columns of a block; return those that do not match their checksums."""
         images, wrong = self._sizes.block(split, block), []
         stored = self._columns[f"{split}_checksums"][block]
         for i, name in enumerate(self._sizes.columns(split)):

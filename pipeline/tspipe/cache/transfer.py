@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tspipe.cache.inspect import Region, checksum_names, inspect
-from tspipe.cache.layout import Manifest
+from tspipe.cache.manifest import Manifest
 from tspipe.cache.read import Cache, Column, open_cache
 from tspipe.cache.remote import (
     Advance,
@@ -126,8 +126,8 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
     """
     target = _target(path, url)
     if not force and (size := target.existing_size()) is not None:
-        if (there := _same(path, target, size)) is not None:
-            return there
+        if (pushed := _same(path, target, size)) is not None:
+            return pushed
         how = "Push under another name, or replace it: --force"
         raise CacheMismatch(f"{target.shown} is another file than {path}. {how}")
     digest = hashlib.sha256()
@@ -157,7 +157,7 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
     NotACache, CacheIncomplete, CacheBusy when another process pulls to `path`, CacheError.
     """
     remote = Remote.at(url)
-    with _here(path):
+    with _local_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path, CacheBusy):
             size, stated = remote.size(), remote.stated()
@@ -167,11 +167,11 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
                 if not force:
                     raise CacheMismatch(f"{path} is not known to be {remote.shown}. Delete it, or replace it: --force")
             part = _part(path, stated)
-            found = _download(remote, part, size, advance)
-            _check(part, found, stated, remote.shown)
+            sha256 = _download(remote, part, size, advance)
+            _check(part, sha256, stated, remote.shown)
             part.replace(path)
             sync_folder(path.parent)
-    return Pulled(path, found, new=True, stated=stated is not None)
+    return Pulled(path, sha256, new=True, stated=stated is not None)
 
 
 def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
@@ -184,7 +184,7 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
     path = folder / file_name(url)
     note = path.with_suffix(".json")
     if path.exists() and _noted(note, "copy") != _copy(path):  # truncated or written to since
-        with _here(path):
+        with _local_errors(path):
             path.unlink()
     try:
         version = Remote.at(url).version()
@@ -195,7 +195,7 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
         if not path.exists():
             raise
         return Fetched(path, "unreachable", str(problem))
-    with _here(note):
+    with _local_errors(note):
         facts = {"url": without_secrets(url), "version": version, "copy": _copy(path)}
         write_whole(note, json.dumps(facts).encode())
     return Fetched(path, "fetched" if pulled.new else "unchanged", stated=pulled.stated)
@@ -210,24 +210,24 @@ def peek(url: str) -> Peek:
     with tempfile.TemporaryDirectory(prefix="tspipe-") as folder:
         # The head of the file in a sparse file of the whole size: the checks see what they see of a local one.
         sparse = Path(folder) / file_name(url)
-        with _named(sparse, remote.shown), remote.pieces() as read:
+        with _renamed_errors(sparse, remote.shown), remote.pieces() as read:
             head, size = read(0, _HEAD)
-            with _here(sparse):
+            with _local_errors(sparse):
                 sparse.write_bytes(head)
                 os.truncate(sparse, size)
-            found = inspect(sparse, identified=False)
-            identified = _complete(sparse, found.regions, read, requests=3 if remote.web else 2)
+            structure = inspect(sparse, identified=False)
+            identified = _complete(sparse, structure.regions, read, requests=3 if remote.web else 2)
             if identified:
                 inspect(sparse)
-            names = found.regions["classes"]
+            names = structure.regions["classes"]
             return Peek(
                 name=sparse.name,
                 size=size,
-                id=Column(sparse, found.regions["id"]).load().tobytes().decode("ascii", "replace"),
+                id=Column(sparse, structure.regions["id"]).load().tobytes().decode("ascii", "replace"),
                 classes=_texts(Column(sparse, names)[: max(0, len(head) - names.offset) // names.dtype.itemsize]),
-                manifest=found.manifest,
-                has_images="train_images" in found.regions,
-                has_teacher="teacher_weights" in found.regions,
+                manifest=structure.manifest,
+                has_images="train_images" in structure.regions,
+                has_teacher="teacher_weights" in structure.regions,
                 identified=identified,
             )
 
@@ -258,7 +258,7 @@ def _target(path: Path, url: str) -> Remote:
 
 def _same(path: Path, target: Remote, size: int) -> Pushed | None:
     """The answer to a push where the other end has these very bytes already."""
-    with _here(path):
+    with _local_errors(path):
         if path.stat().st_size != size:
             return None
         sha256 = _sha256(path)
@@ -277,7 +277,7 @@ def _state(target: Remote, sha256: str) -> None:
 
 def _read(path: Path, digest: Any, advance: Advance) -> Iterator[bytes]:
     """A file's bytes, taking their digest on the way."""
-    with _here(path), path.open("rb") as file:
+    with _local_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             yield chunk
@@ -320,15 +320,15 @@ def _download(remote: Remote, part: Path, size: int | None, advance: Advance) ->
     return digest.hexdigest()
 
 
-def _check(part: Path, found: str, stated: str | None, shown: str) -> None:
+def _check(part: Path, sha256: str, stated: str | None, shown: str) -> None:
     """Refuse and delete a part file that is not what was pushed, or no sound cache."""
     try:
-        if stated and found != stated:
+        if stated and sha256 != stated:
             raise CacheDamaged(
-                f"{shown} came with SHA-256 {found[:12]}, not {stated[:12]}: it was damaged, or replaced meanwhile. "
+                f"{shown} came with SHA-256 {sha256[:12]}, not {stated[:12]}: it was damaged, or replaced meanwhile. "
                 "Run the same command again; if that does not help, push the file again."
             )
-        with _named(part, shown):
+        with _renamed_errors(part, shown):
             open_cache(part)
     except CacheError:
         part.unlink(missing_ok=True)
@@ -341,7 +341,7 @@ def _complete(sparse: Path, regions: dict[str, Region], read: ReadPiece, request
     left = [region for region in left if region.offset + region.nbytes > _HEAD]
     if len(left) > requests or sum(region.nbytes for region in left) > _PEEK - _HEAD:
         return False
-    with _here(sparse), sparse.open("r+b") as file:
+    with _local_errors(sparse), sparse.open("r+b") as file:
         for region in left:
             file.seek(region.offset)
             file.write(read(region.offset, region.offset + region.nbytes)[0])
@@ -376,7 +376,7 @@ def _noted(note: Path, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def _here(path: Path) -> Iterator[None]:
+def _local_errors(path: Path) -> Iterator[None]:
     """Tell what this end's disk says in one sentence."""
     try:
         yield
@@ -386,7 +386,7 @@ def _here(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(path: Path, shown: str) -> Iterator[None]:
+def _renamed_errors(path: Path, shown: str) -> Iterator[None]:
     """Tell of a temporary file by the address it comes from."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Is every byte of a cache the one that was written, and where not, which?"""
+"""Compares every byte of a cache with its checksums, and locates damage."""
 
 import hashlib
 import re
@@ -17,14 +17,14 @@ from tspipe.cache.read import Column
 from tspipe.cache.write import correct, fingerprint
 from tspipe.errors import CacheIncomplete
 
-_PIECE = 2**20  # bytes read at once
-_WINDOW = 64  # blocks in hand at once
-_ID_ITSELF = 8  # of its 64 digits: an id that misses by so few is damaged itself; that of another file misses by 60
+_PIECE = 2**20  # bytes per read
+_WINDOW = 64  # blocks per batch of threads
+_ID_ITSELF = 8  # of 64 digits: an id that differs in so few is itself damaged; another file's differs in about 60
 
-_SHOWN = 8  # places in a message
-NOT_WRITTEN = "not what was written"
-UNSURE = "they or their checksums"  # are not what was written
-_FEW = 8  # places of which every mixture is tried
+_SHOWN = 8  # locations in a message
+NOT_WRITTEN = "damaged"
+UNSURE = "these rows or their checksums are damaged"
+_FEW = 8  # differing checksums of which every combination is tried
 Advance = Callable[[int], object]
 Checksums = NDArray[np.uint8]  # (blocks, columns, 32)
 Sums = dict[str, Checksums]  # by dataset
@@ -32,7 +32,7 @@ Sums = dict[str, Checksums]  # by dataset
 
 @dataclass(frozen=True)
 class Damage:
-    """Rows of a dataset that are not what they should be; `data` is what they should be, where that is known."""
+    """Damaged rows of a dataset; `data` has the original bytes if they are known."""
 
     dataset: str
     rows: range
@@ -41,35 +41,35 @@ class Damage:
 
     @property
     def repairable(self) -> bool:
-        """Whether the file says enough to know its own bytes again; a manifest cannot be known again."""
+        """Whether the original bytes can be recovered; those of a manifest cannot."""
         return self.why == NOT_WRITTEN
 
     @property
     def where(self) -> str:
-        """In words: `train_features, rows 256 to 511`."""
+        """The location as text: `train_features, rows 256 to 511`."""
         first, last = self.rows.start, self.rows.stop - 1
         return f"{self.dataset}, {f'row {first:,}' if first == last else f'rows {first:,} to {last:,}'}"
 
 
 def find_damage(path: Path, advance: Advance = lambda count: None) -> list[Damage]:
-    """Read all of a file; compare it with its checksums, these with the id, and the rest with the manifest.
+    """Compare all rows with their checksums, the checksums with the id, and the rest with the manifest.
 
     Args:
-        advance: is told how many more bytes have been read.
+        advance: called with the number of bytes read since the last call.
 
-    Raises NotACache or CacheIncomplete where opening does, because the structure or the manifest is not sound.
+    Raises NotACache or CacheIncomplete, as opening does, if the structure or the manifest is invalid.
     """
     return _Verification(path, advance).damage()
 
 
 def explain(path: Path, damage: list[Damage]) -> str:
-    """What to tell a person of the damage."""
+    """Return a message that describes the damage and the remedy."""
     places = [part.where if part.why == NOT_WRITTEN else f"{part.where} ({part.why})" for part in damage]
     shown = "; ".join(places[:_SHOWN]) + (f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
-    where = f"{path} is not what was written: {shown}."
+    where = f"{path} is damaged: {shown}."
     if any(not part.repairable for part in damage):
-        return f"{where} Get the file again from where it came from, or make it again: tspipe cache --force"
-    return f"{where} Get the file again, or put back what was there: tspipe verify --repair {path}"
+        return f"{where} Get the file again from its source, or make it again: tspipe cache --force"
+    return f"{where} Get the file again, or repair it: tspipe verify --repair {path}"
 
 
 class _Verification:
@@ -89,20 +89,20 @@ class _Verification:
         right, loading = self._right(manifest, identity, stored, computed)
         missed = sum(a != b for a, b in zip(identity, loading, strict=True))
         sure = missed <= _ID_ITSELF
-        found = [part for name in names for part in self._wrong_rows(name, right[name], computed[name], sure)]
-        found += [part for name in names for part in self._wrong_checksums(name, stored[name], right[name])]
-        damaged = {part.dataset for part in found}  # there, what is no number is no surprise
-        found += [part for part in strange if part.dataset not in damaged]
+        problems = [part for name in names for part in self._wrong_rows(name, right[name], computed[name], sure)]
+        problems += [part for name in names for part in self._wrong_checksums(name, stored[name], right[name])]
+        damaged = {part.dataset for part in problems}  # non-finite values in them are no further damage
+        problems += [part for part in strange if part.dataset not in damaged]
         if sure:
-            found += [Damage("id", range(len(identity)), data=loading)] if missed else []
+            problems += [Damage("id", range(len(identity)), data=loading)] if missed else []
         elif re.fullmatch(rb"[0-9a-f]{64}", identity) is None:
-            found.append(Damage("id", range(len(identity)), "no SHA-256"))
-        elif not found:  # and then nothing else can be compared with it
-            return [Damage("manifest", range(len(manifest)), "not what the id says")]
-        return [*found, *self._beside_checksums({damage.dataset for damage in found})]
+            problems.append(Damage("id", range(len(identity)), "not a SHA-256"))
+        elif not problems:  # nothing else can be compared with it
+            return [Damage("manifest", range(len(manifest)), "does not match the id")]
+        return [*problems, *self._beside_checksums({damage.dataset for damage in problems})]
 
     def _right(self, manifest: bytes, identity: bytes, stored: Sums, computed: Sums) -> tuple[Sums, bytes]:
-        """Of the checksums stored and those computed the mixture that gives the id, or nearly, and the id it gives."""
+        """Return the combination of stored and computed checksums whose id is nearest to the file's, and that id."""
         differing = [(name, *at) for name in stored for at in np.argwhere((stored[name] != computed[name]).any(axis=2))]
         few = len(differing) <= _FEW
         masks = range(2 ** len(differing)) if few else (0, -1)  # -1: all bits set
@@ -122,19 +122,19 @@ class _Verification:
         return best[1:]
 
     def _read(self, split: str, checksums: Checksums) -> Iterator[Damage]:
-        """Read a split, fill in its checksums, and find what is no number."""
+        """Read a split, fill in its checksums, and yield non-finite values."""
         blocks = range(self.sizes.blocks(split))
-        with ThreadPoolExecutor() as pool:  # hashlib works without holding Python's lock
+        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
             for start in blocks[::_WINDOW]:
                 window = blocks[start : start + _WINDOW]
                 results = pool.map(lambda block: self._block(split, block), window)
-                for block, (found, count, strange) in zip(window, results, strict=True):
-                    checksums[block] = found
+                for block, (block_checksums, count, strange) in zip(window, results, strict=True):
+                    checksums[block] = block_checksums
                     self.advance(count)
                     yield from strange
 
     def _block(self, split: str, block: int) -> tuple[NDArray[np.uint8], int, list[Damage]]:
-        """A block's checksums (columns, 32), how many bytes it has, and what in it is no number."""
+        """Return a block's checksums (columns, 32), its size in bytes, and its non-finite values."""
         images, names = self.sizes.block(split, block), self.sizes.columns(split)
         count, strange, checksums = 0, [], b""
         for name in names:
@@ -145,12 +145,12 @@ class _Verification:
                 count += piece.nbytes
                 if piece.dtype.kind == "f" and (beyond := _not_finite(piece)).any():
                     row = start + int(beyond.any(axis=1).argmax())
-                    strange.append(Damage(f"{split}_{name}", range(row, row + 1), "not a number, or infinite"))
+                    strange.append(Damage(f"{split}_{name}", range(row, row + 1), "NaN or infinite"))
             checksums += digest.digest()
         return np.frombuffer(checksums, np.uint8).reshape(len(names), CHECKSUM_BYTES), count, strange
 
     def _wrong_rows(self, name: str, right: Checksums, computed: Checksums, sure: bool) -> Iterator[Damage]:
-        """The rows whose checksums are not the right ones, column by column; neighbouring blocks are joined."""
+        """Yield the rows with wrong checksums, column by column; adjacent blocks are joined."""
         split = name.removesuffix("_checksums")
         for i, column in enumerate(self.sizes.columns(split)):
             for blocks in _runs((right[:, i] != computed[:, i]).any(axis=1)):
@@ -163,7 +163,7 @@ class _Verification:
             yield Damage(name, blocks, data=right[blocks.start : blocks.stop].tobytes())
 
     def _beside_checksums(self, damaged: set[str]) -> Iterator[Damage]:
-        """What only the manifest tells: the weights, the classes, and what the teacher gets right."""
+        """Yield damage that only the manifest reveals: in weights, classes, and the teacher's correct predictions."""
         if (weights := self.columns.get("teacher_weights")) is not None:
             digest = hashlib.sha256()
             for _, piece in _pieces(weights, 0, len(weights)):
@@ -178,16 +178,16 @@ class _Verification:
         for split in SPLITS:
             keys, count = self.columns[f"{split}_keys"].load(), self.manifest["teacher"]["correct"][split]
             if f"{split}_keys" not in damaged and len(np.unique(keys)) < len(keys):
-                yield Damage(f"{split}_keys", range(len(keys)), "two images have one key")
+                yield Damage(f"{split}_keys", range(len(keys)), "two images have the same key")
             if (
                 not damaged & {f"{split}_logits", f"{split}_labels"}
                 and correct(self.columns, self.sizes, split) != count
             ):
-                yield Damage(f"{split}_logits", range(self.sizes.images(split)), f"not {count:,} images right")
+                yield Damage(f"{split}_logits", range(self.sizes.images(split)), f"not {count:,} correct predictions")
 
 
 def _structure(path: Path) -> Structure:
-    """A file's structure, whatever its id is; also of a finished file whose id was overwritten with zeros."""
+    """Return a file's structure, whatever its id, even if the id of a finished file was overwritten with zeros."""
     try:
         return inspect(path, identified=False)
     except CacheIncomplete:
@@ -198,7 +198,7 @@ def _structure(path: Path) -> Structure:
 
 
 def _runs(which: NDArray[np.bool_]) -> Iterator[range]:
-    """The runs of neighbouring places that are true."""
+    """Yield the ranges of consecutive true values."""
     places = np.flatnonzero(which)
     for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
         if len(run):
@@ -206,14 +206,14 @@ def _runs(which: NDArray[np.bool_]) -> Iterator[range]:
 
 
 def _not_finite(values: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Where float16 or float32 is NaN or infinite: all bits of its exponent are set. numpy.isfinite is 10 × slower."""
+    """Return where float16 or float32 is NaN or infinite (all exponent bits set); numpy.isfinite is 10 × slower."""
     exponent = 0x7C00 if values.itemsize == 2 else 0x7F800000
     bits = values.view(f"<u{values.itemsize}")
     return np.equal(np.bitwise_and(bits, exponent), exponent)  # type: ignore[no-any-return]
 
 
 def _pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Rows `start` to `stop`, some at a time, each part with the number of its first row."""
+    """Yield rows `start` to `stop` in pieces, each with the number of its first row."""
     step = max(1, _PIECE // max(1, column.row_bytes))
     for first in range(start, stop, step):
         yield first, column[first : min(first + step, stop)]

@@ -1,8 +1,8 @@
-"""Writing a feature cache so that a kill at any moment loses no block that was written.
+"""Writes a feature cache so that a kill at any moment loses no complete block.
 
-h5py makes the skeleton of `NAME.h5.part` and closes it; rows then go in by `os.pwrite` at the offsets noted, and
-after each block its checksum. A writer that comes later reads the checksums and goes on. At the end come the
-manifest, the id, an fsync and the rename: the final name never shows an unfinished file.
+h5py makes the skeleton of `NAME.h5.part` and closes it. Rows are then written by `os.pwrite` at their offsets, each
+block followed by its checksum. A later writer reads the checksums and resumes. Finally come the manifest, the id, an
+fsync and the rename, so the final name never refers to an unfinished file.
 """
 
 import contextlib
@@ -18,24 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tspipe.cache.inspect import Structure, checksum_names, identify, inspect
-from tspipe.cache.layout import (
-    FORMAT,
-    SPLITS,
-    VERSION,
-    Dimensions,
-    Manifest,
-    as_plan,
-    decode_manifest,
-    differing_fields,
-    encode_manifest,
-)
+from tspipe.cache.layout import FORMAT, SPLITS, VERSION, Dimensions
+from tspipe.cache.manifest import Manifest, as_plan, decode_manifest, differing_fields, encode_manifest
 from tspipe.cache.read import Column, Split, split_columns
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
 from tspipe.utils.files import lock, sync_folder, write_at, writing
 
 
 class CacheWriter:
-    """Writes one cache, or goes on with one that was begun; a context manager.
+    """Writes one cache, or resumes one; a context manager.
 
         with CacheWriter(path, plan, dimensions, classes, weights) as writer:
             for split in dimensions.sections:
@@ -44,11 +35,11 @@ class CacheWriter:
             writer.finish()
 
     `plan` is the manifest with null for `dataset.fingerprint` and `teacher.correct`, which `finish` fills in.
-    Raises CacheBusy when another process writes the same name, CacheMismatch when a part file was begun with
-    another plan, CacheError when the disk does not take it; the part file stays usable in every case.
+    Raises CacheBusy if another process writes the same cache, CacheMismatch if a part file has another plan, CacheError
+    if the disk refuses a write; the part file stays usable in every case.
 
     Of several processes, that of `rank` 0 writes the cache. The others each write some blocks into a sparse part file
-    of their own, always begun anew, which `absorb` (in join.py) takes in.
+    of their own, always begun anew, which `absorb` (in merge.py) takes in.
     """
 
     def __init__(
@@ -78,7 +69,7 @@ class CacheWriter:
             self._stack.callback(os.close, self._file)
             self._offsets = {name: region.offset for name, region in structure.regions.items()}
             self._columns = {name: Column(self.part, region) for name, region in structure.regions.items()}
-            if not self.rank:  # again on every start, and so also after a kill between the skeleton and here
+            if not self.rank:  # on every start, in case of a kill between the skeleton and this point
                 names = [name.encode() for name in self._classes]
                 self._write("classes", 0, np.array(names, f"S{self.dimensions.class_bytes}").tobytes())
                 if self._weights:
@@ -90,7 +81,7 @@ class CacheWriter:
         self._stack.close()
 
     def missing(self, split: str) -> list[int]:
-        """The blocks still to be computed: without a checksum, or, after a crash of the machine, with a wrong one."""
+        """Return the blocks to compute: those without a checksum or, after a crash of the machine, with a wrong one."""
         stored = self._columns[f"{split}_checksums"].load()
         return [
             block
@@ -100,12 +91,12 @@ class CacheWriter:
         ]
 
     def written(self, split: str) -> NDArray[np.int64]:
-        """The images of a split (or the `random` pool) whose block has a checksum, (n,) int64."""
+        """Return the images of a split (or the `random` pool) whose block has a checksum, (n,) int64."""
         stored = self._columns[f"{split}_checksums"].load().any(axis=(1, 2))
         return np.flatnonzero(np.repeat(stored, self.dimensions.block_rows)[: self.dimensions.images(split)])
 
     def split(self, split: str) -> Split:
-        """What the part file holds of a split; rows not yet written are zero."""
+        """Return a split of the part file; rows not yet written are zero."""
         return split_columns(self._columns, split)
 
     def write_block(self, split: str, block: int, columns: Mapping[str, NDArray[Any]]) -> None:
@@ -127,17 +118,17 @@ class CacheWriter:
             self._write(f"{split}_checksums", block * len(checksums), checksums)
 
     def sync(self) -> None:
-        """Have all that was written on the disk."""
+        """Flush everything written to the disk."""
         with writing(self.part, CacheError):
             os.fsync(self._file)
 
     def finish(self) -> str:
-        """Complete the manifest, write the id, and give the file its name; returns the id (64 hex digits).
+        """Complete the manifest, write the id, and rename the file; return the id (64 hex digits).
 
-        Raises CacheError when a block is still missing.
+        Raises CacheError if a block is missing.
         """
         if left := sum(len(self.missing(split)) for split in self.dimensions.sections):
-            raise CacheError(f"{self.part} still lacks {left} blocks. Run the same command again.")
+            raise CacheError(f"{self.part} lacks {left} blocks. Run the same command again.")
         classes = self._columns["classes"].load().tobytes()
         manifest = {
             **self.plan,
@@ -159,11 +150,11 @@ class CacheWriter:
         return identity.decode("ascii")
 
     def _create(self) -> None:
-        """Make the part file's skeleton under a third name, so that a part file is always whole."""
+        """Make the part file's skeleton under another name, so that a part file is always complete."""
         plan = encode_manifest(self.plan)
-        decode_manifest(plan, finished=False)  # no reader would take a plan that breaks the schema
+        decode_manifest(plan, finished=False)  # readers refuse a plan that breaks the schema
         skeleton = self.part.with_name(self.part.name + ".skeleton")
-        # h5py crashes when a write fails, so the disk shows that it has the room before h5py writes at all.
+        # h5py crashes if a write fails, so the space is reserved before h5py writes.
         size = sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in self.dimensions.datasets().values())
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(skeleton.unlink, missing_ok=True)
@@ -178,14 +169,14 @@ class CacheWriter:
             skeleton.replace(self.part)
 
     def _check_plan(self, structure: Structure) -> None:
-        # A writer that was killed at the very end has the manifest complete and the id not yet written.
+        # After a kill at the very end, the manifest is complete and the id is missing.
         differences = list(differing(as_plan(structure.manifest), self.plan))
         if structure.dimensions != self.dimensions and not differences:
-            differences = ["whether it has images, or the lengths of class names, keys or weights"]
+            differences = ["it has other columns, or lengths of class names, keys or weights"]
         if differences:
             raise CacheMismatch(
                 f"{self.part} was begun with another plan: {'; '.join(differences[:3])}. "
-                f"Give the same settings to go on with it, or delete it to begin again."
+                "Use the same settings to resume it, or delete it to start again."
             )
 
     def _write(self, name: str, start: int, data: bytes) -> None:
@@ -193,8 +184,8 @@ class CacheWriter:
 
 
 def write_skeleton(path: Path, dimensions: Dimensions) -> None:
-    """Create a version-1 file with every dataset in place and nothing in them."""
-    # Pixels and rows begin on page boundaries. The same call gives the same bytes: no times are recorded.
+    """Create a version-1 file with every dataset allocated and empty."""
+    # Datasets begin on page boundaries. No times are recorded, so the bytes are reproducible.
     with h5py.File(
         path, "w", locking=False, alignment_threshold=4096, alignment_interval=4096, meta_block_size=131072
     ) as file:
@@ -212,7 +203,7 @@ def write_skeleton(path: Path, dimensions: Dimensions) -> None:
 
 
 def block_checksums(columns: Mapping[str, Column], dimensions: Dimensions, split: str, block: int) -> bytes:
-    """SHA-256 of each column of a block as it lies in the file, in the order of `dimensions.columns`."""
+    """Return the SHA-256 of each column of a block, as stored, in the order of `dimensions.columns`."""
     images = dimensions.block(split, block)
     names = dimensions.columns(split)
     parts = (columns[f"{split}_{name}"][dimensions.column_rows(split, name, images)] for name in names)
@@ -220,7 +211,7 @@ def block_checksums(columns: Mapping[str, Column], dimensions: Dimensions, split
 
 
 def fingerprint(classes: bytes, columns: Mapping[str, Column]) -> str:
-    """A dataset's identity: SHA-256, as hex, over classes, then labels ‖ keys ‖ digests of train, then of test."""
+    """Return a dataset's identity: hex SHA-256 over classes, then labels ‖ keys ‖ digests of train, then of test."""
     digest = hashlib.sha256(classes)
     for split in SPLITS:
         for column in ("labels", "keys", "digests"):
@@ -229,26 +220,26 @@ def fingerprint(classes: bytes, columns: Mapping[str, Column]) -> str:
 
 
 def correct(columns: Mapping[str, Column], dimensions: Dimensions, split: str) -> int:
-    """How many of a split's images the teacher classifies rightly (of each image's first view, the plain one)."""
+    """Return the teacher's number of correct predictions on a split, on the first, plain view of each image."""
     logits = columns[f"{split}_logits"].load()[:: dimensions.views_of(split)]
     return int((logits.argmax(axis=1) == columns[f"{split}_labels"].load()).sum())
 
 
-def differing(there: Any, here: Any) -> Iterator[str]:
-    """The fields in which two manifests differ, each as a sentence's part."""
-    for where, one, two in differing_fields(there, here):
+def differing(stored: Any, given: Any) -> Iterator[str]:
+    """Yield the fields in which two manifests differ, as phrases."""
+    for where, one, two in differing_fields(stored, given):
         yield f"{where} is {_stated(one)} there and {_stated(two)} here"
 
 
 def _stated(value: Any) -> str:
-    """A field as a sentence's part; a whole section (one may be null) as its fields."""
+    """Return a field's value as text; a section as its fields."""
     return ", ".join(f"{key} {v}" for key, v in value.items()) if isinstance(value, dict) else repr(value)
 
 
 def _reserve(path: Path, size: int, *, sparse: bool) -> None:
-    """Allocate a file's bytes on the disk now, so that a full disk is met before the teacher has run.
+    """Allocate a file's bytes on the disk now, so that a full disk is detected before the teacher runs.
 
-    A sparse file gets its size, and room for what HDF5 writes: a full disk is met where rows are written.
+    A sparse file only gets its size and space for HDF5's own data; a full disk is detected when rows are written.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -257,7 +248,7 @@ def _reserve(path: Path, size: int, *, sparse: bool) -> None:
             size = min(size, 2**20)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
-        else:  # macOS: write what is there again, and zeros beyond
+        else:  # macOS: rewrite existing bytes, and zeros beyond
             for start in range(0, size, 2**24):
                 length = min(2**24, size - start)
                 os.pwrite(descriptor, os.pread(descriptor, length, start).ljust(length, b"\0"), start)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tspipe.cache.layout import as_plan
+from tspipe.cache.manifest import as_plan
 from tspipe.data import decode
 from tspipe.data.datasets import Dataset, Images
 from tspipe.data.image_loader import open_images

@@ -21,7 +21,7 @@ from tspipe.cache import (
     match,
     open_cache,
 )
-from tspipe.cache.layout import as_plan
+from tspipe.cache.manifest import as_plan
 from tspipe.cache.merge import absorb
 from tspipe.cache.write import differing
 from tspipe.data import random_images, views

@@ -38,15 +38,15 @@ ALL = [("train", 0), ("train", 1), ("train", 2), ("test", 0), ("test", 1), ("ran
 
 @pytest.mark.parametrize("shares", [[ALL], [[], ALL], [ALL[::2], ALL[1::2]], [ALL[::3], ALL[1::3], ALL[2::3]]])
 def test_the_file_is_that_of_one_process(tmp_path: Path, shares: list[list[tuple[str, int]]]) -> None:
-    whole, path = tmp_path / "whole.h5", tmp_path / "pets.h5"
-    pets.write(whole, PLAN)
+    expected, path = tmp_path / "whole.h5", tmp_path / "pets.h5"
+    pets.write(expected, PLAN)
     for rank, blocks in enumerate(shares):
         write(path, rank, blocks)
     with writer(path) as file:
         absorb(file)
         file.finish()
-    assert path.read_bytes() == whole.read_bytes()
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["pets.h5", "whole.h5"]
+    assert path.read_bytes() == expected.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pets.h5", "whole.h5"]
 
 
 def test_a_part_of_some_blocks_takes_little_room(tmp_path: Path) -> None:

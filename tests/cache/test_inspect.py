@@ -45,34 +45,32 @@ def test_another_hdf5_file(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
         file["features"] = np.zeros((3, 2))
-    wanted = "it is an HDF5 file, but not a tspipe cache (root attributes `format` and `version`)."
-    assert refusal(path, NotACache) == wanted
+    expected = "it is an HDF5 file, but not a tspipe cache (root attributes `format` and `version`)."
+    assert refusal(path, NotACache) == expected
 
 
 def test_unfinished(copy: Path) -> None:
     overwrite(copy, "id", bytes(64))
-    assert refusal(copy, CacheIncomplete) == (
-        "it is not finished. Run the command that makes it again: it goes on where it stopped."
-    )
+    assert refusal(copy, CacheIncomplete) == ("it is not finished. Run the command that makes it again to resume it.")
 
 
-def test_cut_short_and_grown(copy: Path) -> None:
+def test_truncated_and_too_long(copy: Path) -> None:
     data = copy.read_bytes()
     copy.write_bytes(data[:-1])
     size = len(data)
-    again = "Get it again from where it came from."
-    assert refusal(copy, NotACache) == f"it was cut short: {size - 1:,} bytes, not {size:,}. {again}"
+    again = "Get it again from its source."
+    assert refusal(copy, NotACache) == f"it is truncated: {size - 1:,} bytes, not {size:,}. {again}"
     copy.write_bytes(data + b"\0")
-    assert refusal(copy, NotACache) == f"it was grown: {size + 1:,} bytes, not {size:,}. {again}"
+    assert refusal(copy, NotACache) == f"it is too long: {size + 1:,} bytes, not {size:,}. {again}"
     copy.write_bytes(data[:50])
-    assert refusal(copy, NotACache) == "it was cut short: 50 bytes, fewer than any HDF5 file has."
+    assert refusal(copy, NotACache) == "it is truncated: 50 bytes, fewer than any HDF5 file has."
 
 
 @pytest.mark.parametrize("name", ["manifest", "train_checksums", "id"])
 def test_what_the_id_covers_cannot_change(copy: Path, name: str) -> None:
     data = b"1" if name != "manifest" else b'{"block_rows":255'
     overwrite(copy, name, data, at=0)
-    assert refusal(copy, CacheDamaged) == "its id is not that of its manifest and checksums. Get the file again."
+    assert refusal(copy, CacheDamaged) == "its id does not match its manifest and checksums. Get the file again."
 
 
 @pytest.mark.parametrize("shape", [[1, 60000, 60000], ["a", "b", "c"], None])
