@@ -249,7 +249,7 @@ def test_another_file_is_replaced_only_by_force(cache: Path, tmp_path: Path) -> 
     with pytest.raises(CacheMismatch) as refused:
         push(cache, str(team), nothing)
     assert str(refused.value) == (
-        f"{team} is another file than {cache}. Push under another name, or replace it: --force"
+        f"{team} is not the same file as {cache}. Push under another name, or replace it: --force"
     )
     assert team.read_bytes() == before
     assert push(cache, str(team), nothing, force=True).new
@@ -269,7 +269,7 @@ def test_a_push_that_fails_midway_leaves_nothing(
         broken.setattr(MemoryFile, "write", fail, raising=False)
         push(cache, "memory://team", nothing)
     if isinstance(error, OSError):
-        message = "memory://team/pets.h5: No space left on device. When that is put right, run the same command again."
+        message = "memory://team/pets.h5: No space left on device. Fix that, then run the same command again."
         assert str(refused.value) == message
     assert list(memory.store) == []
     assert push(cache, "memory://team", nothing).new
@@ -304,9 +304,7 @@ def test_a_place_that_keeps_other_bytes_is_noticed(
     monkeypatch.setattr(MemoryFile, "write", spoil, raising=False)
     with pytest.raises(CacheDamaged) as refused:
         push(cache, "memory://team", nothing)
-    assert str(refused.value) == (
-        "memory://team/pets.h5 reads back other than it was written. Run the same command again."
-    )
+    assert str(refused.value) == ("memory://team/pets.h5 differs from what was written. Run the same command again.")
     assert list(memory.store) == []
 
 
@@ -390,7 +388,7 @@ def test_checksum_files_of_other_tools(cache: Path, tmp_path: Path, line: str) -
     (tmp_path / "there.h5.sha256").write_text("no checksum")
     with pytest.raises(CacheError) as refused:
         pull(str(target), tmp_path / "second.h5", nothing)
-    assert str(refused.value) == f"{target}.sha256 states no SHA-256. Push the file again, or delete that one."
+    assert str(refused.value) == f"{target}.sha256 contains no SHA-256. Push the file again, or delete that one."
 
 
 def test_a_part_file_that_is_a_link_is_not_followed(cache: Path, tmp_path: Path) -> None:
@@ -469,7 +467,7 @@ def test_a_broken_connection_is_told(cache: Path, web: Web, tmp_path: Path) -> N
     web.cut_after = 1_500_000
     with pytest.raises(CacheError) as refused:
         pull(url, target, nothing)
-    assert str(refused.value) == f"{url}: the connection broke off. When that is put right, run the same command again."
+    assert str(refused.value) == f"{url}: the connection was lost. Fix that, then run the same command again."
     assert not target.exists()
     web.cut_after = None
     pull(url, target, nothing)
@@ -496,8 +494,8 @@ def test_a_damaged_transfer_is_refused(cache: Path, web: Web, tmp_path: Path) ->
     with pytest.raises(CacheDamaged) as refused:
         pull(url, target, nothing)
     assert str(refused.value) == (
-        f"{url} came with SHA-256 {hashlib.sha256(data).hexdigest()[:12]}, not {sha256(cache)[:12]}: it was damaged, "
-        "or replaced meanwhile. Run the same command again; if that does not help, push the file again."
+        f"{url} arrived with SHA-256 {hashlib.sha256(data).hexdigest()[:12]}, not {sha256(cache)[:12]}: it is "
+        "damaged, or was replaced meanwhile. Run the same command again; if that does not help, push the file again."
     )
     assert names(target.parent) == []
 
@@ -530,7 +528,7 @@ def test_what_is_here_already_stays(cache: Path, web: Web, tmp_path: Path) -> No
     web.put(other)
     with pytest.raises(CacheMismatch) as refused:
         pull(url, target, nothing)
-    assert str(refused.value) == f"{target} is not known to be {url}. Delete it, or replace it: --force"
+    assert str(refused.value) == f"{target} may not be {url}. Delete it, or replace it: --force"
     assert target.read_bytes() == cache.read_bytes()
     assert pull(url, target, nothing, force=True).new
     assert target.read_bytes() == other.read_bytes()
@@ -555,7 +553,7 @@ def test_too_little_room_is_met_before_anything_moves(
     with pytest.raises(CacheError) as refused:
         pull(url, target, nothing)
     assert str(refused.value) == (
-        f"{target.parent}: {url} takes {cache.stat().st_size:,} bytes more, and there is room for 1,000,000. "
+        f"{target.parent}: {url} needs {cache.stat().st_size:,} more bytes, and 1,000,000. "
         "Make room, then run the same command again."
     )
     assert ("GET", "/pets.h5") not in web.requests
@@ -570,7 +568,7 @@ def test_a_disk_that_takes_no_more_is_told_in_one_sentence(cache: Path, web: Web
             pull(url, target, nothing)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(refused.value) == f"{target}: File too large. When that is put right, run the same command again."
+    assert str(refused.value) == f"{target}: File too large. Fix that, then run the same command again."
     web.forget()
     pull(url, target, nothing)
     assert web.sent < cache.stat().st_size - 900_000  # what was there was kept
@@ -596,7 +594,7 @@ def test_a_fetched_copy_is_kept_and_kept_up_to_date(cache: Path, web: Web, tmp_p
     web.stop()
     gone = fetch(url, nothing, home)
     assert (gone.path, gone.how) == (first.path, "unreachable")
-    assert gone.problem == f"{url}: Connection refused. When that is put right, run the same command again."
+    assert gone.problem == f"{url}: Connection refused. Fix that, then run the same command again."
 
 
 def test_a_fetch_with_nothing_to_fall_back_on_fails(web: Web, tmp_path: Path) -> None:
@@ -730,7 +728,10 @@ def test_a_server_that_gives_no_parts_is_not_peeked_into(web: Web, tmp_path: Pat
     web.ranges = False
     with pytest.raises(CacheError) as refused:
         peek(url)
-    assert str(refused.value) == f"{url}: its server gives no parts of files. Fetch all of it: tspipe pull {url}"
+    assert (
+        str(refused.value)
+        == f"{url}: its server does not support range requests. Download all of it: tspipe pull {url}"
+    )
     assert pull(url, tmp_path / "copy.h5", nothing).new
 
 
@@ -738,7 +739,7 @@ def test_a_web_server_takes_no_files(cache: Path) -> None:
     with pytest.raises(CacheError) as refused:
         push(cache, "https://me:secret@host/caches?token=1", nothing)
     assert str(refused.value) == (
-        "https://host/caches: a web server takes no files. Push to a mounted folder, s3://, gs:// or hf://."
+        "https://host/caches: a web server does not accept files. Push to a mounted folder, s3://, gs:// or hf://."
     )
 
 
@@ -789,15 +790,15 @@ class NoCredentialsError(Exception):
     [
         (
             PermissionError("k=secret"),
-            "access is denied. Log in with the tool of that place, or ask its owner to let you in.",
+            "access is denied. Log in with its own tool, or ask its owner for access.",
         ),
-        (NoCredentialsError(), "access is denied. Log in with the tool of that place, or ask its owner to let you in."),
-        (TimeoutError("secret"), "TimeoutError. When that is put right, run the same command again."),
+        (NoCredentialsError(), "access is denied. Log in with its own tool, or ask its owner for access."),
+        (TimeoutError("secret"), "TimeoutError. Fix that, then run the same command again."),
         (
             OSError(errno.EHOSTUNREACH, "secret"),
-            "No route to host. When that is put right, run the same command again.",
+            "No route to host. Fix that, then run the same command again.",
         ),
-        (RuntimeError("https://me:secret@host"), "RuntimeError. When that is put right, run the same command again."),
+        (RuntimeError("https://me:secret@host"), "RuntimeError. Fix that, then run the same command again."),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -823,9 +824,7 @@ def test_secrets_in_an_address_are_used_and_not_shown(cache: Path, web: Web, tmp
     web.password = "another"
     with pytest.raises(CacheError) as refused:
         pull(secret, tmp_path / "pets.h5", nothing)
-    assert str(refused.value) == (
-        f"{plain}: access is denied. Log in with the tool of that place, or ask its owner to let you in."
-    )
+    assert str(refused.value) == (f"{plain}: access is denied. Log in with its own tool, or ask its owner for access.")
     assert peek_error(secret) == str(refused.value)
     web.stop()
     assert fetch(secret, nothing, home).problem.startswith(f"{plain}: Connection refused.")

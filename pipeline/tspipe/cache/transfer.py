@@ -1,7 +1,7 @@
-"""Moving a cache between here and a place a team shares: a mounted folder, a bucket, a hub, a web server (pull only).
+"""Transfers caches to and from a mounted folder, a bucket, a hub, or a web server (pull only).
 
-Beside the file there lies `NAME.h5.sha256`, as `sha256sum -c` reads it. What arrives is compared with it, and at
-either end a name shows a file only when the file is whole.
+Beside each file is a `NAME.h5.sha256` in the format of `sha256sum -c`. Transferred bytes are compared with it, and at
+both ends a file appears under its name only when it is complete.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ __all__ = [
 ]
 
 _CHUNK = 4 * 2**20
-_HEAD = 200 * 2**10  # HDF5's own metadata, the manifest, the id and the first class names lie in so many bytes
-_PEEK = 252 * 2**10  # what a peek reads at most
+_HEAD = 200 * 2**10  # bytes that contain HDF5's metadata, the manifest, the id and the first class names
+_PEEK = 252 * 2**10  # the most that a peek reads
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """A cache that lies at `address` (without secrets); `new` is False if it already did."""
+    """A cache at `address` (without secrets); `new` is False if it was there before."""
 
     address: str
     sha256: str
@@ -65,9 +65,9 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """A cache that lies at `path`; `new` is False if it already did.
+    """A cache at `path`; `new` is False if it was there before.
 
-    Where `stated` is False nothing told its SHA-256: only the checksums inside the file can show that it is whole.
+    If `stated` is False, no SHA-256 was published, and only the checksums inside the file can show that it is complete.
     """
 
     path: Path
@@ -78,10 +78,10 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The copy kept here of a remote cache.
+    """The local copy of a remote cache.
 
-    `how` is `fetched`, `unchanged`, or `unreachable`: then `problem` says why the remote could not be asked. `stated`
-    is that of `Pulled`, True for a copy that was there before.
+    `how` is `fetched`, `unchanged` or `unreachable`; `problem` then says why the remote could not be reached. `stated`
+    is that of `Pulled`, or True for a copy that was there before.
     """
 
     path: Path
@@ -92,16 +92,16 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Peek:
-    """What the head of a remote cache tells of it.
+    """What the head of a remote cache contains.
 
-    Its structure and manifest are checked as a local file's are. `identified` says whether its id was, too:
-    that takes all checksums, which a big cache has too many of.
+    Its structure and manifest are checked as a local file's are. `identified` says whether its id is checked too, which
+    takes all checksums; a large cache has too many.
     """
 
     name: str
     size: int
     id: str
-    classes: list[str]  # the first ones; how many there are is in the manifest
+    classes: list[str]  # the first ones; their number is in the manifest
     manifest: Manifest
     has_images: bool
     has_teacher: bool
@@ -109,34 +109,34 @@ class Peek:
 
 
 def remote_size(url: str) -> int | None:
-    """How many bytes the file at an address has, or None where its place does not tell. Raises CacheError."""
+    """Return the size in bytes of the file at an address, or None if unknown. Raises CacheError."""
     return Remote.at(url).size()
 
 
 def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Pushed:
-    """Put a cache where others can pull it, and its SHA-256 beside it. It is read back before it takes its name.
+    """Publish a cache with its SHA-256 beside it. It is read back before it gets its name.
 
     Args:
-        path: the cache, which the caller has opened and so checked.
-        url: an address or a path: of the file if it ends in `.h5`, else of the folder to put it into.
-        advance: told the bytes moved, twice the file's size in all.
-        force: whether another file of that name is replaced.
+        path: the cache, which the caller has opened and thereby checked.
+        url: an address or path, of the file if it ends in `.h5`, else of its folder.
+        advance: called with the bytes moved, in total twice the file's size.
+        force: replace another file of that name.
 
-    Raises CacheMismatch when another file has that name, CacheDamaged when what is read back differs, CacheError.
+    Raises CacheMismatch if another file has that name, CacheDamaged if the bytes read back differ, CacheError.
     """
     target = _target(path, url)
     if not force and (size := target.existing_size()) is not None:
         if (pushed := _same(path, target, size)) is not None:
             return pushed
-        how = "Push under another name, or replace it: --force"
-        raise CacheMismatch(f"{target.shown} is another file than {path}. {how}")
+        remedy = "Push under another name, or replace it: --force"
+        raise CacheMismatch(f"{target.shown} is not the same file as {path}. {remedy}")
     digest = hashlib.sha256()
 
     def upload(part: Remote) -> None:
         part.write(_read(path, digest, advance))
         if part.sha256(advance) != digest.hexdigest():
-            raise CacheDamaged(f"{target.shown} reads back other than it was written. Run the same command again.")
-        target.checksum.remove()  # an older file's: until the new one is there, none is better than a wrong one
+            raise CacheDamaged(f"{target.shown} differs from what was written. Run the same command again.")
+        target.checksum.remove()  # that of an older file: until the new one exists, none is better than a wrong one
 
     target.clear()
     target.publish(upload)
@@ -145,16 +145,16 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
 
 
 def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pulled:
-    """Fetch a cache. An interrupted pull of the same bytes goes on where it stopped.
+    """Download a cache. An interrupted pull of the same bytes resumes.
 
     Args:
         url: the address or path of the file.
-        path: where it goes; what names it should come from `file_name`, not from the address as it is.
-        advance: told the bytes moved, those of an earlier attempt included.
-        force: whether another file at `path` is replaced.
+        path: the local file; take its name from `file_name`, not from the address itself.
+        advance: called with the bytes moved, including those of an earlier attempt.
+        force: replace another file at `path`.
 
-    Raises CacheMismatch when another file is at `path`, CacheDamaged when the bytes are not those that were pushed,
-    NotACache, CacheIncomplete, CacheBusy when another process pulls to `path`, CacheError.
+    Raises CacheMismatch if another file is at `path`, CacheDamaged if the bytes are not those pushed, CacheBusy if
+    another process pulls to `path`, NotACache, CacheIncomplete, CacheError.
     """
     remote = Remote.at(url)
     with _local_errors(path):
@@ -165,7 +165,7 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
                 if stated and path.stat().st_size == size and _sha256(path) == stated:
                     return Pulled(path, stated, new=False, stated=True)
                 if not force:
-                    raise CacheMismatch(f"{path} is not known to be {remote.shown}. Delete it, or replace it: --force")
+                    raise CacheMismatch(f"{path} may not be {remote.shown}. Delete it, or replace it: --force")
             part = _part(path, stated)
             sha256 = _download(remote, part, size, advance)
             _check(part, sha256, stated, remote.shown)
@@ -175,15 +175,15 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
 
 
 def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
-    """The copy of a remote cache that is kept here, brought up to date where its place can be asked.
+    """Return the local copy of a remote cache, updated if the remote can be reached.
 
-    `home` is the folder of all copies, by default `$XDG_CACHE_HOME/tspipe`. Raises what `pull` does; only where
-    the remote cannot be had and there is a copy, that is the answer.
+    `home` is the folder of all copies, by default `$XDG_CACHE_HOME/tspipe`. Raises as `pull`, except that an existing
+    copy is returned if the remote cannot be reached.
     """
     folder = (home or _home()) / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / file_name(url)
     note = path.with_suffix(".json")
-    if path.exists() and _noted(note, "copy") != _copy(path):  # truncated or written to since
+    if path.exists() and _noted(note, "copy") != _copy(path):  # truncated or modified since
         with _local_errors(path):
             path.unlink()
     try:
@@ -202,13 +202,13 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
 
 
 def peek(url: str) -> Peek:
-    """What a remote cache is, from at most four requests and 256 KiB, however big it is.
+    """Describe a remote cache of any size with at most four requests and 256 KiB.
 
-    Raises NotACache, CacheIncomplete or CacheDamaged as for a local file, CacheError.
+    Raises NotACache, CacheIncomplete or CacheDamaged as for a local file, and CacheError.
     """
     remote = Remote.at(url)
     with tempfile.TemporaryDirectory(prefix="tspipe-") as folder:
-        # The head of the file in a sparse file of the whole size: the checks see what they see of a local one.
+        # The head goes into a sparse file of the full size, so that the checks work as for a local file.
         sparse = Path(folder) / file_name(url)
         with _renamed_errors(sparse, remote.shown), remote.pieces() as read:
             head, size = read(0, _HEAD)
@@ -233,7 +233,7 @@ def peek(url: str) -> Peek:
 
 
 def carried(cache: Cache) -> list[str]:
-    """Whose work a cache passes on, and under which licence: a line each. The text is the file's: escape it."""
+    """List the contents of a cache with their licences, a line each. The text is from the file: escape it."""
     dataset, teacher = cache.manifest["dataset"], cache.manifest["teacher"]
     lines = [f"features of {dataset['name']}; its licence: {dataset['license'] or 'not stated'}"]
     if cache.has_images:
@@ -245,38 +245,38 @@ def carried(cache: Cache) -> list[str]:
 
 
 def _target(path: Path, url: str) -> Remote:
-    """Where a push of this file to this address goes."""
+    """Return the target of a push."""
     if not url or not path.name.isprintable():
         raise CacheError(f"{path.name!r} cannot be pushed to {url!r}. Give a folder or an address, and a plain name.")
     target = Remote.at(url)
     if target.web:
         raise CacheError(
-            f"{target.shown}: a web server takes no files. Push to a mounted folder, s3://, gs:// or hf://."
+            f"{target.shown}: a web server does not accept files. Push to a mounted folder, s3://, gs:// or hf://."
         )
     return target if target.shown.endswith(".h5") and not target.is_folder() else target.child(path.name)
 
 
 def _same(path: Path, target: Remote, size: int) -> Pushed | None:
-    """The answer to a push where the other end has these very bytes already."""
+    """Return the result of a push if the target already has the same bytes."""
     with _local_errors(path):
         if path.stat().st_size != size:
             return None
         sha256 = _sha256(path)
-    if sha256 != target.sha256():  # read, whatever is stated: disks fail at the other end, too
+    if sha256 != target.sha256():  # read them, whatever is published: remote disks fail too
         return None
-    if target.stated() != sha256:  # the push that wrote them was killed just before
+    if target.stated() != sha256:  # the push that wrote them was killed before this
         _state(target, sha256)
     return Pushed(target.shown, sha256, new=False)
 
 
 def _state(target: Remote, sha256: str) -> None:
-    """Write the file beside it that `sha256sum -c` reads."""
+    """Write the checksum file, in the format of `sha256sum -c`."""
     line = f"{sha256}  {target.name}\n".encode()
     target.checksum.publish(lambda part: part.write([line]))
 
 
 def _read(path: Path, digest: Any, advance: Advance) -> Iterator[bytes]:
-    """A file's bytes, taking their digest on the way."""
+    """Yield a file's bytes, updating their digest."""
     with _local_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -285,24 +285,24 @@ def _read(path: Path, digest: Any, advance: Advance) -> Iterator[bytes]:
 
 
 def _part(path: Path, stated: str | None) -> Path:
-    """The file a pull writes into, named by what it will hold; those of other content are removed."""
+    """Return the file that a pull writes into, named after its content; remove those of other content."""
     part = path.with_name(f".{path.name}.{(stated or '0' * 16)[:16]}.part")
     for other in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 16}.part"):
-        if other != part or not stated:  # without a SHA-256 nothing tells that the rest would fit what is there
+        if other != part or not stated:  # without a SHA-256, the rest may not match
             other.unlink()
     return part
 
 
 def _download(remote: Remote, part: Path, size: int | None, advance: Advance) -> str:
-    """Bring the part file to its end from where an earlier pull left it; returns the SHA-256 of all of it."""
-    # Not through a link, which another may have laid in a folder that all can write to.
+    """Complete the part file from where an earlier pull stopped; return its SHA-256."""
+    # Not through a link, which somebody may have planted in a shared folder.
     with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b") as file:
         have = file.seek(0, os.SEEK_END)
         if size is None or have > size:
             file.truncate(have := 0)
         elif size - have > (free := shutil.disk_usage(part.parent).free):
-            more = f"{remote.shown} takes {size - have:,} bytes more, and there is room for {free:,}"
-            raise CacheError(f"{part.parent}: {more}. Make room, then run the same command again.")
+            more = f"{remote.shown} needs {size - have:,} more bytes, and {free:,} are free"
+            raise CacheError(f"{part.parent}: {more}. Free some space, then run the same command again.")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
         if have != size:
@@ -321,12 +321,12 @@ def _download(remote: Remote, part: Path, size: int | None, advance: Advance) ->
 
 
 def _check(part: Path, sha256: str, stated: str | None, shown: str) -> None:
-    """Refuse and delete a part file that is not what was pushed, or no sound cache."""
+    """Raise, and delete the part file, if it is not what was pushed or not a valid cache."""
     try:
         if stated and sha256 != stated:
             raise CacheDamaged(
-                f"{shown} came with SHA-256 {sha256[:12]}, not {stated[:12]}: it was damaged, or replaced meanwhile. "
-                "Run the same command again; if that does not help, push the file again."
+                f"{shown} arrived with SHA-256 {sha256[:12]}, not {stated[:12]}: it is damaged, or was replaced "
+                "meanwhile. Run the same command again; if that does not help, push the file again."
             )
         with _renamed_errors(part, shown):
             open_cache(part)
@@ -336,7 +336,7 @@ def _check(part: Path, sha256: str, stated: str | None, shown: str) -> None:
 
 
 def _complete(sparse: Path, regions: dict[str, Region], read: ReadPiece, requests: int) -> bool:
-    """Fetch the checksums that the head does not hold, unless that takes too much; whether they are all there."""
+    """Fetch the checksums that are not in the head, unless they are too many; return whether all are present."""
     left = [regions[name] for name in checksum_names(regions)]
     left = [region for region in left if region.offset + region.nbytes > _HEAD]
     if len(left) > requests or sum(region.nbytes for region in left) > _PEEK - _HEAD:
@@ -362,13 +362,13 @@ def _home() -> Path:
 
 
 def _copy(path: Path) -> list[int]:
-    """What changes when a copy is written to."""
+    """Return what changes when a copy is modified."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def _noted(note: Path, what: str) -> Any:
-    """What an earlier fetch noted, or None."""
+    """Return what an earlier fetch recorded, or None."""
     try:
         return json.loads(note.read_bytes())[what]
     except (OSError, ValueError, KeyError, TypeError):
@@ -377,17 +377,17 @@ def _noted(note: Path, what: str) -> Any:
 
 @contextlib.contextmanager
 def _local_errors(path: Path) -> Iterator[None]:
-    """Tell what this end's disk says in one sentence."""
+    """Turn errors of the local disk into one sentence."""
     try:
         yield
-    except (OSError, OverflowError) as problem:  # no file is as long as a server may claim
+    except (OSError, OverflowError) as problem:  # a server may claim an impossible length
         why = getattr(problem, "strerror", None) or problem
-        raise CacheError(f"{path}: {why}. When that is put right, run the same command again.") from problem
+        raise CacheError(f"{path}: {why}. Fix that, then run the same command again.") from problem
 
 
 @contextlib.contextmanager
 def _renamed_errors(path: Path, shown: str) -> Iterator[None]:
-    """Tell of a temporary file by the address it comes from."""
+    """Name the address in errors about a temporary file."""
     try:
         yield
     except CacheError as problem:
