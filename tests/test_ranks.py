@@ -102,7 +102,7 @@ def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
     plan = {**job.plan, "compute": {**job.plan["compute"], "device": "cuda"}}
     monkeypatch.setattr(Group, "broadcast", lambda self, value: (plan, {"train": [0], "test": []}))
     with pytest.raises(CacheMismatch) as refused:
-        stage._help(job, Group(1, 2))
+        stage._write_part(job, Group(1, 2))
     assert str(refused.value) == (
         "Rank 1 would write another cache than rank 0: compute.device is 'cuda' there and 'cpu' here. "
         "All machines of a job need the same data, settings and kind of device."

@@ -69,6 +69,16 @@ class OutOfMemory(TspipeError):
         )
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch or Python ran out of memory; PyTorch raises a plain RuntimeError on the CPU."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, by name: nothing here imports torch
+        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+    )
+
+
 class OtherProcessFailed(TspipeError):
     """Another process of the same job has ended, or cannot be reached; saying why is left to that one."""
 

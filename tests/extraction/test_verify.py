@@ -199,7 +199,7 @@ def test_a_cache_without_its_teacher_takes_its_weights(
     with CacheWriter(path, as_plan(digits.manifest), without, digits.classes) as writer:
         for split in ("train", "test"):
             ranges = [sizes.block(split, block) for block in range(sizes.blocks(split))]
-            for number, block in enumerate(rows.decoded(dataset.split(split), recipe.preprocess, ranges)):
+            for number, block in enumerate(rows.decode_blocks(dataset.split(split), recipe.preprocess, ranges)):
                 stored, here = digits.split(split), slice(block.indices.start, block.indices.stop)
                 columns = {name: getattr(stored, name)[here] for name in ("features", "logits", "labels", "keys")}
                 writer.write_block(split, number, {**columns, "digests": block.digests})

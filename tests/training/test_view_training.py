@@ -85,7 +85,7 @@ def test_views_are_drawn_as_the_format_specifies(seed: int, count: int, shift: i
             dy, dx, mirrored = (next(draw) for _ in range(3))
             expected.append([dy % (2 * shift + 1) - shift, dx % (2 * shift + 1) - shift, mirrored % 2 if flip else 0])
     manifest = {"count": count, "shift": shift, "flip": flip, "seed": seed}
-    result = views.of_block(manifest, range(block * 7, block * 7 + 7), 7)
+    result = views.block_views(manifest, range(block * 7, block * 7 + 7), 7)
     assert result.dtype == np.int16
     assert result.tolist() == expected
 

@@ -94,10 +94,10 @@ def test_the_part_that_took_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     """By then: 2 s of waiting; 3 s of it and 3.5 at another part; 4 and 6.5."""
     clock = iter([0.0, 2.0, 10.0, 13.5, 20.0, 21.0, 30.0, 33.0, 40.0, 41.0])
     monkeypatch.setattr(overlap.time, "monotonic", lambda: next(clock))
-    spent, most = TimeBreakdown(), []
-    for _ in spent.waiting("decoding", ["a", "b"]):
-        most.append(spent.most)
-        with spent.on("teacher"):
+    times, longest = TimeBreakdown(), []
+    for _ in times.iterate("decoding", ["a", "b"]):
+        longest.append(times.longest)
+        with times.measure("teacher"):
             pass
-    assert most == ["decoding", "teacher"]
-    assert spent.most == "teacher"
+    assert longest == ["decoding", "teacher"]
+    assert times.longest == "teacher"

@@ -24,6 +24,9 @@ CHECKSUM_BYTES = 32
 DIGEST_BYTES = 8
 COLUMNS = ("features", "logits", "labels", "keys", "digests", "views", "images")  # in this order in the file
 
+FEATURE_DTYPES = {"float16": "<f2", "float32": "<f4"}  # by their names in recipes
+DTYPE_NAMES = {code: name for name, code in FEATURE_DTYPES.items()}
+
 
 @dataclass(frozen=True)
 class Dimensions:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tspipe.cli import cache, share, student, teacher
-from tspipe.errors import OtherProcessFailed, TspipeError
+from tspipe.errors import OtherProcessFailed, TspipeError, is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,8 +83,7 @@ def _message(problem: Exception) -> str | None:
     """Return what to tell a user about an error; None if it is a bug."""
     if isinstance(problem, TspipeError | OSError):
         return str(problem)
-    # PyTorch raises a RuntimeError on the CPU, and on a GPU a class that is not imported here.
-    if isinstance(problem, MemoryError) or "out of memory" in str(problem) or "can't allocate" in str(problem):
+    if is_out_of_memory(problem):
         return (
             "Out of memory. Use smaller batches in stage one (--set compute.batch_size=N) or in training (--set "
             "batch_size=N, teacher.batch_size=N), or keep images on the disk (--set memory=SIZE)."

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from tspipe.cache import SPLITS, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
+from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.errors import CacheError
 from tspipe.utils.console import format_bytes, printable, stdout_console
 
-_DTYPES = {"<f2": "float16", "<f4": "float32"}
 _NAME = 60  # characters shown of a class's name
 
 
@@ -57,7 +57,7 @@ def show_cache(cache: Facts) -> None:
         "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"
         + (" (in the file)" if cache.has_teacher else " (not in the file)"),
         "accuracy": ", ".join(f"{_accuracy(manifest, split):.2f} % {split}" for split in SPLITS),
-        "features": f"{features['width']} × {_DTYPES[features['dtype']]}, logits {dataset['classes']} × float32",
+        "features": f"{features['width']} × {DTYPE_NAMES[features['dtype']]}, logits {dataset['classes']} × float32",
         **_pool(manifest["random"]),
         "computed": "{device}, {precision}, batches of {batch_size}".format(**manifest["compute"]),
     }.items():
@@ -84,7 +84,7 @@ def show_caches(folder: Path) -> None:
         manifest = cache.manifest
         dataset, features = manifest["dataset"], manifest["features"]
         texts = str(path.relative_to(folder)), cache.id[:12], dataset["name"], manifest["teacher"]["network"]
-        dtype = _DTYPES[features["dtype"]].replace("float", "f")
+        dtype = DTYPE_NAMES[features["dtype"]].replace("float", "f")
         numbers = f"{sum(dataset['rows'].values()):,}", str(features["width"]), dtype, format_bytes(cache.size)
         table.add_row(*(Text(printable(t, 40)) for t in texts), f"{_accuracy(manifest, 'test'):.2f}", *numbers)
     out = stdout_console()

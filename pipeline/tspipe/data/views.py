@@ -48,7 +48,7 @@ def drawn(generator: np.random.Generator, count: int, shift: int, flip: bool) ->
     return (_words(generator, 3 * count).reshape(count, 3) % sizes - least).astype(np.int16)
 
 
-def of_block(views: Manifest, images: range, block_rows: int) -> NDArray[np.int16]:
+def block_views(views: Manifest, images: range, block_rows: int) -> NDArray[np.int16]:
     """The views (n·V, 3) of a block's images, as a manifest describes them; each image's first is the plain one."""
     count, block = views["count"], images.start // block_rows
     found = np.zeros((len(images), count, 3), np.int16)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.cache.manifest import as_plan
 from tspipe.data import decode
 from tspipe.data.datasets import Dataset, Images
@@ -22,6 +23,7 @@ from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Compute, Features
 from tspipe.training.run_data import open_local_dataset
 from tspipe.training.trainer import Trainer
+from tspipe.utils.callbacks import ignore
 from tspipe.utils.progress import stderr_console
 
 _BLOCKS = 4  # decoded blocks that are computed again and again
@@ -55,7 +57,7 @@ def measure(trainer: Trainer, timer: Timer) -> dict[str, tuple[list[float], list
         def write_blocks(job: extract.Job, count: int) -> Way:
             numbers = itertools.cycle(range(count))
             return lambda repeat: extract.write_rows(
-                writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, lambda *_: None
+                writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, ignore
             )
 
         ways = {
@@ -98,7 +100,7 @@ def _job(trainer: Trainer, teacher: FeatureNet, dataset: Dataset, preprocess: Pr
     """Return the job that made the cache, for training images without views, writing into the run folder."""
     manifest, dimensions = trainer.config.cache.manifest, trainer.config.cache.dimensions
     compute = Compute(batch_size=manifest["compute"]["batch_size"], block_rows=manifest["block_rows"])
-    features = Features(dtype="float32" if manifest["features"]["dtype"] == "<f4" else "float16")
+    features = Features(dtype=DTYPE_NAMES[manifest["features"]["dtype"]])
     update = {"preprocess": preprocess, "compute": compute, "features": features}
     recipe = trainer.config.recipe.model_copy(update=update)
     config = extract.ExtractConfig(recipe, Weights({}, {}, "", ""), trainer.folder.path / "bench.h5")

@@ -1,4 +1,4 @@
-"""What a cache's rows are made of: images decoded block by block, and what the teacher says of them."""
+"""The images of a cache, block by block: decoded, or drawn for the random pool."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from tspipe.data.decode import read
 from tspipe.data.image_loader import check_sizes, read_ahead
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
-from tspipe.data.views import of_block
+from tspipe.data.views import block_views
 
-_SEED = 0  # a cache is made once
+SEED = 0  # of the teacher's own random numbers: a cache is made once
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Replayed:
         return len(self.views)
 
     def batch(self, preprocess: Preprocess, part: slice, device: torch.device) -> Tensor:
-        """Some of the views, (m, C, H, W) uint8, cropped; each image goes to the device once."""
+        """Return some of the views, (m, C, H, W) uint8, cropped; each image is copied to the device once."""
         views = torch.from_numpy(self.views[part]).to(device)
         images = torch.arange(part.start, part.start + len(views)) // (len(self.views) // len(self.pixels))
         first, last = int(images[0]), int(images[-1])
@@ -40,22 +40,22 @@ class Replayed:
         return preprocess.replay(pixels[(images - first).to(device)], views)
 
 
-Given = NDArray[np.uint8] | NDArray[np.float32] | Replayed  # what the teacher gets: (n, H, W, C) pixels, or views
+TeacherInput = NDArray[np.uint8] | NDArray[np.float32] | Replayed  # (n, H, W, C) pixels, or views
 
 
 class Block(NamedTuple):
-    """The images of a block: decoded, or drawn for the random pool, whose images have neither digests nor labels."""
+    """The images of a block. Those of the random pool have neither digests nor labels."""
 
     indices: range
     pixels: NDArray[np.uint8] | NDArray[np.float32]  # (n, H, W, C), preprocessed, before normalisation
-    digests: NDArray[np.uint8]  # (n, 8), of the images as the dataset has them
+    digests: NDArray[np.uint8]  # (n, 8), of the images before preprocessing
     labels: NDArray[np.int64]  # (n,)
     keys: NDArray[np.bytes_]  # (n,)
     views: NDArray[np.int16] | None = None  # (n·V, 3): dy, dx, flip; the pixels are then not cropped yet
 
     @property
-    def given(self) -> Given:
-        """What the teacher gets."""
+    def teacher_input(self) -> TeacherInput:
+        """The images or views that the teacher runs on."""
         return self.pixels if self.views is None else Replayed(self.pixels, self.views)
 
     @property
@@ -65,21 +65,21 @@ class Block(NamedTuple):
         return {**columns, "views": self.views, "images": self.pixels}
 
 
-def of_section(
-    section: str, dataset: Dataset, preprocess: Preprocess, manifest: Manifest, blocks: list[range]
+def section_blocks(
+    section: str, dataset: Dataset, preprocess: Preprocess, manifest: Manifest, ranges: list[range]
 ) -> Iterator[Block]:
-    """The images of these blocks of a split, or of the `random` pool as the manifest describes it."""
+    """Yield these blocks of a split, or of the `random` pool that the manifest describes."""
     if section == "random":
-        return drawn(PoolImages.of(manifest), blocks)
+        return draw_blocks(PoolImages.of(manifest), ranges)
     if section == "train" and (views := manifest["views"]):
-        found = decoded(dataset.train, preprocess.before_views, blocks)
-        return (block._replace(views=of_block(views, block.indices, manifest["block_rows"])) for block in found)
-    return decoded(dataset.split(section), preprocess, blocks)
+        blocks = decode_blocks(dataset.train, preprocess.before_views, ranges)
+        return (block._replace(views=block_views(views, block.indices, manifest["block_rows"])) for block in blocks)
+    return decode_blocks(dataset.split(section), preprocess, ranges)
 
 
-def drawn(pool: PoolImages, blocks: list[range]) -> Iterator[Block]:
-    """Each block's random images, float32 in [0, 1); for want of keys they are called by their number."""
-    for indices in blocks:
+def draw_blocks(pool: PoolImages, ranges: list[range]) -> Iterator[Block]:
+    """Yield blocks of random images, float32 in [0, 1). They have no keys, so error messages state their numbers."""
+    for indices in ranges:
         yield Block(
             indices,
             pool.take(indices.start, len(indices)).transpose(0, 2, 3, 1),
@@ -89,14 +89,14 @@ def drawn(pool: PoolImages, blocks: list[range]) -> Iterator[Block]:
         )
 
 
-def decoded(images: Images, preprocess: Preprocess, blocks: list[range]) -> Iterator[Block]:
-    """Each block's images, decoded in threads ahead of the teacher."""
+def decode_blocks(images: Images, preprocess: Preprocess, ranges: list[range]) -> Iterator[Block]:
+    """Yield blocks of a split; threads decode ahead of the teacher."""
 
-    def work(index: int) -> tuple[NDArray[np.uint8], bytes]:
+    def decode(index: int) -> tuple[NDArray[np.uint8], bytes]:
         original, pixels = read(images, preprocess, index)
         return pixels, digest(original)
 
-    for indices, results in zip(blocks, read_ahead(work, blocks), strict=True):
+    for indices, results in zip(ranges, read_ahead(decode, ranges), strict=True):
         pixels, digests = zip(*results, strict=True)
         keys = [images.keys[i] for i in indices]
         check_sizes([image.shape[:2] for image in pixels], keys)

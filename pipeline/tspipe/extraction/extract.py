@@ -21,6 +21,7 @@ from tspipe.cache import (
     match,
     open_cache,
 )
+from tspipe.cache.layout import FEATURE_DTYPES
 from tspipe.cache.manifest import as_plan
 from tspipe.cache.merge import absorb
 from tspipe.cache.write import differing
@@ -35,13 +36,12 @@ from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
+from tspipe.utils.callbacks import ignore
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.memory import keep_freed_memory
 from tspipe.utils.progress import Advance, progress, stderr_console
 from tspipe.utils.threads import TimeBreakdown, background_writer
-
-_DTYPES = {"float16": "<f2", "float32": "<f4"}
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,31 @@ class ExtractConfig:
     random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
 
 
-def cache_path(dataset: str, teacher: str, usual: str) -> Path:
-    """`cache/<dataset>.h5` for the usual teacher, that of the recipe, `cache/<dataset>-<teacher>.h5` for another."""
-    other = "" if teacher == usual else f"-{networks.recorded_name(teacher).replace(':', '-')}"
-    return Path("cache") / f"{stem(dataset)}{other}.h5"
+def cache_path(dataset: str, teacher: str, default_teacher: str) -> Path:
+    """Return `cache/<dataset>.h5` for the recipe's default teacher, `cache/<dataset>-<teacher>.h5` for another."""
+    suffix = "" if teacher == default_teacher else f"-{networks.recorded_name(teacher).replace(':', '-')}"
+    return Path("cache") / f"{stem(dataset)}{suffix}.h5"
 
 
 def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
-    """Write the cache, or go on with one that was begun; gives it opened, on rank 0; None on the others of a group.
+    """Write the cache, or resume one that was begun. Return it opened on rank 0, and None on the others of a group.
 
-    A finished file of the same settings and data is left as it is. The ranks of a group share the blocks that are
-    missing; the file is the same with any number of them, and another number goes on with what a killed one left.
-    Raises CacheMismatch when the name is taken by another cache and `force` is not set, CacheBusy when another
-    process writes it.
+    A finished file of the same settings and data is left unchanged. The ranks of a group share the missing blocks.
+    The file is the same with any number of ranks, and another number of ranks can resume it.
+    Raises CacheMismatch when another cache has the name and `force` is not set, CacheBusy when another process
+    writes it.
     """
     with group.rank_zero_first():
         job = _prepare(config)
     if group.rank:
-        _help(job, group)
+        _write_part(job, group)
         return None
-    return _lead(job, group)
+    return _write_cache(job, group)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be written, and what for: every process makes it ready for itself."""
+    """What to write and what to compute it with. Every process prepares its own."""
 
     config: ExtractConfig
     dataset: Dataset
@@ -92,7 +92,7 @@ class Job:
     dimensions: Dimensions
 
     def writer(self, rank: int = 0) -> CacheWriter:
-        """What writes it, or this rank's part of it."""
+        """Return the writer of the cache, or of another rank's part file."""
         classes = self.dataset.train.classes
         return CacheWriter(self.config.out, self.plan, self.dimensions, classes, self.weights, rank)
 
@@ -120,17 +120,17 @@ def _prepare(config: ExtractConfig) -> Job:
     return Job(config, dataset, teacher, stored, plan, dimensions)
 
 
-def _lead(job: Job, group: Group) -> Cache:
-    """What rank 0 does: say which blocks are missing, compute its share, and make one file of all."""
+def _write_cache(job: Job, group: Group) -> Cache:
+    """On rank 0, announce the missing blocks, compute its share, and merge all ranks' parts into one file."""
     out = job.config.out
     if out.exists() and not job.config.force:
-        cache = _finished(job.config, job.plan, job.dataset)
+        cache = _finished_cache(job.config, job.plan, job.dataset)
         group.broadcast(None)
         return cache
     if pool := job.plan["random"]:
         shape = tuple(job.plan["teacher"]["options"]["input_shape"])
-        if said := random_images.spent(pool["generator"], pool["rows"], "The pool", shape):
-            stderr_console.print(said)
+        if warning := random_images.spent(pool["generator"], pool["rows"], "The pool", shape):
+            stderr_console.print(warning)
     with job.writer(0) as writer:
         _absorb(writer, job.dataset)
         missing = {split: writer.missing(split) for split in job.dimensions.sections}
@@ -144,12 +144,12 @@ def _lead(job: Job, group: Group) -> Cache:
     return open_cache(out)
 
 
-def _help(job: Job, group: Group) -> None:
-    """What every other rank does: compute its share into a part file of its own."""
-    told: tuple[Manifest, dict[str, list[int]]] | None = group.broadcast(None)
-    if told is None:
+def _write_part(job: Job, group: Group) -> None:
+    """On every other rank, compute its share of the missing blocks into a part file."""
+    announced: tuple[Manifest, dict[str, list[int]]] | None = group.broadcast(None)
+    if announced is None:
         return
-    plan, missing = told
+    plan, missing = announced
     if differences := list(differing(plan, job.plan)):
         raise CacheMismatch(
             f"Rank {group.rank} would write another cache than rank 0: {'; '.join(differences[:3])}. "
@@ -159,11 +159,11 @@ def _help(job: Job, group: Group) -> None:
         _write_share(writer, job, missing, group)
         writer.sync()
     group.barrier()
-    group.barrier()  # rank 0 has finished: only then is the job done
+    group.barrier()  # rank 0 has finished the file
 
 
 def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
-    """Take in what other ranks wrote, and check that all there is now is of this dataset."""
+    """Merge what other ranks wrote, and check that all rows now present belong to this dataset."""
     absorb(writer, ranks)
     for split in SPLITS:
         match.match_split(
@@ -172,57 +172,57 @@ def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
 
 
 def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], group: Group) -> None:
-    """Compute and write this rank's share of the missing blocks; rank 0 shows how far all of them have come."""
-    sizes, mine = job.dimensions, {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
+    """Compute and write this rank's share of the missing blocks; rank 0 shows the progress of all ranks."""
+    sizes, local = job.dimensions, {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
     total = sum(sizes.images(split) * sizes.views_of(split) for split in missing)
-    left, share = (sum(len(sizes.block(s, n)) * sizes.views_of(s) for s in of for n in of[s]) for of in (missing, mine))
+    all_left, local_left = (
+        sum(len(sizes.block(split, n)) * sizes.views_of(split) for split in blocks for n in blocks[split])
+        for blocks in (missing, local)
+    )
     done = 0
 
-    def shown(advance: Advance, count: int, what: str) -> None:
+    def advance_all(advance: Advance, count: int, what: str) -> None:
         nonlocal done
         before, done = done, done + count
-        advance(left * done // share - left * before // share, what)  # the others come as far in the same time
+        advance(all_left * done // local_left - all_left * before // local_left, what)  # assumes that all are as fast
 
     try:
         unit = "views" if sizes.views else "images"
-        with progress("teacher", total, unit, total - left) if not group.rank else nullcontext(_silent) as advance:
-            write_rows(writer, job, mine, partial(shown, advance))
-    except OutOfMemory as problem:
+        reporter = progress("teacher", total, unit, total - all_left) if not group.rank else nullcontext(ignore)
+        with reporter as advance:
+            write_rows(writer, job, local, partial(advance_all, advance))
+    except OutOfMemory as error:
         begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
-        raise _smaller(problem, writer, begun) from problem
-
-
-def _silent(count: int, what: str) -> None:
-    """Progress that nobody sees."""
+        raise _with_remedy(error, writer, begun) from error
 
 
 def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]], advance: Advance) -> None:
-    """Compute and write these blocks, by split: decoding goes on ahead of the teacher, writing behind it."""
-    recipe, spent = job.config.recipe, TimeBreakdown()
+    """Compute and write these blocks, by split. Threads decode ahead of the teacher and write behind it."""
+    recipe, times = job.config.recipe, TimeBreakdown()
 
     def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:
         writer.write_block(split, number, {"features": features, "logits": logits, **block.columns})
-        advance(len(features), f"{split}, {spent.most}-bound")
+        advance(len(features), f"{split}, {times.longest}-bound")
 
-    with background_writer() as do:
+    with background_writer() as submit:
         for split, numbers in blocks.items():
             ranges = [job.dimensions.block(split, number) for number in numbers]
-            found = rows.of_section(split, job.dataset, recipe.preprocess, job.plan, ranges)
-            for number, block in zip(numbers, spent.waiting("decoding", found), strict=True):
-                with spent.on("teacher"):
+            blocks_read = rows.section_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
+            for number, block in zip(numbers, times.iterate("decoding", blocks_read), strict=True):
+                with times.measure("teacher"):
                     features, logits = forward.run_teacher_on_blocks(
-                        job.teacher, recipe.preprocess, recipe.compute.batch_size, block.given, split, number
+                        job.teacher, recipe.preprocess, recipe.compute.batch_size, block.teacher_input, split, number
                     )
                 _check_features(features, block.keys, recipe)
-                with spent.on("writing"):
-                    do(partial(write, split, number, block, features, logits))
+                with times.measure("writing"):
+                    submit(partial(write, split, number, block, features, logits))
 
 
-def _smaller(problem: OutOfMemory, writer: CacheWriter, begun: bool) -> TspipeError:
-    """The command that goes on where memory ran out; a part file not begun is of no use to it, and removed."""
-    if not problem.fits:
-        return problem
-    remedy = f"{problem} Give the command --set compute.batch_size={problem.fits}"
+def _with_remedy(error: OutOfMemory, writer: CacheWriter, begun: bool) -> TspipeError:
+    """Return the error with the command that resumes; a part file without rows is removed."""
+    if not error.fits:
+        return error
+    remedy = f"{error} Give the command --set compute.batch_size={error.fits}"
     if begun:
         part = writer.path.with_name(writer.path.name + ".part")
         return CacheError(f"{remedy} after deleting {part}, which was begun with the larger batches.")
@@ -263,7 +263,7 @@ def _plan(
             "name": dataset.name,
             "rows": {split: len(dataset.split(split)) for split in SPLITS},
         },
-        "features": {"dtype": _DTYPES[recipe.features.dtype], "width": width},
+        "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": width},
         "preprocess": recipe.preprocess.as_dict(),
         "random": random_images.described(config.random_pool, recipe.random_generator) if config.random_pool else None,
         "teacher": {
@@ -299,15 +299,12 @@ def _longest(texts: Any) -> int:
     return max(1, *(len(text.encode()) for text in texts))
 
 
-def _finished(config: ExtractConfig, plan: Manifest, dataset: Dataset) -> Cache:
-    """The finished cache of this name, if it is what would be written."""
+def _finished_cache(config: ExtractConfig, plan: Manifest, dataset: Dataset) -> Cache:
+    """Return the finished cache of this name; raise CacheMismatch if it is not the one that would be written."""
     path = config.out
     cache = open_cache(path)
-    there, here = (
-        {**manifest, "images": images}
-        for manifest, images in ((as_plan(cache.manifest), cache.has_images), (plan, config.images))
-    )
-    if differences := list(differing(there, here)):
+    stored = {**as_plan(cache.manifest), "images": cache.has_images}
+    if differences := list(differing(stored, {**plan, "images": config.images})):
         raise CacheMismatch(
             f"{path} is another cache: {'; '.join(differences[:3])}. Move it away, replace it (tspipe cache --force) "
             "or write another (--out)."

@@ -220,12 +220,12 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
             ranges = [cache.dimensions.block(split, block) for block in mine]
             if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
-            found = rows.of_section(split, dataset, preprocess, cache.manifest, ranges)
+            found = rows.section_blocks(split, dataset, preprocess, cache.manifest, ranges)
             for number, block in zip(mine, found, strict=True):
                 columns = block.columns
                 if teacher is not None and blocks[split, number] & _BY_TEACHER:
                     features, logits = forward.run_teacher_on_blocks(
-                        teacher, preprocess, compute["batch_size"], block.given, split, number
+                        teacher, preprocess, compute["batch_size"], block.teacher_input, split, number
                     )
                     columns |= {"features": features, "logits": logits}
                 wrong = file.block(split, number, {name: columns[name] for name in blocks[split, number]})

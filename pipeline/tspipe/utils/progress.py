@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from tspipe.utils.callbacks import ignore
+
 LINE_SECONDS = 15.0  # between plain lines
 Advance = Callable[[int, str], None]
 _MIB = 2**20
@@ -41,7 +43,7 @@ def progress(what: str, total: int, unit: str, done: int = 0, shown: bool = True
         shown: False for a process beside the one that speaks.
     """
     if not shown:
-        yield lambda _count, _what: None
+        yield ignore
         return
     form = _bar if stderr_console.is_terminal else _lines
     with form(what, total, unit, done) as advance:

@@ -1,4 +1,4 @@
-"""Parts of a loop that overlap, in threads ahead of it or behind; a clock says for which part the others wait."""
+"""Parts of a loop that overlap in threads, and a clock that says which part the others wait for."""
 
 import contextlib
 import itertools
@@ -11,80 +11,80 @@ from typing import TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
-_MOST = 2  # tasks begun or waiting: one more than is worked on, so that the thread need not wait for the next
+_MAX_PENDING = 2  # one more than is worked on, so that the thread does not wait for the next
 
 
 def prefetch_map(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -> Iterator[U]:
-    """`map(work, items)`, so many threads working on the next results while the caller uses one."""
-    waiting: deque[Future[U]] = deque()
+    """Return `map(work, items)`; `threads` threads compute the next results while the caller uses one."""
+    pending: deque[Future[U]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The items, each made in a thread while the caller uses the one before."""
+    """Yield the items; a thread produces each while the caller uses the previous one."""
     source = iter(items)
-    for found in prefetch_map(lambda _: list(itertools.islice(source, 1)), itertools.count()):
-        if not found:
+    for batch in prefetch_map(lambda _: list(itertools.islice(source, 1)), itertools.count()):
+        if not batch:
             return
-        yield found.pop()
+        yield batch.pop()
 
 
 @contextlib.contextmanager
 def background_writer() -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Gives `do(task)`: tasks are done one after the other in a thread behind the caller's, at most two at a time.
+    """Yield `submit(task)`, which runs tasks one after the other in a thread; at most two are pending.
 
-    What a task raises, a later call of `do` raises, or the end of the `with`. Where the caller raises, tasks it gave
-    are still done.
+    An exception of a task is raised by a later call of `submit`, or at the end of the `with` block. If the block
+    raises, the tasks submitted before still run.
     """
-    waiting: deque[Future[object]] = deque()
+    pending: deque[Future[object]] = deque()
     with ThreadPoolExecutor(1) as thread:
 
-        def do(task: Callable[[], object]) -> None:
-            while len(waiting) >= _MOST:
-                waiting.popleft().result()
-            waiting.append(thread.submit(task))
+        def submit(task: Callable[[], object]) -> None:
+            while len(pending) >= _MAX_PENDING:
+                pending.popleft().result()
+            pending.append(thread.submit(task))
 
-        yield do
-        while waiting:
-            waiting.popleft().result()
+        yield submit
+        while pending:
+            pending.popleft().result()
 
 
 class TimeBreakdown:
-    """How long a loop was at each of its parts, by name."""
+    """The seconds that a loop spends in each of its parts, by name."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
-    def on(self, part: str) -> Iterator[None]:
-        """Count what is inside to this part."""
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time of the block to this part."""
         start = time.monotonic()
         yield
         self._seconds[part] += time.monotonic() - start
 
-    def waiting(self, part: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, the time until each is there counted to this part."""
+    def iterate(self, part: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; add the time that each takes to arrive to this part."""
         source = iter(items)
         while True:
-            with self.on(part):
+            with self.measure(part):
                 item = next(source, None)
             if item is None:
                 return
             yield item
 
     @property
-    def most(self) -> str:
+    def longest(self) -> str:
         """The part that took longest."""
         return max(self._seconds, key=self._seconds.__getitem__)
 
 
 def available_cores() -> int:
-    """The processors this process may use; where torchrun started several on this machine, its share of them."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return the number of processors for this process: its share, if torchrun started several on this machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

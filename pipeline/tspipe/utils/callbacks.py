@@ -1,0 +1,5 @@
+"""The callback for callers who want none."""
+
+
+def ignore(*_: object) -> None:
+    """Do nothing."""
