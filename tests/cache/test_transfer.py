@@ -553,8 +553,8 @@ def test_too_little_room_is_met_before_anything_moves(
     with pytest.raises(CacheError) as refused:
         pull(url, target, nothing)
     assert str(refused.value) == (
-        f"{target.parent}: {url} needs {cache.stat().st_size:,} more bytes, and 1,000,000. "
-        "Make room, then run the same command again."
+        f"{target.parent}: {url} needs {cache.stat().st_size:,} more bytes, and 1,000,000 are free. "
+        "Free some space, then run the same command again."
     )
     assert ("GET", "/pets.h5") not in web.requests
 
