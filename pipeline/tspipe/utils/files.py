@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process writes at a time."""
+"""Atomic writes of files, and locks for folders that one process writes at a time."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from tspipe.errors import TspipeError
 
 @contextlib.contextmanager
 def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None]:
-    """Say of a write that the system refuses (no room, no permission) which file it was and what to do, as `error`."""
+    """Raise `error`, with the file and a remedy, in place of an OSError (no space, no permission)."""
     try:
         yield
     except OSError as problem:
@@ -25,11 +25,11 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: under its own name it is never half there."""
-    beginning = f".{path.name}.{socket.gethostname()}."
-    temporary = path.with_name(f"{beginning}{os.getpid()}")
+    """Write a file under a temporary name and rename it, so that it is complete or absent."""
+    prefix = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}")
     with writing(path):
-        _remove_abandoned(path.parent, beginning)
+        _remove_abandoned(path.parent, prefix)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -41,21 +41,21 @@ def write_whole(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
-def _remove_abandoned(folder: Path, beginning: str) -> None:
-    """Remove the temporary files of processes of this host that were killed."""
-    for left in folder.glob(f"{glob.escape(beginning)}*"):
-        process = left.name.removeprefix(beginning)
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove the temporary files of killed processes of this host."""
+    for file in folder.glob(f"{glob.escape(prefix)}*"):
+        process = file.name.removeprefix(prefix)
         try:
             if process.isdigit():
-                os.kill(int(process), 0)  # sends nothing; only asks whether it is there
+                os.kill(int(process), 0)  # sends no signal, only checks that the process exists
         except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except OSError:  # it is there, and another user's
+            file.unlink(missing_ok=True)
+        except OSError:  # the process exists and belongs to another user
             continue
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder last through a crash of the machine."""
+    """Make a rename in this folder durable through a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,21 +65,21 @@ def sync_folder(folder: Path) -> None:
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
     """Write all of `data` at an offset of an open file."""
-    rest = memoryview(data)
-    while rest:
-        done = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[done:], offset + done
+    remaining = memoryview(data)
+    while remaining:
+        written = os.pwrite(descriptor, remaining, offset)
+        remaining, offset = remaining[written:], offset + written
 
 
 @contextlib.contextmanager
 def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
-    """Hold `<path>.lock`, in which the holder's process and host stand; raise `error` if another process holds it.
+    """Hold `<path>.lock`, which names the holder's process and host; raise `error` if another process holds it.
 
-    The operating system lets go of the lock when its process dies, so a stale file blocks nobody.
+    The operating system releases the lock when its process dies, so a stale file blocks no process.
     """
     name = path.with_name(path.name + ".lock")
     while True:
-        # Not through a link, which another may have laid in a folder that all can write to.
+        # O_NOFOLLOW: in a folder that is writable for all, another user may have created a link.
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             try:
@@ -89,7 +89,7 @@ def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
                     raise
                 holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
                 raise error(f"{path} is being written by {holder}. Wait for it to end, or stop it.") from None
-            # Its last holder may have removed the file between our open and our lock; then a new one counts.
+            # The last holder may have removed the file between the open and the lock; then a new file counts.
             if name.exists() and os.path.samestat(os.fstat(descriptor), name.stat()):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

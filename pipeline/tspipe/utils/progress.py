@@ -1,4 +1,4 @@
-"""Progress with a rate and the time left: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress with a rate and the time left: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ stderr_console = Console(stderr=True, highlight=False)
 
 
 class _Rate(ProgressColumn):
-    """Units per second, over the last of them."""
+    """The recent rate in units per second."""
 
     def __init__(self, unit: str):
         super().__init__()
@@ -32,40 +32,40 @@ class _Rate(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, unit: str, done: int = 0, shown: bool = True) -> Iterator[Advance]:
-    """Show how far something has come; gives `advance(count, what)`, whose text replaces the description.
+def progress(what: str, total: int, unit: str, done: int = 0, visible: bool = True) -> Iterator[Advance]:
+    """Show progress; yield `advance(count, what)`, whose text replaces the description.
 
     Args:
         what: the description.
-        total: how many units there are.
+        total: the number of units.
         unit: their name, in the plural.
-        done: how many of them an earlier run has done.
-        shown: False for a process beside the one that speaks.
+        done: the number of units that an earlier run has done.
+        visible: False for a rank that prints nothing.
     """
-    if not shown:
+    if not visible:
         yield ignore
         return
-    form = _bar if stderr_console.is_terminal else _lines
-    with form(what, total, unit, done) as advance:
+    display = _bar if stderr_console.is_terminal else _lines
+    with display(what, total, unit, done) as advance:
         yield advance
 
 
 @contextlib.contextmanager
 def byte_progress(what: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
-    """Progress in bytes that are read or sent; gives `moved(count)`. `total` is asked when the first bytes move."""
-    done = shown = 0
+    """Show progress in bytes; yield `advance(count)`. `total` is called when the first bytes are read or sent."""
+    done = displayed = 0
     with contextlib.ExitStack() as stack:
-        advance: Advance | None = None
+        show: Advance | None = None
 
-        def moved(count: int) -> None:
-            nonlocal advance, done, shown
-            if advance is None:
-                advance = stack.enter_context(progress(what, math.ceil((total() or 0) / _MIB), "MiB"))
+        def advance(count: int) -> None:
+            nonlocal show, done, displayed
+            if show is None:
+                show = stack.enter_context(progress(what, math.ceil((total() or 0) / _MIB), "MiB"))
             done += count
-            advance(done // _MIB - shown, what)
-            shown = done // _MIB
+            show(done // _MIB - displayed, what)
+            displayed = done // _MIB
 
-        yield moved
+        yield advance
 
 
 @contextlib.contextmanager
@@ -95,5 +95,5 @@ def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
 
 
 def _digits(rate: float) -> str:
-    """A rate as people read it: 1,234, 12, 1.23."""
+    """Format a rate: 1,234, 12, 1.23."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}"

@@ -1,7 +1,7 @@
 """Every random number of a run, from its seed.
 
-One function gives every generator: batch order, initial weights, dropout, random images, views. Nothing carries
-over from batch to batch, so a run that goes on after a kill draws what it would have drawn.
+One function makes every generator: batch order, initial weights, dropout, random images, views. No state carries over
+from batch to batch, so a run that is resumed draws the same numbers as one that was not interrupted.
 """
 
 import itertools
@@ -15,7 +15,7 @@ _SEEDS = 64
 
 
 def stream(seed: int, purpose: str, epoch: int = 0, batch: int = 0) -> np.random.Generator:
-    """A Mersenne Twister (MT19937, period 2^19937 − 1) of its own for each (seed, purpose, epoch, batch).
+    """Return a separate Mersenne Twister (MT19937, period 2^19937 − 1) for each (seed, purpose, epoch, batch).
 
     Seeded through `numpy.random.SeedSequence`, whose output numpy keeps the same across versions.
     """
@@ -23,23 +23,23 @@ def stream(seed: int, purpose: str, epoch: int = 0, batch: int = 0) -> np.random
 
 
 def seed_torch(seed: int, purpose: str, epoch: int = 0, batch: int = 0) -> None:
-    """Seed torch's own generators (initial weights, dropout) for a (seed, purpose, epoch, batch)."""
+    """Seed torch's generators (initial weights, dropout) for a (seed, purpose, epoch, batch)."""
     seed_torch_with(_number(seed, purpose, epoch, batch))
 
 
 def torch_seeds(seed: int, purpose: str, epoch: int, batch: int) -> Iterator[int]:
-    """What to seed torch with for a batch of an epoch and each that comes after it.
+    """Yield the numbers to seed torch with for a batch of an epoch and each later one.
 
-    They are made some at a time: one alone, between two training steps, takes ten times as long.
+    They are computed in groups, since one alone between two training steps takes ten times as long.
     """
     for first in itertools.count(batch, _SEEDS):
         yield from [_number(seed, purpose, epoch, batch) for batch in range(first, first + _SEEDS)]
 
 
 def seed_torch_with(number: int) -> None:
-    """Seed torch's own generators with a number.
+    """Seed torch's generators with a number.
 
-    Not by `torch.manual_seed`: where there is no GPU, it notes each call with its stack for the time when one is found.
+    `torch.manual_seed` is avoided: without a GPU it keeps the stack of each call until one is initialised.
     """
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Clocks: when a checkpoint is due, and how long the device worked."""
+"""Clocks: for checkpoints, and for the time that a device works."""
 
 import contextlib
 import time
@@ -8,13 +8,13 @@ import torch
 
 
 class Clock:
-    """Says when the next checkpoint is due."""
+    """Tells when the next checkpoint is due."""
 
     def __init__(self, every: float):
         self.every, self._last = every, time.monotonic()
 
     def due(self) -> bool:
-        """Whether `every` seconds have passed since it last said so."""
+        """Whether `every` seconds have passed since it last returned True."""
         now = time.monotonic()
         if now - self._last < self.every:
             return False
@@ -23,19 +23,19 @@ class Clock:
 
 
 class Stopwatch:
-    """Adds up the seconds between `start` and `stop`; on a GPU those of its own work, without waiting for it."""
+    """Adds up the seconds between `start` and `stop`; on a GPU those of its work, without waiting for it."""
 
     def __init__(self, device: torch.device):
         self._gpu = device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
-        """Back to zero."""
+        """Reset to zero."""
         self._sum = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Begin to count."""
+        """Start counting."""
         if self._gpu:
             self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self._events[-1][0].record()
@@ -51,13 +51,13 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Count what is inside."""
+        """Count the time of the block."""
         self.start()
         yield
         self.stop()
 
     def seconds(self) -> float:
-        """What has been counted; on a GPU this waits for it."""
+        """Return the seconds counted; this waits for a GPU."""
         if self._gpu:
             torch.cuda.synchronize()
             return float(sum(start.elapsed_time(stop) for start, stop in self._events)) / 1000
