@@ -126,7 +126,7 @@ def test_runs_of_one_name_do_not_overwrite_each_others_figures(tmp_path: Path, m
     ]  # fmt: skip
 
 
-def test_what_others_wrote_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_text_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"dataset": HOSTILE, "labels": {HOSTILE: 1}, "student": HOSTILE}
     run = make_run(tmp_path / "run", {ALONE: [[0.6]], TAUGHT: [[0.6]]}, **summary)
     run.config[HOSTILE] = HOSTILE

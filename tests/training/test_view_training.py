@@ -278,7 +278,7 @@ def test_damaged_views_are_named_with_their_rows(tspipe: Tspipe, cropped: Cache,
     path.write_bytes(cropped.path.read_bytes())
     spoil(path, ("train_views", 4 * V))
     assert tspipe("verify", path).says(
-        f"{path} is damaged: train_views, rows 12 to 23. Get the file again, or put back what was there: "
+        f"{path} is damaged: train_views, rows 12 to 23. Get the file again, or repair it: "
         f"tspipe verify --repair {path}"
     )
 

@@ -17,7 +17,7 @@ from tspipe.utils.console import printable
 
 _MAX_LABELS = 20  # classes in the histogram of random images
 _CHOICES = {
-    "last": "last: after the last epoch, selected by nothing.",
+    "last": "last: after the last epoch.",
     "best": "best †: the highest of all epochs, selected by the test set itself, as in the paper; it is optimistic.",
     "chosen": "chosen: at the epoch selected by held-back training images; the test set is not involved.",
 }
