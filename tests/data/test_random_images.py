@@ -10,7 +10,7 @@ from tspipe.data.random_images import (
     congruential,
     minstd,
     minstd_start,
-    spent,
+    period_warning,
     uniform,
 )
 from tspipe.utils.rng import seed_torch, seed_torch_with, stream, torch_seeds
@@ -89,15 +89,15 @@ def test_a_pool_of_minstd_is_one_stream() -> None:
     np.testing.assert_array_equal(images.take(17, 6), np.concatenate([every[17:], every[:3]]))
 
 
-def test_what_is_said_of_the_period() -> None:
+def test_the_warning_of_the_period() -> None:
     shape = (3, 32, 32)
-    assert spent("mt19937", 10**9, "A seed", shape) is None
+    assert period_warning("mt19937", 10**9, "A seed", shape) is None
     assert (2**31 - 2) // (178 * 3072) == 3927, "batches of 178 CIFAR images"
-    assert spent("minstd", 178 * 391 * 200, "A seed", shape) == (
+    assert period_warning("minstd", 178 * 391 * 200, "A seed", shape) == (
         "The period of minstd is spent after 699,050 images of 3×32×32. A seed draws 13,919,600, more than that: then "
         "the same numbers come again."
     )
-    assert spent("minstd", 5000, "The pool", shape) == (
+    assert period_warning("minstd", 5000, "The pool", shape) == (
         "The period of minstd is spent after 699,050 images of 3×32×32. The pool draws 5,000, no more than that."
     )
 

@@ -1,4 +1,4 @@
-"""One image: decoded, digested and preprocessed."""
+"""One image: decoded and preprocessed."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +9,9 @@ from tspipe.errors import DatasetError
 
 
 def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image `index` as the dataset has it and as the network gets it; an error names the image."""
+    """Return image `index` as the dataset provides it, and preprocessed; an error names the image."""
     original = images.read(index)
     try:
         return original, preprocess.apply(original)
-    except DatasetError as problem:
-        raise DatasetError(f"{images.keys[index]}: {problem}") from problem
+    except DatasetError as error:
+        raise DatasetError(f"{images.keys[index]}: {error}") from error

@@ -1,4 +1,4 @@
-"""The local images of a cache: which must be those it was made from."""
+"""The local images of a cache, which must be those it was made from."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tspipe.errors import CacheMismatch
 
 
 def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, trust: bool) -> Dataset:
-    """The dataset `spec` in the folder `data`, compared with the cache; with `trust` only counted.
+    """Open the dataset `spec` in the folder `data` and compare it with the cache; with `trust`, only the counts.
 
     Raises CacheMismatch, naming the first image that differs.
     """
@@ -18,14 +18,14 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
     return dataset
 
 
-def check_preprocess(cache: Cache, wanted: Preprocess) -> None:
-    """Raise CacheMismatch where other pixels are asked for than the cache's targets belong to."""
-    there, here = cache.manifest["preprocess"], wanted.as_dict()
-    for field in there:
-        if there[field] != here[field]:
+def check_preprocess(cache: Cache, preprocess: Preprocess) -> None:
+    """Raise CacheMismatch if the cache's targets belong to images with another preprocessing."""
+    stored, requested = cache.manifest["preprocess"], preprocess.as_dict()
+    for field in stored:
+        if stored[field] != requested[field]:
             raise CacheMismatch(
-                f"{cache.path.name} was made with preprocess.{field} = {there[field]}, not {here[field]}: its targets "
-                "belong to those pixels. Leave the setting out, or make another cache with it."
+                f"{cache.path.name} was made with preprocess.{field} = {stored[field]}, not {requested[field]}: its "
+                "targets belong to those pixels. Leave the setting out, or make another cache with it."
             )
 
 
@@ -36,15 +36,15 @@ def _check_data(cache: Cache, dataset: Dataset) -> None:
 
 
 def _check_counts(cache: Cache, dataset: Dataset) -> None:
-    """What even data that are trusted must have: a row of the cache for each image, and its classes."""
-    there = {split: len(cache.split(split)) for split in SPLITS} | {"class": len(cache.classes)}
-    here = {split: len(dataset.split(split)) for split in SPLITS} | {"class": len(dataset.train.classes)}
-    if there != here:
+    """Check that trusted data have a row of the cache for each image, and its number of classes."""
+    stored = {split: len(cache.split(split)) for split in SPLITS} | {"class": len(cache.classes)}
+    local = {split: len(dataset.split(split)) for split in SPLITS} | {"class": len(dataset.train.classes)}
+    if stored != local:
         raise CacheMismatch(
-            f"{cache.path.name} has {_counts(there)}, the dataset {_counts(here)}: --trust-data skips the comparison "
-            "of images, but cannot do without their rows."
+            f"{cache.path.name} has {_format_counts(stored)}, the dataset {_format_counts(local)}: "
+            "--trust-data skips the comparison of images, but cannot do without their rows."
         )
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _format_counts(counts: dict[str, int]) -> str:
     return "{train:,} + {test:,} images of {class:,} classes".format(**counts)

@@ -1,8 +1,8 @@
-"""From a dataset's pixels to a network's input: the one description both stages use.
+"""From a dataset's pixels to a network's input: the one description that both stages use.
 
-It has two halves. `apply` (resize, centre crop) goes from uint8 to uint8, once per image; `normalise` goes from
-uint8 or [0, 1] to the network's floats, once per batch. The description is stored in the cache, so that stage two
-cannot use another. A view of an image, moved or mirrored, is made between resize and crop.
+It has two parts. `apply` (resize, centre crop) goes from uint8 to uint8, once per image; `normalise` goes from
+uint8 or [0, 1] to the network's floats, once per batch. The cache stores the description, so that stage two
+cannot use another. A view of an image is shifted and flipped between resize and crop.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -64,23 +64,23 @@ class Preprocess:
 
     @property
     def channels(self) -> int:
-        """Channels of the network's input."""
+        """The number of channels of the network's input."""
         return len(self.mean)
 
     def as_dict(self) -> dict[str, Any]:
-        """In the form of the cache's manifest: lists, not tuples."""
+        """Return the fields as the cache's manifest has them: lists, not tuples."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preprocess":
-        """The inverse of `as_dict`."""
+        """Return the preprocessing with these fields; the inverse of `as_dict`."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**plain)
 
     def apply(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize and crop one image: (H, W, C) uint8 in, (H', W', `channels`) uint8 out.
 
-        Raises DatasetError when the crop is larger than the image or the channels cannot be had.
+        Raises DatasetError when the crop is larger than the image or the number of channels does not fit.
         """
         if self.resize is not None and image.shape[:2] != self.resize:
             height, width = self.resize
@@ -97,16 +97,16 @@ class Preprocess:
 
     @property
     def before_views(self) -> "Preprocess":
-        """The same without the crop: `apply` then gives what `replay` takes."""
+        """The preprocessing without the crop, whose output is the input of `replay`."""
         return replace(self, crop=None)
 
     def replay(self, images: Tensor, views: Tensor | None = None) -> Tensor:
-        """Views, cropped, of images that are not: (n, C, H, W) in, (n, C, H', W') of the same dtype out, channels-last.
+        """Shift, flip and crop: (n, C, H, W) in, (n, C, H', W') of the same dtype out, channels-last.
 
-        A crop at a random place is one in the middle of an image that was moved.
+        A random crop is a centre crop of a shifted image.
 
         Args:
-            views: (n, 3) integers on the images' device, as for `shift_and_flip`; None: the images as they are.
+            views: (n, 3) integers on the images' device, as for `shift_and_flip`; None to crop only.
 
         Raises DatasetError when the crop is larger than the images.
         """
@@ -115,7 +115,7 @@ class Preprocess:
         return images[:, :, rows, columns].contiguous(memory_format=torch.channels_last)
 
     def _centre(self, height: int, width: int) -> tuple[slice, slice]:
-        """The rows and columns that the crop leaves of an image."""
+        """Return the rows and columns of the centre crop."""
         if self.crop is None:
             return slice(None), slice(None)
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
@@ -124,42 +124,42 @@ class Preprocess:
         return slice(top, top + self.crop), slice(left, left + self.crop)
 
     def __call__(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
-        """Both halves for one image, (H, W) or (H, W, C) uint8, as torchvision's datasets want a transform."""
-        array = np.array(image)  # a copy: Pillow's own memory cannot be written to, which PyTorch warns of
+        """Apply both parts to one image, (H, W) or (H, W, C) uint8: a transform for torchvision's datasets."""
+        array = np.array(image)  # a copy, since PyTorch warns of Pillow's read-only memory
         pixels = torch.from_numpy(self.apply(array.reshape(*array.shape[:2], -1)))
         return self.normalise(pixels.permute(2, 0, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) of uint8, or of float32 in [0, 1], to the network's float32 of the same shape."""
-        of_bytes, (count, channels, height, width) = images.dtype == torch.uint8, (-1, *images.shape)[-4:]
+        """Normalise (n, C, H, W) uint8, or float32 in [0, 1], to float32 of the same shape."""
+        is_uint8, (count, channels, height, width) = images.dtype == torch.uint8, (-1, *images.shape)[-4:]
         if images.ndim < 4 or not images.is_contiguous(memory_format=torch.channels_last):
-            scale, shift = (v[:, None, None] for v in self._line(1, of_bytes, images.device))
+            scale, shift = (v[:, None, None] for v in self._line(1, is_uint8, images.device))
             return images.to(torch.float32).mul(scale).sub_(shift)
-        # Channels-last, an image is one line of pixels: three channels as the innermost loop would be 4 × slower.
-        scale, shift = self._line(height * width, of_bytes, images.device)
+        # A channels-last image is treated as one line of pixels: an inner loop over three channels is 4 × slower.
+        scale, shift = self._line(height * width, is_uint8, images.device)
         lines = images.permute(0, 2, 3, 1).reshape(count, height * width * channels).to(torch.float32)
-        # Of bytes that is a copy, which may be written to: with memory for another it would take twice as long.
-        lines = (lines.mul_(scale) if of_bytes else lines * scale).sub_(shift)
+        # The float32 copy of bytes is overwritten in place, which takes half the time of allocating another.
+        lines = (lines.mul_(scale) if is_uint8 else lines * scale).sub_(shift)
         return lines.view(count, height, width, channels).permute(0, 3, 1, 2)
 
-    def _line(self, pixels: int, of_bytes: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        return _scale_and_shift(self.mean, self.std, pixels, of_bytes, device)
+    def _line(self, pixels: int, is_uint8: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        return _scale_and_shift(self.mean, self.std, pixels, is_uint8, device)
 
 
 @lru_cache
 def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], pixels: int, of_bytes: bool, device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], pixels: int, is_uint8: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(x / 255 − mean) / std as one multiplication and one subtraction of a line of pixels, channels innermost.
+    """Return scale and shift of (x / 255 − mean) / std for a line of pixels, channels innermost.
 
-    Kept, since making them waits for a GPU.
+    Cached, since creating them waits for a GPU.
     """
     means, deviations = (torch.tensor(v, device=device).repeat(pixels) for v in (mean, std))
-    return 1 / ((255.0 if of_bytes else 1.0) * deviations), means / deviations
+    return 1 / ((255.0 if is_uint8 else 1.0) * deviations), means / deviations
 
 
 def shift_and_flip(images: Tensor, views: Tensor) -> Tensor:
-    """Replay views: move each image by (dy, dx) pixels, zeros coming in at the edges, then mirror it where flip is 1.
+    """Replay views: shift each image by (dy, dx) pixels, filled with zeros, then mirror it where flip is 1.
 
     Args:
         images: (n, C, H, W), any dtype.
@@ -171,8 +171,8 @@ def shift_and_flip(images: Tensor, views: Tensor) -> Tensor:
     columns = torch.arange(width, device=images.device)
     columns = torch.where(flip[:, None] == 1, width - 1 - columns, columns) - dx[:, None]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    # Pixels by one number each: by image, row and column they would be gathered 3 × slower.
+    # One index per pixel: indices of image, row and column gather 3 × slower.
     rows = torch.arange(n, device=images.device)[:, None] * height + rows.clamp(0, height - 1)
     pixels = rows[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    moved = images.permute(0, 2, 3, 1).reshape(n * height * width, channels).index_select(0, pixels.view(-1))
-    return moved.view(n, height, width, channels).mul_(inside[..., None]).permute(0, 3, 1, 2)
+    shifted = images.permute(0, 2, 3, 1).reshape(n * height * width, channels).index_select(0, pixels.view(-1))
+    return shifted.view(n, height, width, channels).mul_(inside[..., None]).permute(0, 3, 1, 2)

@@ -46,7 +46,7 @@ from tspipe.utils.threads import TimeBreakdown, background_writer
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """What `tspipe cache` was asked for."""
+    """The settings of `tspipe cache`."""
 
     recipe: Recipe
     weights: Weights
@@ -129,7 +129,7 @@ def _write_cache(job: Job, group: Group) -> Cache:
         return cache
     if pool := job.plan["random"]:
         shape = tuple(job.plan["teacher"]["options"]["input_shape"])
-        if warning := random_images.spent(pool["generator"], pool["rows"], "The pool", shape):
+        if warning := random_images.period_warning(pool["generator"], pool["rows"], "The pool", shape):
             stderr_console.print(warning)
     with job.writer(0) as writer:
         _absorb(writer, job.dataset)
@@ -265,7 +265,9 @@ def _plan(
         },
         "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": width},
         "preprocess": recipe.preprocess.as_dict(),
-        "random": random_images.described(config.random_pool, recipe.random_generator) if config.random_pool else None,
+        "random": random_images.manifest_section(config.random_pool, recipe.random_generator)
+        if config.random_pool
+        else None,
         "teacher": {
             "correct": None,
             "file_sha256": config.weights.sha256,
@@ -273,7 +275,7 @@ def _plan(
             "options": options,
             "weights_sha256": weights_sha256,
         },
-        "views": views.described(recipe.views),
+        "views": views.manifest_section(recipe.views),
     }
 
 

@@ -273,6 +273,8 @@ def open_random_source(
     check_teacher(teacher, cache, data.preprocess.normalise(pixels))
     teacher.precision = getattr(torch, recipe.live_precision)
     images = recipe.random_images * batches_per_epoch * recipe.epochs
-    if partition.is_writer and (warning := random_images.spent(recipe.random_generator, images, "A seed", shape)):
+    if partition.is_writer and (
+        warning := random_images.period_warning(recipe.random_generator, images, "A seed", shape)
+    ):
         stderr_console.print(warning)
     return LiveTeacher(teacher, spec, recipe.random_generator)
