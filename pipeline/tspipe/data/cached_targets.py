@@ -1,4 +1,4 @@
-"""A cache beside any PyTorch dataset, for a training loop of one's own."""
+"""The targets of a cache for any PyTorch dataset, for custom training loops."""
 
 import os
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ class _Opened(NamedTuple):
 
 
 class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
-    """A map-style dataset whose samples also have what the teacher says: `(image, label, features, logits)`.
+    """A map-style dataset whose samples include the teacher's output: `(image, label, features, logits)`.
 
-    Each image is found in the cache by its key, where the dataset has keys: a sequence `dataset.keys`, or the files of
-    torchvision's `ImageFolder`, whose keys are the paths below its root. Other datasets must have the cache's length
-    and are taken in its order. `Subset` and `ConcatDataset` of either work. Every label is compared with the cache's.
+    Images are matched by key if the dataset has keys: a sequence `dataset.keys`, or the files of torchvision's
+    `ImageFolder`, whose keys are the paths below its root. Any other dataset must have the cache's length and order.
+    `Subset` and `ConcatDataset` of either work. Every label is compared with the cache's.
 
-    In a `DataLoader` it works with any start method: it pickles without its rows, and each worker opens the file.
+    It works in a `DataLoader` with any start method: rows are not pickled, and each worker opens the file.
 
     Args:
-        dataset: `dataset[i]` gives an image and its label, perhaps more, which is left out. The targets are of the
-            image as the dataset has it: a crop or a mirror image of it has others.
+        dataset: `dataset[i]` returns an image and its label; further items are ignored. The targets belong to the
+            unchanged image, not to a crop or a mirror image of it.
         cache: an opened cache, or its path.
         split: `train` or `test`.
-        keys: the dataset's keys, where it does not tell them itself.
-        check_labels: False for a dataset whose labels are meant to be others than the cache's.
+        keys: the keys of a dataset that does not provide them.
+        check_labels: False for a dataset whose labels differ from the cache's on purpose.
 
     Raises CacheMismatch when an image or its label is not the cache's, naming the first.
     """
@@ -64,7 +64,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Any, Any, Tensor, Tensor]:
-        """Image and label as the dataset gives them; features (d,) and logits (c,), float32."""
+        """Return image and label as the dataset does, and features (d,) and logits (c,), float32."""
         image, label = self._sample(index)
         row = range(len(self))[index] if self._rows is None else int(self._rows[index])
         opened = self._open()
@@ -107,18 +107,18 @@ def _number(label: Any, index: int) -> int:
 
 
 def _open(cache: Cache, split: str) -> _Opened:
-    found = cache.split(split)
-    return _Opened(found.features, found.logits, found.labels)
+    rows = cache.split(split)
+    return _Opened(rows.features, rows.logits, rows.labels)
 
 
 def _rows(dataset: Any, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64] | None:
-    """The cache's row of each of the dataset's images; None where they are in the same order."""
+    """Return the cache's row of each image of the dataset; None if the order is the same."""
     stored, name = cache.split(split), cache.path.name
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DatasetError("CachedTargets takes a map-style dataset, one with a length and dataset[i].")
-    base, indices = _unwrapped(dataset)
-    own = keys if keys is not None else _keys(base)
-    if own is None:
+    base, indices = _unwrap(dataset)
+    image_keys = keys if keys is not None else _keys(base)
+    if image_keys is None:
         if len(base) != len(stored):
             raise CacheMismatch(
                 f"{name} has {len(stored):,} {split} images, the dataset {len(base):,} and no keys to find them by. "
@@ -126,41 +126,41 @@ def _rows(dataset: Any, cache: Cache, split: str, keys: Sequence[str] | None) ->
             )
         return indices
     if keys is None and indices is not None:
-        own = [own[i] for i in indices]
-    if len(own) != len(dataset):
-        raise DatasetError(f"{len(own):,} keys for {len(dataset):,} images.")
+        image_keys = [image_keys[i] for i in indices]
+    if len(image_keys) != len(dataset):
+        raise DatasetError(f"{len(image_keys):,} keys for {len(dataset):,} images.")
     row_of = {key.decode("utf-8", "replace"): row for row, key in enumerate(stored.keys.load().tolist())}
-    for i, key in enumerate(own):
+    for i, key in enumerate(image_keys):
         if key not in row_of:
             raise CacheMismatch(f"{name} has no {split} image {key!r}, which the dataset has at index {i}.")
-    rows = np.array([row_of[key] for key in own], np.int64)
+    rows = np.array([row_of[key] for key in image_keys], np.int64)
     return None if np.array_equal(rows, np.arange(len(stored))) else rows
 
 
 def _concatenated(datasets: Sequence[Any]) -> list[str] | None:
-    """The keys of several datasets, one after the other; None if none has any."""
-    found = []
-    for base, indices in map(_unwrapped, datasets):
-        own = _keys(base)
-        found.append(own if own is None or indices is None else [own[i] for i in indices])
-    if all(own is None for own in found):
+    """Return the keys of several datasets, one after the other; None if no dataset has keys."""
+    keys_of_each = []
+    for base, indices in map(_unwrap, datasets):
+        keys = _keys(base)
+        keys_of_each.append(keys if keys is None or indices is None else [keys[i] for i in indices])
+    if all(keys is None for keys in keys_of_each):
         return None
-    if any(own is None for own in found):
+    if any(keys is None for keys in keys_of_each):
         raise DatasetError("Some of the concatenated datasets have keys and some have not. Give all: keys=[…]")
-    return [key for own in found if own is not None for key in own]
+    return [key for keys in keys_of_each if keys is not None for key in keys]
 
 
-def _unwrapped(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
-    """The dataset below any number of `Subset`s, and which of its images are meant; None: all."""
+def _unwrap(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
+    """Return the dataset below any number of `Subset`s, and the indices of its images; None for all."""
     if not isinstance(dataset, torch.utils.data.Subset):
         return dataset, None
-    base, below = _unwrapped(dataset.dataset)
+    base, below = _unwrap(dataset.dataset)
     indices = np.asarray(dataset.indices, np.int64)
     return base, indices if below is None else below[indices]
 
 
 def _keys(dataset: Any) -> list[str] | None:
-    """A dataset's own keys; those of torchvision's `ImageFolder` are the paths below its root, as for `folder`."""
+    """Return a dataset's keys; those of torchvision's `ImageFolder` are the paths below its root, as for `folder`."""
     if isinstance(dataset, torch.utils.data.ConcatDataset):
         return _concatenated(dataset.datasets)
     keys = getattr(dataset, "keys", None)

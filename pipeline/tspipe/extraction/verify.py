@@ -1,4 +1,4 @@
-"""Beside `tspipe verify`: is a cache of this data, does its teacher still say the same; and repair of its bytes."""
+"""Comparison of a cache with its dataset and its teacher, and repair of damaged bytes."""
 
 import hashlib
 from collections import defaultdict
@@ -33,26 +33,26 @@ from tspipe.utils.console import stdout_console
 from tspipe.utils.device import pick_device
 from tspipe.utils.progress import progress
 
-_BY_TEACHER = {"features", "logits"}
+_TEACHER_COLUMNS = {"features", "logits"}
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What a cache is compared with: the recipe's dataset in `root`, and the teacher in the file or in `weights`."""
+    """What to compare a cache with: the recipe's dataset in `root`, and the teacher in the cache or in `weights`."""
 
     recipe: Recipe
     root: Path | None = None
     weights: Weights | None = None
 
     def dataset(self) -> Dataset:
-        """The local dataset."""
+        """Open the local dataset."""
         return open_dataset(self.recipe.dataset, self.root)
 
 
 def match_data(cache: Cache, config: VerifyConfig) -> int:
-    """Compare classes, keys, labels and the pixels of every image with the local dataset; gives how many images.
+    """Compare classes, keys, labels and the pixels of every image with the local dataset; return their number.
 
-    Raises CacheMismatch naming the first that differs.
+    Raises CacheMismatch naming the first image that differs.
     """
     dataset = config.dataset()
     name, total = cache.path.name, sum(len(cache.split(split)) for split in SPLITS)
@@ -71,33 +71,33 @@ def match_data(cache: Cache, config: VerifyConfig) -> int:
 
 
 class Difference(NamedTuple):
-    """How far a column is from what the teacher says now."""
+    """How far a column is from the teacher's present output."""
 
     largest: float
     mean: float
-    of: float  # the largest value in the column
+    scale: float  # the largest absolute value in the column
 
     @classmethod
-    def between(cls, there: NDArray[np.floating], here: NDArray[np.floating]) -> "Difference":
-        """Of two arrays of one shape."""
-        apart = np.abs(there.astype(np.float64) - here)
-        return cls(float(apart.max()), float(apart.mean()), float(np.abs(there).max()))
+    def between(cls, stored: NDArray[np.floating], computed: NDArray[np.floating]) -> "Difference":
+        """Return the difference of two arrays of one shape."""
+        differences = np.abs(stored.astype(np.float64) - computed)
+        return cls(float(differences.max()), float(differences.mean()), float(np.abs(stored).max()))
 
 
 class Agreement(NamedTuple):
-    """What the teacher says of `images` random images, against what the file says."""
+    """The teacher's present output for `images` random images, compared with the file."""
 
     images: int
     features: Difference
     logits: Difference
-    changed: int  # images whose argmax is another
-    apart: int  # images of which features or logits differ by more than rounding
+    changed: int  # images whose argmax differs
+    differing: int  # images whose features or logits differ by more than rounding
 
 
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
-    """Run the teacher again on images chosen at random: the pixels in the file, else the local dataset's.
+    """Run the teacher again on images chosen at random, with the pixels in the file or else of the local dataset.
 
-    They are of both splits, and of the random pool where there is one; of an image's views the first, the plain one.
+    They are chosen from both splits and the random pool. Of an image with views, the first, unchanged one is compared.
     """
     dataset, preprocess = open_images(cache, config.dataset)
     device = pick_device(config.recipe.device)
@@ -105,28 +105,29 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
     sizes = cache.dimensions
     ends = np.cumsum([sizes.images(split) for split in sizes.sections]).tolist()
     chosen = np.random.default_rng().choice(ends[-1], min(count, ends[-1]), replace=False)
-    found, at_once = [], cache.manifest["compute"]["batch_size"]
+    outputs, batch_size = [], cache.manifest["compute"]["batch_size"]
     for split, first, end in zip(sizes.sections, [0, *ends[:-1]], ends, strict=True):
-        mine = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
+        indices = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
         stored, views = cache.random if split == "random" else cache.split(split), sizes.views_of(split)
         assert stored is not None
-        pixels_of = _pixels_of(split, cache, dataset, preprocess)
-        with progress(f"teacher, {split}", len(mine), "images") as advance:
-            for start in range(0, len(mine), at_once):  # none of a split of which nothing was chosen
-                some = mine[start : start + at_once]
-                pixels = np.stack([pixels_of(int(i)) for i in some])
-                features, logits = forward.run_teacher_on_blocks(teacher, preprocess, len(some), pixels, split, 0)
-                found.append((stored.features.take(some * views), features, stored.logits.take(some * views), logits))
-                advance(len(some), f"teacher, {split}")
-    was_features, features, was_logits, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        read_pixels = _pixel_reader(split, cache, dataset, preprocess)
+        with progress(f"teacher, {split}", len(indices), "images") as advance:
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
+                pixels = np.stack([read_pixels(int(i)) for i in batch])
+                features, logits = forward.run_teacher_on_blocks(teacher, preprocess, len(batch), pixels, split, 0)
+                rows = batch * views
+                outputs.append((stored.features.take(rows), features, stored.logits.take(rows), logits))
+                advance(len(batch), f"teacher, {split}")
+    stored_features, features, stored_logits, logits = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
     agreement = Agreement(
         len(chosen),
-        Difference.between(was_features, features),
-        Difference.between(was_logits, logits),
-        int((was_logits.argmax(1) != logits.argmax(1)).sum()),
-        int((_apart(was_features, features) | _apart(was_logits, logits)).sum()),
+        Difference.between(stored_features, features),
+        Difference.between(stored_logits, logits),
+        int((stored_logits.argmax(1) != logits.argmax(1)).sum()),
+        int((_differ(stored_features, features) | _differ(stored_logits, logits)).sum()),
     )
-    if agreement.apart:
+    if agreement.differing:
         last = preprocess.normalise(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
         if draws_at_random(teacher, last):
             raise CacheError(
@@ -136,8 +137,8 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
     return agreement
 
 
-def _pixels_of(split: str, cache: Cache, dataset: Dataset, preprocess: Preprocess) -> Callable[[int], NDArray[Any]]:
-    """The pixels (H, W, C) of an image of a split, or of the random pool, by its number."""
+def _pixel_reader(split: str, cache: Cache, dataset: Dataset, preprocess: Preprocess) -> Callable[[int], NDArray[Any]]:
+    """Return a function from an image's index in a split, or in the random pool, to its pixels (H, W, C)."""
     if split == "random":
         pool = PoolImages.of(cache.manifest)
         return lambda i: pool.take(i, 1)[0].transpose(1, 2, 0)
@@ -145,37 +146,37 @@ def _pixels_of(split: str, cache: Cache, dataset: Dataset, preprocess: Preproces
     return lambda i: read(images, preprocess, i)[1]
 
 
-def _apart(there: NDArray[np.floating], here: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Which rows (n, d) differ by more than rounding."""
-    close: NDArray[np.bool_] = np.abs(there.astype(np.float64) - here).max(1) <= ROUNDING * np.abs(there).max()
+def _differ(stored: NDArray[np.floating], computed: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Return which rows (n, d) differ by more than rounding."""
+    close: NDArray[np.bool_] = np.abs(stored.astype(np.float64) - computed).max(1) <= ROUNDING * np.abs(stored).max()
     return ~close
 
 
 def show(agreement: Agreement) -> None:
-    """Print it as a table; raises CacheMismatch if the teacher says something else."""
+    """Print the agreement as a table; raise CacheMismatch if any image differs by more than rounding."""
     table = Table(box=None, pad_edge=False)
     for heading in ("difference", "largest", "mean", "largest, relative"):
         table.add_column(heading, justify="left" if heading == "difference" else "right")
     for name, part in (("features", agreement.features), ("logits", agreement.logits)):
-        share = part.largest / part.of if part.of else 0.0
-        table.add_row(name, f"{part.largest:.2g}", f"{part.mean:.2g}", f"{share:.1e}")
+        relative = part.largest / part.scale if part.scale else 0.0
+        table.add_row(name, f"{part.largest:.2g}", f"{part.mean:.2g}", f"{relative:.1e}")
     out = stdout_console()
     out.print(f"The teacher, run again on {agreement.images:,} random images, against the file:")
     out.print(table)
     out.print(f"Changed argmax: {agreement.changed:,} of {agreement.images:,}")
-    if agreement.apart:
+    if agreement.differing:
         raise CacheMismatch(
-            f"The teacher gives other features or logits than the file holds for {agreement.apart:,} of "
+            f"The teacher gives other features or logits than the file holds for {agreement.differing:,} of "
             f"{agreement.images:,} images, by more than rounding. Other images or other code of its network may be "
             "why: tspipe verify --data"
         )
 
 
 def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
-    """Put the original bytes back: first what the rest of the file tells, then what the teacher and the dataset tell.
+    """Restore the original bytes: first those that the rest of the file determines, then those to compute again.
 
-    Raises CacheDamaged where they cannot be known again, CacheMismatch where what is computed here is not what was
-    written; that place is then left as it is.
+    Raises CacheDamaged if bytes cannot be restored, CacheMismatch if the computed bytes are not those that were
+    written; those are then left unchanged.
     """
     if not all(part.repairable for part in damage):
         raise CacheDamaged(explain(path, damage))
@@ -194,8 +195,8 @@ def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
 
 
 def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int], set[str]]:
-    """(split, block) -> the columns that are damaged in it."""
-    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    """Return the damaged columns of each (split, block)."""
+    damaged: dict[tuple[str, int], set[str]] = defaultdict(set)
     sizes = cache.dimensions
     for part in damage:
         split, _, column = part.dataset.partition("_")
@@ -203,38 +204,38 @@ def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int],
             continue
         for block in range(sizes.blocks(split)):
             if sizes.column_rows(split, column, sizes.block(split, block)).start in part.rows:
-                found[split, block].add(column)
-    return found
+                damaged[split, block].add(column)
+    return damaged
 
 
 def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config: VerifyConfig) -> None:
     cache, dataset = file.cache, config.dataset()
     preprocess, compute = Preprocess.from_dict(cache.manifest["preprocess"]), cache.manifest["compute"]
     teacher = None
-    if any(columns & _BY_TEACHER for columns in blocks.values()):
+    if any(columns & _TEACHER_COLUMNS for columns in blocks.values()):
         device.use_full_precision()
         teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
     with progress("repairing", len(blocks), "blocks") as advance:
         for split in dict.fromkeys(split for split, _ in blocks):
-            mine = sorted(block for where, block in blocks if where == split)
-            ranges = [cache.dimensions.block(split, block) for block in mine]
+            numbers = sorted(number for section, number in blocks if section == split)
+            ranges = [cache.dimensions.block(split, block) for block in numbers]
             if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
-            found = rows.section_blocks(split, dataset, preprocess, cache.manifest, ranges)
-            for number, block in zip(mine, found, strict=True):
+            restored = rows.section_blocks(split, dataset, preprocess, cache.manifest, ranges)
+            for number, block in zip(numbers, restored, strict=True):
                 columns = block.columns
-                if teacher is not None and blocks[split, number] & _BY_TEACHER:
+                if teacher is not None and blocks[split, number] & _TEACHER_COLUMNS:
                     features, logits = forward.run_teacher_on_blocks(
                         teacher, preprocess, compute["batch_size"], block.teacher_input, split, number
                     )
                     columns |= {"features": features, "logits": logits}
                 wrong = file.block(split, number, {name: columns[name] for name in blocks[split, number]})
                 if wrong:
-                    raise CacheMismatch(_not_the_same(file.path, split, block, wrong))
+                    raise CacheMismatch(_mismatch_message(file.path, split, block, wrong))
                 advance(1, "repairing")
 
 
-def _not_the_same(path: Path, split: str, block: rows.Block, wrong: list[str]) -> str:
+def _mismatch_message(path: Path, split: str, block: rows.Block, wrong: list[str]) -> str:
     rounding = "this processor or PyTorch rounds differently. Get the file again."
     why = f"Either the images differ (tspipe verify --data), or {rounding}" if split in SPLITS else f"T{rounding[1:]}"
     return (
@@ -246,23 +247,23 @@ def _not_the_same(path: Path, split: str, block: rows.Block, wrong: list[str]) -
 def _teacher(
     cache: Cache, config: VerifyConfig, dataset: Dataset, preprocess: Preprocess, device: torch.device
 ) -> FeatureNet:
-    """The teacher in the file, else the one in `--weights`."""
+    """Load the teacher in the cache, else the one in `--weights`."""
     shape = input_shape(dataset.train, preprocess)
     data = None if cache.has_teacher else _given_weights(cache, config)
     return load_teacher(cache, config.recipe, shape, device, data)
 
 
 def _given_weights(cache: Cache, config: VerifyConfig) -> bytes:
-    """The weights in `--weights` as the file holds them, or would; raises CacheMismatch if they are others."""
-    there = cache.manifest["teacher"]
+    """Return the weights in `--weights` in the cache's form; raise CacheMismatch if they are not the cache's."""
+    stored = cache.manifest["teacher"]
     if config.weights is None:
         raise CacheError(
             f"{cache.path}: its teacher's weights are needed. Give the file they came from, SHA-256 "
-            f"{there['file_sha256'][:12]}…: --weights FILE"
+            f"{stored['file_sha256'][:12]}…: --weights FILE"
         )
-    spec = teacher_spec(cache, config.recipe, tuple(there["options"]["input_shape"]))
+    spec = teacher_spec(cache, config.recipe, tuple(stored["options"]["input_shape"]))
     module, _ = loading.load_network(spec, config.weights.tensors, config.weights.source)
     data = weights.canonical_bytes(module)
-    if hashlib.sha256(data).hexdigest() != there["weights_sha256"]:
+    if hashlib.sha256(data).hexdigest() != stored["weights_sha256"]:
         raise CacheMismatch(f"{config.weights.source} is not what {cache.path.name} was made with.")
     return data

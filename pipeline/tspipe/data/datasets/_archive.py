@@ -1,4 +1,4 @@
-"""Datasets as their publishers pack them: found in a folder, checked against the published checksums, fetched."""
+"""Published archives of datasets: locating, checking against published checksums, and downloading."""
 
 import hashlib
 import shlex
@@ -10,13 +10,13 @@ from tspipe.errors import DatasetError
 FETCH = "Give its folder (--data FOLDER) or fetch it (--download)."
 
 
-def find(title: str, root: Path, files: Iterable[str], how: str, archive: str = "") -> Path:
-    """The folder of the first of `files` (paths relative to `root`) that exists.
+def find(title: str, root: Path, files: Iterable[str], instructions: str, archive: str = "") -> Path:
+    """Return the folder of the first of `files` (paths relative to `root`) that exists.
 
     Args:
         title: the dataset's name in prose.
-        how: the sentence that says how to get the dataset.
-        archive: the published tar.gz; where only that lies in `root`, the error says how to unpack it.
+        instructions: the sentence that says how to get the dataset.
+        archive: the published tar.gz; if `root` contains only that, the error says how to unpack it.
 
     Raises DatasetError: none of them exists.
     """
@@ -25,14 +25,14 @@ def find(title: str, root: Path, files: Iterable[str], how: str, archive: str = 
         if (root / file).exists():
             return (root / file).parent
     if archive and (root / archive).exists():
-        # Left to tar: a gigabyte unpacked without being asked for is no favour.
+        # Not unpacked here: a user may not want another gigabyte on this disk.
         command = f"tar -xzf {shlex.quote(str(root / archive))} -C {shlex.quote(str(root))}"
         raise DatasetError(f"{root / archive} is not unpacked. Unpack it: {command}")
-    raise DatasetError(f"There is no {title} in {root}: looked for {', '.join(files)}. {how}")
+    raise DatasetError(f"There is no {title} in {root}: looked for {', '.join(files)}. {instructions}")
 
 
 def read(path: Path) -> bytes:
-    """A file's bytes. Raises DatasetError where it cannot be read."""
+    """Return a file's bytes; raise DatasetError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as problem:
@@ -40,21 +40,21 @@ def read(path: Path) -> bytes:
 
 
 def check(path: Path, data: bytes, md5: str) -> bytes:
-    """`data`, read from `path`, if its MD5 is `md5`; else raises DatasetError.
+    """Return `data`, which was read from `path`; raise DatasetError unless its MD5 is `md5`.
 
-    MD5 is what the publishers state. It is enough here: a forgery needs a second preimage, not a collision.
+    Publishers state MD5. It suffices, since a forgery needs a second preimage, not a collision.
     """
-    found = hashlib.md5(data).hexdigest()
-    if found != md5:
+    actual_md5 = hashlib.md5(data).hexdigest()
+    if actual_md5 != md5:
         raise DatasetError(
-            f"{path} is not the published file: its MD5 is {found}, that of the published one {md5}. "
+            f"{path} is not the published file: its MD5 is {actual_md5}, that of the published one {md5}. "
             "Remove it and fetch it again (--download)."
         )
     return data
 
 
 def fetch(title: str, name: str, root: Path) -> None:
-    """Have torchvision fetch its dataset `name` into `root`, in the published layout; what is there is kept.
+    """Download torchvision's dataset `name` into `root`, in the published layout; existing files are kept.
 
     Raises DatasetError: no network, no space, or not the published files.
     """

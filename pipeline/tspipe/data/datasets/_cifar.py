@@ -12,15 +12,15 @@ from tspipe.data.datasets import Images, _archive, from_array
 
 
 def load(folder: Path, batches: Sequence[str], labels: str, meta: str, classes: str, md5: Mapping[str, str]) -> Images:
-    """The images of some batches, one batch after the other, as (N, 32, 32, 3) uint8.
+    """Return the images of these batches, one batch after the other, as (N, 32, 32, 3) uint8.
 
     Args:
-        folder: where the files lie.
+        folder: the folder of the files.
         batches: their file names.
         labels: the key of the labels in a batch.
         meta: the file with the class names.
         classes: the key of the class names in it.
-        md5: of every file by name.
+        md5: the MD5 of every file by name.
 
     Raises DatasetError: a file is missing or not as published.
     """
@@ -34,10 +34,10 @@ def load(folder: Path, batches: Sequence[str], labels: str, meta: str, classes: 
 
 
 def _unpickle(path: Path, md5: str) -> dict[str, Any]:
-    """A pickle can run any code, so only bytes that are known to be the published ones are unpickled."""
+    """Unpickle a file only if it is the published one, since a pickle can run any code."""
     data = _archive.check(path, _archive.read(path), md5)
     with warnings.catch_warnings():
-        # numpy 2.4.0 to 2.4.4 dislikes how pickles of 2009 write a dtype; nothing can be done about it here.
+        # numpy 2.4.0 to 2.4.4 warns of the form of dtypes in pickles of 2009.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         content: dict[str, Any] = pickle.loads(data, encoding="latin1")  # pickled by Python 2
     return content

@@ -1,4 +1,4 @@
-"""Images that lie in files of their own, decoded when they are read."""
+"""Image files, decoded when they are read."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from tspipe.errors import DatasetError
 
 
 def decode(path: Path) -> Pixels:
-    """An image file as (H, W, 3) uint8, turned as its EXIF orientation says.
+    """Decode an image file to (H, W, 3) uint8, rotated by its EXIF orientation.
 
-    Grey becomes three equal channels, 16 bits become the upper 8, a palette its colours. Alpha is dropped, as
-    torchvision's ImageFolder does; of an animation the first frame counts. Safe to call from several threads.
+    Grey becomes three equal channels, 16 bits their upper 8, a palette its colours. Alpha is dropped, as in
+    torchvision's ImageFolder; an animation yields its first frame. Safe to call from several threads.
 
     Raises DatasetError naming the file: missing, truncated, no image, floating point, or larger than Pillow's
     limit against decompression bombs.
@@ -31,7 +31,7 @@ def decode(path: Path) -> Pixels:
         reason = "is not an image that Pillow knows"
     except FileNotFoundError:
         reason = "does not exist"
-    except Exception as problem:  # Pillow's decoders raise whatever a broken file makes them meet
+    except Exception as problem:  # Pillow's decoders raise many types of errors for broken files
         detail = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
         reason = f"cannot be decoded: {detail}"
     raise DatasetError(f"{path} {reason}.")
@@ -44,5 +44,5 @@ def _rgb(image: Image.Image) -> Image.Image:
         wide = np.asarray(image).astype(np.int64)  # in either byte order
         image = Image.fromarray((wide.clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+        image = image.convert("RGBA")  # Pillow warns of a direct conversion to RGB
     return image.convert("RGB")

@@ -19,19 +19,19 @@ FOLDER = "CUB_200_2011"
 ARCHIVE = "CUB_200_2011.tgz"
 ARCHIVE_MD5 = "97eceeb196236b17998738112f37df78"
 
-Table = dict[str, tuple[int, str]]  # id -> number of its line, what stands after the id
+Table = dict[str, tuple[int, str]]  # id -> (line number, value)
 
 
 def load(root: Path, split: str) -> Images:
-    """Images (H, W, 3) uint8 of many sizes, decoded when read, from `root`/CUB_200_2011 or from `root` itself.
+    """Return images (H, W, 3) uint8 of many sizes, decoded when read, from `root`/CUB_200_2011 or from `root` itself.
 
-    Class 1 of the published files is label 0. Keys are the paths in images.txt, whose order the images have. The few
-    grey images become RGB. An archive with fewer images than published is taken as it is.
+    Class 1 of the published files is label 0. Keys are the paths in images.txt, which gives their order. The few
+    grey images become RGB. An archive with fewer images than published is accepted.
 
     Raises DatasetError: missing, not unpacked, or text files that do not agree (file and line are named).
     """
-    how = f"Give its folder (--data FOLDER). It is {ARCHIVE} (MD5 {ARCHIVE_MD5}) from {SOURCE}"
-    folder = _archive.find("CUB-200-2011", root, [f"{FOLDER}/images.txt", "images.txt"], how, ARCHIVE)
+    instructions = f"Give its folder (--data FOLDER). It is {ARCHIVE} (MD5 {ARCHIVE_MD5}) from {SOURCE}"
+    folder = _archive.find("CUB-200-2011", root, [f"{FOLDER}/images.txt", "images.txt"], instructions, ARCHIVE)
     classes = _classes(folder / "classes.txt")
     paths = _paths(folder / "images.txt")
     labels = _choices(folder / "image_class_labels.txt", paths, [str(i + 1) for i in range(len(classes))])
@@ -68,7 +68,7 @@ def _paths(path: Path) -> Table:
 
 
 def _choices(path: Path, images: Table, choices: list[str]) -> dict[str, int]:
-    """For every image the index of its value in `choices`."""
+    """Return for every image the index of its value in `choices`."""
     table, index = _table(path), {choice: i for i, choice in enumerate(choices)}
     for image, (line, value) in table.items():
         if image not in images:
@@ -82,7 +82,7 @@ def _choices(path: Path, images: Table, choices: list[str]) -> dict[str, int]:
 
 
 def _table(path: Path) -> Table:
-    """A file of lines `id value`, each id once."""
+    """Read a file of lines `id value`, each id once."""
     table: Table = {}
     try:
         lines = _archive.read(path).decode().splitlines()

@@ -1,4 +1,4 @@
-"""Images of one's own in folders: train/CLASS/… and test/CLASS/…"""
+"""A user's images in folders: train/CLASS/… and test/CLASS/…"""
 
 from collections.abc import Iterator
 from os import scandir
@@ -19,11 +19,11 @@ LAYOUT = "The layout is train/CLASS/IMAGE and test/CLASS/IMAGE."
 
 
 def load(root: Path, split: str) -> Images:
-    """Images (H, W, 3) uint8 of any size from `root`/train or `root`/test (or `root`/val where there is no test).
+    """Return images (H, W, 3) uint8 of any size from `root`/train or `root`/test (else `root`/val).
 
-    Classes are the folders in train, sorted; an image belongs to the class above it, however deep it lies. Images are
-    sorted by class, then by path; keys are paths relative to the split's folder. Hidden files and files with other
-    extensions than `EXTENSIONS` are left out.
+    Classes are the sorted folders in train; an image belongs to the class folder that contains it, at any depth. Images
+    are sorted by class, then by path; keys are paths relative to the split's folder. Hidden files and files with other
+    extensions than `EXTENSIONS` are ignored.
 
     Raises DatasetError: no folder of that split, no classes, a class without images, or one that train does not have.
     """
@@ -35,12 +35,12 @@ def load(root: Path, split: str) -> Images:
     for name in _classes(folder):
         if name not in number:
             raise DatasetError(f"{folder / name}: there is no class {name!r} in {train}.")
-        found = _keys(folder, name)
-        if not found:
+        class_keys = _keys(folder, name)
+        if not class_keys:
             known = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
             raise DatasetError(f"{folder / name} holds no images. These are looked for: {known}.")
-        keys += found
-        labels += [number[name]] * len(found)
+        keys += class_keys
+        labels += [number[name]] * len(class_keys)
 
     def read(i: int) -> Pixels:
         return decode(folder / keys[i])
@@ -70,7 +70,7 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _keys(folder: Path, name: str) -> list[str]:
-    """The images of a class as paths relative to the split's folder, sorted."""
+    """Return the images of a class as sorted paths relative to the split's folder."""
     try:
         keys = sorted(f"{name}/{path}" for path in _walk(folder / name))
         "\n".join(keys).encode()  # keys are stored as UTF-8
@@ -82,10 +82,10 @@ def _keys(folder: Path, name: str) -> list[str]:
 
 
 def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[str]:
-    """Relative paths of the images below a folder, in no order, with / on every system."""
+    """Yield the relative paths of the images below a folder, in no order, with / on every system."""
     real = folder.resolve()
     if real in above:
-        return  # a link to a folder it lies in: it would go round for ever
+        return  # a link to a folder that contains it would never end
     for entry in scandir(folder):
         if entry.name.startswith("."):
             continue
