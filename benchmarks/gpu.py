@@ -35,7 +35,7 @@ CONVOLUTIONS = [(64, 32), (128, 16), (256, 16), (512, 8), (1024, 16)][: None if 
 
 def seconds(work: Callable[[], object]) -> float:
     """The median of some turns, after one to warm up."""
-    found = []
+    result = []
     for _ in range(TURNS + 1):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
@@ -43,8 +43,8 @@ def seconds(work: Callable[[], object]) -> float:
         work()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+        result.append(time.perf_counter() - start)
+    return statistics.median(result[1:])
 
 
 def operations(work: Callable[[], object]) -> int:
@@ -117,8 +117,8 @@ def main() -> None:
         subprocess.run([*program, "student", "--cache", CACHE, *arguments, *settings], check=True)
         print(f"lenet5, taught, {EPOCHS} epochs: {time.perf_counter() - start:.1f} s from the command to its end")
     command = [*program, "bench", "--cache", CACHE, "--student", "lenet5", "--json", *settings]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    for line in found["lines"]:
+    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for line in result["lines"]:
         print(f"{line['what']}: {line['ratio']:.3f} ({line['lower']:.3f} to {line['upper']:.3f}), n = {line['n']}")
     most, (rate, step) = convolving(), resnet18()
     print(f"resnet18, bfloat16: {1000 * step:.2f} ms a step, {rate / 1e12:.2f} TFLOP/s")

@@ -44,16 +44,16 @@ def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None
     source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, chosen.batch_size)
     for path in weights:
         learner.network.load_state_dict(safetensors.torch.load_file(path))
-    found: dict[str, list[tuple[float, Tensor]]] = {"real": [], "random": []}
+    result: dict[str, list[tuple[float, Tensor]]] = {"real": [], "random": []}
     for _, batch in source.epoch(0, 0, slice(12)):
         assert batch.random is not None
         parts = {"real": (batch.images, batch.target), "random": batch.random}
-        whole = sum(len(images) for images, _ in parts.values())
+        complete = sum(len(images) for images, _ in parts.values())
         for name, (images, target) in parts.items():
             loss, vector = gradient(learner.network, learner.model.loss, images, target)
-            found[name].append((loss, vector * len(images) / whole))
-    squares = {name: sum(float(vector.square().sum()) for _, vector in of) for name, of in found.items()}
-    for name, of in found.items():
+            result[name].append((loss, vector * len(images) / complete))
+    squares = {name: sum(float(vector.square().sum()) for _, vector in of) for name, of in result.items()}
+    for name, of in result.items():
         loss, norm = (sum(values) / len(of) for values in ([loss for loss, _ in of], [float(v.norm()) for _, v in of]))
         print(
             f"{name:8} loss {loss:.3f}  norm {norm:.3f}  share of squares {squares[name] / sum(squares.values()):.3f}"

@@ -66,8 +66,8 @@ def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Ran:
         done, status, usage = os.wait4(process.pid, os.WNOHANG)
         for line in process.stderr:
             print("   ", line, end="", flush=True)
-            if found := re.match(r"(.*): ([\d,]+)/[\d,]+ images", line):
-                lines.append((found[1], time.monotonic() - start, int(found[2].replace(",", ""))))
+            if result := re.match(r"(.*): ([\d,]+)/[\d,]+ images", line):
+                lines.append((result[1], time.monotonic() - start, int(result[2].replace(",", ""))))
         if time.monotonic() - start > 60 * minutes:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.2)
@@ -116,7 +116,7 @@ def few(folder: Path) -> None:
         run(folder, "student", *student, *data)
 
 
-def whole(folder: Path) -> None:
+def complete(folder: Path) -> None:
     """Finished files of the real size, with the pixels and without; opened and checked."""
     arguments = ["cache", "--dataset", "cub200", "--data", "data", "--teacher", "./wide.py"]
     arguments += ["--weights", "wide.safetensors"]
@@ -142,5 +142,5 @@ def stage_two(folder: Path, minutes: float = 10) -> None:
 if __name__ == "__main__":
     where, step, *numbers = sys.argv[1:]
     Path(where).mkdir(parents=True, exist_ok=True)
-    steps = {"prepare": prepare, "stage-one": stage_one, "few": few, "whole": whole, "stage-two": stage_two}
+    steps = {"prepare": prepare, "stage-one": stage_one, "few": few, "whole": complete, "stage-two": stage_two}
     steps[step](Path(where), *map(float, numbers))

@@ -49,8 +49,8 @@ class Result(NamedTuple):
 
     def says(self, sentence: str) -> bool:
         """Whether that is the panel's text, wherever long paths were broken; one that ends in … is its beginning."""
-        error, wanted = ("".join(text.split()) for text in (self.error, sentence))
-        return error.startswith(wanted[:-1]) if wanted.endswith("…") else error == wanted
+        error, expected = ("".join(text.split()) for text in (self.error, sentence))
+        return error.startswith(expected[:-1]) if expected.endswith("…") else error == expected
 
 
 @pytest.fixture
@@ -104,10 +104,10 @@ class Zygote:
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """Real processes that start in a tenth of a second."""
-    found = Zygote()
-    yield found
-    found.process.kill()
-    found.process.wait()
+    result = Zygote()
+    yield result
+    result.process.kill()
+    result.process.wait()
 
 
 @pytest.fixture(scope="session")

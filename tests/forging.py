@@ -61,8 +61,8 @@ def message(path: Path, name: str, number: int) -> int:
         at = h5py.h5o.get_info(file[name].id).addr + 16
     with path.open("rb") as raw:
         data = raw.read(2**17)  # where the writer puts all that is HDF5's own
-    while (found := struct.unpack_from("<HH", data, at))[0] != number:
-        at += 8 + found[1]
+    while (result := struct.unpack_from("<HH", data, at))[0] != number:
+        at += 8 + result[1]
     return at + 8
 
 

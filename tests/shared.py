@@ -50,16 +50,16 @@ def small(folder: Path, *settings: str) -> ExtractConfig:
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
     """Have Ctrl-C come in place of these of all learners' steps, counted from 1; gives the list of steps so far."""
-    step, taken = learner.Learner.step, list[int]()
+    step, selected = learner.Learner.step, list[int]()
 
     def stopping(this: learner.Learner, batch: batches.Batch, number: int) -> None:
-        taken.append(number)
-        if len(taken) in numbers:
+        selected.append(number)
+        if len(selected) in numbers:
             raise KeyboardInterrupt
         step(this, batch, number)
 
     monkeypatch.setattr(learner.Learner, "step", stopping)
-    return taken
+    return selected
 
 
 def untouched(path: Path) -> tuple[int, int, int]:

@@ -95,10 +95,10 @@ def test_the_whole_chain(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     arms = ["--compare", "--random-images", "2"]
     alone = tspipe("student", "--cache", "cache/cub200.h5", *STUDENT, *arms, "--out", "runs/held")
     assert (alone.code, alone.error) == (0, "")
-    found = rows("runs/held")
-    assert [row["arm"] for row in found] == ["alone", "alone, own schedule", "taught", "taught + random"]
-    assert all(row["student"] == "mobilenet_v2" for row in found)
-    assert all(math.isfinite(float(row["mse"])) and float(row["mse"]) > 0 for row in found if "taught" in row["arm"])
+    result = rows("runs/held")
+    assert [row["arm"] for row in result] == ["alone", "alone, own schedule", "taught", "taught + random"]
+    assert all(row["student"] == "mobilenet_v2" for row in result)
+    assert all(math.isfinite(float(row["mse"])) and float(row["mse"]) > 0 for row in result if "taught" in row["arm"])
 
 
 def test_pixels_in_the_cache_are_those_on_the_disk(tspipe: Tspipe, archive: Path, published: Path) -> None:
@@ -130,11 +130,13 @@ def test_a_published_checkpoint(tspipe: Tspipe, archive: Path, published: Path) 
     images = datasets.open_dataset("cub200", archive).test
     pixels = np.stack([preprocess.apply(images.read(i)) for i in range(len(images))])
     with torch.no_grad():
-        found = network.outputs(preprocess.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        result = network.outputs(preprocess.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
     features, logits = np.asarray(cache.test.features, np.float32), np.asarray(cache.test.logits)
-    scale = found.features.abs().max().item()
-    np.testing.assert_allclose(features, found.features.numpy(), atol=1e-3 * scale)
-    np.testing.assert_allclose(logits, found.concat_logits.numpy(), atol=1e-3 * found.concat_logits.abs().max().item())
+    scale = result.features.abs().max().item()
+    np.testing.assert_allclose(features, result.features.numpy(), atol=1e-3 * scale)
+    np.testing.assert_allclose(
+        logits, result.concat_logits.numpy(), atol=1e-3 * result.concat_logits.abs().max().item()
+    )
 
 
 def test_a_file_put_into_checkpoints(tspipe: Tspipe, archive: Path, published: Path) -> None:
@@ -175,15 +177,15 @@ def test_the_cost_of_training_at_full_size() -> None:
 def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     """Any file with a backbone's weights; the heads are new."""
     torch.manual_seed(1)
-    whole = networks.build("ntsnet", 1000, (3, 32, 32), {"width": 2})
-    backbone = whole.pretrained_model.state_dict()
+    complete = networks.build("ntsnet", 1000, (3, 32, 32), {"width": 2})
+    backbone = complete.pretrained_model.state_dict()
     torch.save(backbone, tmp_path / "resnet50.pth")
     data = ["--dataset", "cub200", "--data", archive, *SMALL, *NARROW]
     trained = tspipe("teacher", *data, "--weights", tmp_path / "resnet50.pth", "--set=teacher.lr=1e-9")
     assert (trained.code, trained.error) == (0, "")
-    found = weights.read(Path("checkpoints/cub200-ntsnet.safetensors")).tensors
-    torch.testing.assert_close(found["pretrained_model.conv1.weight"], backbone["conv1.weight"], rtol=0, atol=1e-5)
-    assert found["pretrained_model.fc.weight"].shape == (3, 64)
+    result = weights.read(Path("checkpoints/cub200-ntsnet.safetensors")).tensors
+    torch.testing.assert_close(result["pretrained_model.conv1.weight"], backbone["conv1.weight"], rtol=0, atol=1e-5)
+    assert result["pretrained_model.fc.weight"].shape == (3, 64)
     refused = tspipe("cache", *data, "--weights", tmp_path / "resnet50.pth")
     assert refused.says(
         f"{tmp_path}/resnet50.pth holds only a part of ntsnet (320 of 336 keys), enough to start training: tspipe "
@@ -229,8 +231,8 @@ def test_first_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
     for download in (True, True, False):
-        found = weights.pretrained("W", "net", download=download)
-        assert (found.sha256, list(found.tensors)) == (digest, ["conv1.weight"])
+        result = weights.pretrained("W", "net", download=download)
+        assert (result.sha256, list(result.tensors)) == (digest, ["conv1.weight"])
     assert fetched == [entry.url]
 
 
@@ -273,25 +275,25 @@ def test_dropout_always_on_gives_the_same_file_again(
     )
     monkeypatch.setattr(metrics_log, "_LABELLED", 4)
     student = ["--student", "lenet5", *STUDENT, "--random-images", "2"]
-    taught = tspipe("student", "--cache", "a.h5", "--data", archive, *student)
-    assert (taught.code, taught.error) == (0, "")
+    run_teacher = tspipe("student", "--cache", "a.h5", "--data", archive, *student)
+    assert (run_teacher.code, run_teacher.error) == (0, "")
 
 
 def test_killed_training_goes_on(zygote: Zygote, archive: Path, tmp_path: Path) -> None:
     """NTS-Net's losses, dropout and random crops are drawn again as they were."""
     start = ["teacher", "--dataset", "cub200", "--data", archive, *SMALL, *NARROW, "--set=teacher.pretrained=false"]
     start += ["--set=checkpoint_seconds=0", "--set=teacher.options.parts=2", "--set=teacher.options.concatenated=1"]
-    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
-    assert zygote.run(*start, "--out", whole).code == 0
+    complete, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    assert zygote.run(*start, "--out", complete).code == 0
     positions, draw = [], random.Random(0)
     for _ in range(2):
         run = zygote.run(*start, "--out", killed, seconds=draw.uniform(0.5, 2))
         assert run.killed or run.code == 0, run.lines
-        if found := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0).load():
-            positions.append((found[1]["epoch"], found[1]["batch"]))
+        if result := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0).load():
+            positions.append((result[1]["epoch"], result[1]["batch"]))
     assert positions == sorted(positions)
     assert zygote.run(*start, "--out", killed).code == 0
-    assert killed.read_bytes() == whole.read_bytes()
+    assert killed.read_bytes() == complete.read_bytes()
 
 
 def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,9 @@ def stage_two(cache: Path, out: Path) -> list[object]:
 def test_stage_one_on_a_full_disk(zygote: Zygote, digits: Cache, teacher: Path, small_disk: Path) -> None:
     out = small_disk / "digits.h5"
     with filled(small_disk, 300_000):
-        found = zygote.run(*stage_one(teacher, out))
-        assert found.code == 1
-        assert found.error == f"{out}.partcannotbewritten:Nospaceleftondevice.{KEPT}"
+        result = zygote.run(*stage_one(teacher, out))
+        assert result.code == 1
+        assert result.error == f"{out}.partcannotbewritten:Nospaceleftondevice.{KEPT}"
         assert [path.name for path in small_disk.iterdir()] == ["filler"]
     assert zygote.run(*stage_one(teacher, out)).code == 0
     assert out.read_bytes() == digits.path.read_bytes()
@@ -61,9 +61,9 @@ def test_stage_one_on_a_full_disk(zygote: Zygote, digits: Cache, teacher: Path, 
 
 def test_stage_one_at_a_limit_on_files(zygote: Zygote, digits: Cache, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "digits.h5"
-    found = zygote.run(*stage_one(teacher, out), limit=100_000)
-    assert found.code == 1
-    assert found.error == f"{out}.partcannotbewritten:Filetoolarge.{KEPT}"
+    result = zygote.run(*stage_one(teacher, out), limit=100_000)
+    assert result.code == 1
+    assert result.error == f"{out}.partcannotbewritten:Filetoolarge.{KEPT}"
     assert list(tmp_path.iterdir()) == []
     assert zygote.run(*stage_one(teacher, out)).code == 0
     assert out.read_bytes() == digits.path.read_bytes()
@@ -72,36 +72,36 @@ def test_stage_one_at_a_limit_on_files(zygote: Zygote, digits: Cache, teacher: P
 def test_a_limit_that_comes_when_half_is_written(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     """The room was reserved, and still a write fails, as on a network disk whose quota shrank."""
     blocks = "compute.block_rows=16"
-    whole, out = tmp_path / "whole.h5", tmp_path / "digits.h5"
-    assert zygote.run(*stage_one(teacher, whole, blocks)).code == 0
+    complete, out = tmp_path / "whole.h5", tmp_path / "digits.h5"
+    assert zygote.run(*stage_one(teacher, complete, blocks)).code == 0
     part = tmp_path / "digits.h5.part"
     begun = zygote.run(*stage_one(teacher, out, blocks), after="written train")
     assert begun.killed
     assert part.exists()
-    found = zygote.run(*stage_one(teacher, out, blocks), limit=part.stat().st_size // 2)
-    assert found.code == 1
-    assert found.error == f"{part}cannotbewritten:Filetoolarge.{KEPT}"
+    result = zygote.run(*stage_one(teacher, out, blocks), limit=part.stat().st_size // 2)
+    assert result.code == 1
+    assert result.error == f"{part}cannotbewritten:Filetoolarge.{KEPT}"
     assert not out.exists()
     rest = zygote.run(*stage_one(teacher, out, blocks))
     assert rest.code == 0
-    done = {line for run in (begun, found) for line in run.lines if line.startswith("written")}
+    done = {line for run in (begun, result) for line in run.lines if line.startswith("written")}
     assert not done & set(rest.lines)  # nothing was computed twice
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes() == complete.read_bytes()
 
 
 @pytest.mark.parametrize("left", [0, 20_000, 120_000])
 def test_stage_two_on_a_full_disk(zygote: Zygote, digits: Cache, small_disk: Path, tmp_path: Path, left: int) -> None:
-    whole, out = tmp_path / "whole", small_disk / "run"
-    assert zygote.run(*stage_two(digits.path, whole)).code == 0
+    complete, out = tmp_path / "whole", small_disk / "run"
+    assert zygote.run(*stage_two(digits.path, complete)).code == 0
     with filled(small_disk, left):
-        found = zygote.run(*stage_two(digits.path, out))
-        assert found.code == 1
-        assert found.error.startswith(str(out))
-        assert found.error.endswith(f"cannotbewritten:Nospaceleftondevice.{KEPT}")
+        result = zygote.run(*stage_two(digits.path, out))
+        assert result.code == 1
+        assert result.error.startswith(str(out))
+        assert result.error.endswith(f"cannotbewritten:Nospaceleftondevice.{KEPT}")
     finished = zygote.run(*stage_two(digits.path, out))
     assert finished.code == 0, finished.lines
-    (student,) = [path.name for path in whole.glob("student-*")]
-    assert (out / student).read_bytes() == (whole / student).read_bytes()
+    (student,) = [path.name for path in complete.glob("student-*")]
+    assert (out / student).read_bytes() == (complete / student).read_bytes()
 
 
 def test_a_folder_one_may_not_write_to(zygote: Zygote, digits: Cache, teacher: Path, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def never_waiting() -> Iterator[None]:
 def test_students_learn_as_on_the_cpu(settings: list[str], near: float, pool: Cache, tmp_path: Path) -> None:
     same = [setting for setting in settings if "random_source" in setting]
     expected = train_students(config(pool, tmp_path / "cpu", "device=cpu", *same))
-    found = train_students(config(pool, tmp_path / "gpu", f"device={GPU}", *settings))
-    for row, other in zip(expected.rows(), found.rows(), strict=True):
+    result = train_students(config(pool, tmp_path / "gpu", f"device={GPU}", *settings))
+    for row, other in zip(expected.rows(), result.rows(), strict=True):
         for name in ("mse", "xent") if row["arm"] != ALONE else ("xent",):
             assert other[name] == pytest.approx(row[name], rel=near), (row["arm"], name)
 
@@ -94,8 +94,8 @@ def test_batch_norm_is_of_the_whole_batch(zygote: Zygote, digits: Cache, tmp_pat
     settings = [f"--set={setting}" for setting in (*SMALL, "epochs=1", "device=cuda")]
     for name, ranks in (("one", None), ("two", 2)):
         command = ["student", "--cache", digits.path, "--student", "resnet20", "--out", tmp_path / name, *settings]
-        found = zygote.run(*command, ranks=ranks)
-        assert found.code == 0, found.lines
+        result = zygote.run(*command, ranks=ranks)
+        assert result.code == 0, result.lines
     rows = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("one", "two")]
     for one, two in zip(*rows, strict=True):
         assert float(two["mse"]) == pytest.approx(float(one["mse"]), rel=1e-2)

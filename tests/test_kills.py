@@ -28,8 +28,8 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     """
     settings = [*TEACHER, "compute.block_rows=16"]
     wanted = load.load("digits", settings)
-    whole = extract(ExtractConfig(wanted, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
-    sizes = whole.dimensions
+    complete = extract(ExtractConfig(wanted, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
+    sizes = complete.dimensions
     blocks = {f"{section} {block}" for section in sizes.sections for block in range(sizes.blocks(section))}
     out = tmp_path / "digits.h5"
     arguments = ["cache", "--dataset", "digits", "--weights", teacher, "--out", out, "--random-pool", 100]
@@ -52,7 +52,7 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
                 written.add(block)
         before = set(written)
         if out.exists():  # also where the kill came after the last step
-            assert out.read_bytes() == whole.path.read_bytes()
+            assert out.read_bytes() == complete.path.read_bytes()
             assert written <= blocks
             assert len(blocks - written) <= processes  # a kill may come between a checksum and its line
             assert zygote.run(*arguments).code == 0
@@ -77,8 +77,8 @@ def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
         settings = [f"--set={setting}" for setting in SMALL]
         return ["student", "--cache", digits.path, "--student", "lenet5", "--compare", "--out", out, *settings]
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished = zygote.run(*arguments(whole))
+    complete, killed = tmp_path / "whole", tmp_path / "killed"
+    finished = zygote.run(*arguments(complete))
     assert finished.code == 0, finished.lines
     draw, kills, runs = random.Random(0), 0, 0
     before = (0, 0, 0)
@@ -86,13 +86,13 @@ def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
         run = zygote.run(*arguments(killed), seconds=draw.uniform(0.1, 0.6) if kills < KILLS // 3 else None)
         assert run.killed or run.code == 0, run.lines
         if (killed / "summary.json").exists():
-            assert_the_same_students(killed, whole)
+            assert_the_same_students(killed, complete)
             shutil.rmtree(killed)
             runs, before = runs + 1, (0, 0, 0)
             continue
         kills += run.killed
-        if found := checkpoint.Checkpointer(killed / "checkpoint.safetensors", 0).load():
-            now = tuple(found[1][name] for name in ("seed", "epoch", "batch"))
+        if result := checkpoint.Checkpointer(killed / "checkpoint.safetensors", 0).load():
+            now = tuple(result[1][name] for name in ("seed", "epoch", "batch"))
             assert now >= before  # nothing done is done again
             before = now
     print(f"\nstage two: {kills} kills in {runs} runs, weights the same to the last bit")

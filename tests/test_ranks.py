@@ -71,8 +71,8 @@ def test_no_teacher_is_trained_inside_rank_zero_first(
 
 def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None:
     """There is no file then; what both ranks wrote is there for any number that comes next."""
-    wanted = small(tmp_path / "shapes")
-    command = ["cache", "--dataset", wanted.recipe.dataset, "--teacher", "lenet5", "--out", wanted.out]
+    requested = small(tmp_path / "shapes")
+    command = ["cache", "--dataset", requested.recipe.dataset, "--teacher", "lenet5", "--out", requested.out]
     command += ["--weights", tmp_path / "shapes/w.safetensors", "--set=compute.block_rows=4"]
     broken = tmp_path / "shapes/train/b/07.png"  # in block 3, the second of rank 1
     pixels = broken.read_bytes()
@@ -82,7 +82,7 @@ def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None
     assert sum("Error" in line for line in failed.lines) == 1
     assert "b/07.png" in failed.error
     assert "Rank 0 stops: another process has failed, or cannot be reached." in failed.lines
-    assert not wanted.out.exists()
+    assert not requested.out.exists()
     assert (tmp_path / "shapes.h5.part-1").exists()
     assert "written train 1" in failed.lines
 
@@ -92,9 +92,9 @@ def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None
     assert again.code == 0
     assert {"computed train 1", "computed train 0"} <= done
     assert not done & set(again.lines)
-    data = wanted.out.read_bytes()
-    wanted.out.unlink()
-    assert extract(wanted).path.read_bytes() == data
+    data = requested.out.read_bytes()
+    requested.out.unlink()
+    assert extract(requested).path.read_bytes() == data
 
 
 def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +111,10 @@ def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_progress_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 has blocks 0 and 3 of 4, and 0 of 2: 12 of the 24 images stand for all."""
-    shown: list[int] = []
-    monkeypatch.setattr(stage, "progress", lambda *_: contextlib.nullcontext(lambda count, what: shown.append(count)))
+    displayed: list[int] = []
+    monkeypatch.setattr(
+        stage, "progress", lambda *_: contextlib.nullcontext(lambda count, what: displayed.append(count))
+    )
     job = stage._prepare(small(tmp_path / "shapes"))
     missing = {split: list(range(job.dimensions.blocks(split))) for split in ("train", "test")}
     for rank in range(3):
@@ -121,7 +123,7 @@ def test_progress_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.Monke
             assert [writer.missing("train"), writer.missing("test")] == [
                 [block for block in missing[split] if block % 3 != rank] for split in ("train", "test")
             ]
-    assert shown == [8, 8, 8]
+    assert displayed == [8, 8, 8]
 
 
 def test_out_of_memory_on_one_of_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

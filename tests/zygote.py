@@ -25,11 +25,11 @@ def slowly() -> None:
     from tspipe.cache import CacheWriter
     from tspipe.extraction import forward
 
-    taught, write_block = forward.run_teacher_on_blocks, CacheWriter.write_block
+    run_teacher, write_block = forward.run_teacher_on_blocks, CacheWriter.write_block
 
     def computed(*arguments: Any) -> Any:
         os.write(1, "computed {} {}\n".format(*arguments[-2:]).encode())  # in one call: never half a line
-        return taught(*arguments)
+        return run_teacher(*arguments)
 
     def written(self: CacheWriter, split: str, block: int, columns: Any) -> None:
         write_block(self, split, block, columns)

@@ -61,70 +61,70 @@ class Shuffled(Dataset):
 
 
 def test_a_sample_is_image_label_features_logits(digits: Cache) -> None:
-    taught = tspipe.CachedTargets(plain(digits), digits)
-    assert len(taught) == 1000
-    image, label, features, logits = taught[7]
+    run_teacher = tspipe.CachedTargets(plain(digits), digits)
+    assert len(run_teacher) == 1000
+    image, label, features, logits = run_teacher[7]
     assert image.equal(plain(digits)[7][0])
     assert label == digits.train.labels[7]
     assert (features.shape, features.dtype) == ((84,), torch.float32)
     assert (logits.shape, logits.dtype) == ((10,), torch.float32)
     np.testing.assert_array_equal(features, digits.train.features[7])
-    np.testing.assert_array_equal(taught[-1][3], digits.train.logits[999])
+    np.testing.assert_array_equal(run_teacher[-1][3], digits.train.logits[999])
     with pytest.raises(IndexError):
-        taught[1000]
+        run_teacher[1000]
 
 
 def test_images_are_found_by_key_not_by_position(digits: Cache) -> None:
     order = np.random.default_rng(0).permutation(1000)[:300]
-    taught = tspipe.CachedTargets(Shuffled(order), digits.path)
+    run_teacher = tspipe.CachedTargets(Shuffled(order), digits.path)
     for i in (0, 5, 299):
-        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[i])])
+        np.testing.assert_array_equal(run_teacher[i][2], digits.train.features[int(order[i])])
 
 
 @pytest.mark.parametrize("keyed", [True, False])
 def test_subsets(digits: Cache, keyed: bool) -> None:
     order = np.random.default_rng(1).permutation(1000) if keyed else np.arange(1000)
-    whole = Shuffled(order) if keyed else plain(digits)
-    part = Subset(Subset(whole, list(range(900, 100, -1))), [3, 0, 799])
-    taught = tspipe.CachedTargets(part, digits)
+    complete = Shuffled(order) if keyed else plain(digits)
+    part = Subset(Subset(complete, list(range(900, 100, -1))), [3, 0, 799])
+    run_teacher = tspipe.CachedTargets(part, digits)
     for i, index in enumerate((897, 900, 101)):
-        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[index])])
+        np.testing.assert_array_equal(run_teacher[i][2], digits.train.features[int(order[index])])
 
 
 def test_an_image_folder_has_its_paths_as_keys(photos: Cache) -> None:
     folder = images(photos)
     folder.samples.reverse()
-    taught = tspipe.CachedTargets(folder, photos)
+    run_teacher = tspipe.CachedTargets(folder, photos)
     assert photos.train.keys[15] == b"b/07.png"
-    np.testing.assert_array_equal(taught[0][2], photos.train.features[15])
+    np.testing.assert_array_equal(run_teacher[0][2], photos.train.features[15])
     # What the transform made of the image is what the teacher saw.
     network = networks.build("lenet5", 2, (3, 16, 16))
     network.load_state_dict(weights.parse(photos.teacher_weights(), "w"))
     with torch.no_grad():
-        torch.testing.assert_close(network.eval()(taught[0][0][None])[0], taught[0][3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network.eval()(run_teacher[0][0][None])[0], run_teacher[0][3], rtol=1e-4, atol=1e-5)
 
 
 def test_the_test_split(photos: Cache) -> None:
-    taught = tspipe.CachedTargets(images(photos, "test"), photos, "test")
-    np.testing.assert_array_equal(taught[6][2], photos.test.features[6])
+    run_teacher = tspipe.CachedTargets(images(photos, "test"), photos, "test")
+    np.testing.assert_array_equal(run_teacher[6][2], photos.test.features[6])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])  # a forkserver's workers get the dataset as spawned ones do
 def test_workers_of_every_kind(photos: Cache, method: str) -> None:
-    taught = tspipe.CachedTargets(images(photos), photos)
-    loader = DataLoader(taught, batch_size=6, num_workers=1 + (method == "fork"), multiprocessing_context=method)
-    found = [torch.cat(parts) for parts in zip(*loader, strict=True)]
-    assert found[0].shape == (16, 3, 16, 16)
-    assert found[1].tolist() == photos.train.labels.tolist()
-    np.testing.assert_array_equal(found[2], photos.train.features)
-    np.testing.assert_array_equal(found[3], photos.train.logits)
+    run_teacher = tspipe.CachedTargets(images(photos), photos)
+    loader = DataLoader(run_teacher, batch_size=6, num_workers=1 + (method == "fork"), multiprocessing_context=method)
+    result = [torch.cat(parts) for parts in zip(*loader, strict=True)]
+    assert result[0].shape == (16, 3, 16, 16)
+    assert result[1].tolist() == photos.train.labels.tolist()
+    np.testing.assert_array_equal(result[2], photos.train.features)
+    np.testing.assert_array_equal(result[3], photos.train.logits)
 
 
 def test_it_pickles_small(digits: Cache) -> None:
     dataset = plain(digits)
-    taught = tspipe.CachedTargets(dataset, digits)
-    assert len(pickle.dumps(taught)) - len(pickle.dumps(dataset)) < 1000
-    again = pickle.loads(pickle.dumps(taught))
+    run_teacher = tspipe.CachedTargets(dataset, digits)
+    assert len(pickle.dumps(run_teacher)) - len(pickle.dumps(dataset)) < 1000
+    again = pickle.loads(pickle.dumps(run_teacher))
     np.testing.assert_array_equal(again[3][2], digits.train.features[3])
 
 
@@ -141,10 +141,10 @@ def test_a_cache_replaced_meanwhile_is_noticed(photos: Cache, digits: Cache, tmp
 def test_another_label_names_the_image(digits: Cache) -> None:
     dataset = plain(digits)
     dataset.tensors[1][12] = (dataset.tensors[1][12] + 1) % 10
-    taught = tspipe.CachedTargets(dataset, digits)
+    run_teacher = tspipe.CachedTargets(dataset, digits)
     there, here = int(digits.train.labels[12]), int(dataset.tensors[1][12])
     with pytest.raises(CacheMismatch) as refused:
-        taught[12]
+        run_teacher[12]
     assert str(refused.value) == (
         f"digits.h5: image 12 has label {here} in the dataset, {there} in the cache (row 12). Give the dataset the "
         "cache was made from, or check_labels=False."
@@ -153,20 +153,20 @@ def test_another_label_names_the_image(digits: Cache) -> None:
 
 
 def test_what_does_not_fit_is_said_at_once(digits: Cache, photos: Cache) -> None:
-    def said(error: type[Exception], *arguments: object, **options: object) -> str:
+    def printed(error: type[Exception], *arguments: object, **options: object) -> str:
         with pytest.raises(error) as refused:
             tspipe.CachedTargets(*arguments, **options)
         return str(refused.value)
 
-    assert said(CacheMismatch, Subset(plain(digits), [0]), photos) == (
+    assert printed(CacheMismatch, Subset(plain(digits), [0]), photos) == (
         "photos.h5 has 16 train images, the dataset 1,000 and no keys to find them by. Give them: "
         "CachedTargets(…, keys=[…])"
     )
-    assert said(CacheMismatch, Shuffled([5]), photos) == (
+    assert printed(CacheMismatch, Shuffled([5]), photos) == (
         "photos.h5 has no train image '5', which the dataset has at index 0."
     )
-    assert said(DatasetError, plain(digits), digits, keys=["0"]) == "1 keys for 1,000 images."
-    assert said(DatasetError, plain(digits), digits, "val") == "There is no split 'val': give train or test."
+    assert printed(DatasetError, plain(digits), digits, keys=["0"]) == "1 keys for 1,000 images."
+    assert printed(DatasetError, plain(digits), digits, "val") == "There is no split 'val': give train or test."
     with pytest.raises(DatasetError) as refused:
         tspipe.CachedTargets([1] * 16, photos)[2]
     assert str(refused.value) == "dataset[2] is no (image, label)."
@@ -174,16 +174,16 @@ def test_what_does_not_fit_is_said_at_once(digits: Cache, photos: Cache) -> None
 
 def test_importing_the_reader_loads_no_torch() -> None:
     program = "import sys, tspipe; tspipe.open_cache; print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "False\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Cache) -> None:
     order = np.random.default_rng(2).permutation(1000)
     parts = [Subset(Shuffled(order), list(range(600, 1000))), Subset(Shuffled(order), list(range(600)))]
-    taught = tspipe.CachedTargets(ConcatDataset(parts), digits)
+    run_teacher = tspipe.CachedTargets(ConcatDataset(parts), digits)
     for i, index in ((0, 600), (399, 999), (400, 0), (999, 599)):
-        np.testing.assert_array_equal(taught[i][2], digits.train.features[int(order[index])])
+        np.testing.assert_array_equal(run_teacher[i][2], digits.train.features[int(order[index])])
     with pytest.raises(DatasetError) as refused:
         tspipe.CachedTargets(ConcatDataset([Shuffled(order[:500]), plain(digits)]), digits)
     assert str(refused.value) == "Some of the concatenated datasets have keys and some have not. Give all: keys=[…]"

@@ -17,16 +17,16 @@ def image(height: int, width: int, channels: int) -> np.ndarray:
 
 def test_resize_and_crop_are_pillows() -> None:
     pixels = image(40, 30, 3)
-    found = Preprocess((0.5,) * 3, (0.5,) * 3, resize=(20, 24), crop=16).apply(pixels)
+    result = Preprocess((0.5,) * 3, (0.5,) * 3, resize=(20, 24), crop=16).apply(pixels)
     resized = Image.fromarray(pixels).resize((24, 20), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(found, np.asarray(resized)[2:18, 4:20])
+    np.testing.assert_array_equal(result, np.asarray(resized)[2:18, 4:20])
 
 
 def test_grey_is_repeated_where_the_network_takes_colour() -> None:
     pixels = image(8, 8, 1)
-    found = Preprocess((0.5,) * 3, (0.5,) * 3, resize=(16, 16)).apply(pixels)
-    assert found.shape == (16, 16, 3)
-    assert (found == found[:, :, :1]).all()
+    result = Preprocess((0.5,) * 3, (0.5,) * 3, resize=(16, 16)).apply(pixels)
+    assert result.shape == (16, 16, 3)
+    assert (result == result[:, :, :1]).all()
 
 
 def test_colour_is_not_made_grey() -> None:
@@ -71,14 +71,14 @@ def test_it_survives_the_manifest() -> None:
 )
 def test_shift_and_flip_is_the_plain_loop(views: list[tuple[int, int, int]], height: int, width: int) -> None:
     images = torch.arange(1, len(views) * 2 * height * width + 1).view(len(views), 2, height, width)
-    found = shift_and_flip(images, torch.tensor(views))
+    result = shift_and_flip(images, torch.tensor(views))
     for i, (dy, dx, flip) in enumerate(views):
         for y in range(height):
             for x in range(width):
                 source_y, source_x = y - dy, (width - 1 - x if flip else x) - dx
                 inside = 0 <= source_y < height and 0 <= source_x < width
                 expected = images[i, :, source_y, source_x] if inside else torch.zeros(2)
-                assert found[i, :, y, x].tolist() == expected.tolist()
+                assert result[i, :, y, x].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -89,7 +89,7 @@ def test_the_layout_in_memory_changes_no_bit(dtype: torch.dtype) -> None:
     last = images.contiguous(memory_format=torch.channels_last)
     before = last.clone()
     preprocess = Preprocess((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    found = preprocess.normalise(last)
-    assert torch.equal(found, preprocess.normalise(images))
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    result = preprocess.normalise(last)
+    assert torch.equal(result, preprocess.normalise(images))
+    assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(last, before), "what is given is left as it is"

@@ -67,15 +67,15 @@ def test_a_finished_cache_is_left_as_it_is(digits: Cache, teacher: Path) -> None
 def test_another_cache_of_the_name_is_replaced_only_with_force(digits: Cache, teacher: Path, tmp_path: Path) -> None:
     path = tmp_path / "digits.h5"
     path.write_bytes(digits.path.read_bytes())
-    wanted = config(teacher, path, "features.dtype=float32", "compute.batch_size=32")
+    requested = config(teacher, path, "features.dtype=float32", "compute.batch_size=32")
     with pytest.raises(CacheMismatch) as refused:
-        extract(wanted)
+        extract(requested)
     assert str(refused.value) == (
         f"{path} is another cache: compute.batch_size is 64 there and 32 here; features.dtype is '<f2' there and "
         "'<f4' here. Move it away, replace it (tspipe cache --force) or write another (--out)."
     )
     assert open_cache(path).id == digits.id
-    assert extract(replace(wanted, force=True)).train.features.dtype == np.dtype("<f4")
+    assert extract(replace(requested, force=True)).train.features.dtype == np.dtype("<f4")
 
 
 def test_a_feature_beyond_float16_names_the_image_and_the_remedy(teacher: Path, tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_a_feature_beyond_float16_names_the_image_and_the_remedy(teacher: Path, 
     head = "classifier.2"  # the hidden layer whose output the features are
     tensors = {**loud.tensors, f"{head}.weight": loud.tensors[f"{head}.weight"] * 1e6}
     path = tmp_path / "loud.h5"
-    wanted = replace(config(teacher, path), weights=loud._replace(tensors=tensors))
+    requested = replace(config(teacher, path), weights=loud._replace(tensors=tensors))
     with pytest.raises(CacheError) as refused:
-        extract(wanted)
+        extract(requested)
     assert str(refused.value) == (
         "The teacher's features of '0' reach beyond 65,504, the largest float16. "
         "Store them as float32: --set features.dtype=float32"
@@ -104,14 +104,14 @@ def test_a_teacher_of_nan_names_the_image(teacher: Path, tmp_path: Path) -> None
 def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part file goes on only with the images it was begun with."""
     folder = tmp_path / "shapes"
-    wanted = small(folder)
+    requested = small(folder)
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            extract(wanted)
+            extract(requested)
     (folder / "train/a/00.png").write_bytes((folder / "train/b/00.png").read_bytes())
     with pytest.raises(CacheMismatch) as refused:
-        extract(wanted)
+        extract(requested)
     assert str(refused.value).startswith(
         f"{tmp_path}/shapes.h5.part is not of these data: at train index 0, the pixels of 'a/00.png' differ: "
     )
@@ -119,12 +119,12 @@ def test_data_that_changed_between_two_starts_is_refused(tmp_path: Path, monkeyp
 
 def test_the_teacher_runs_while_a_block_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block is written only when the teacher has begun the second: in one thread that would never be."""
-    second, taught, write_block = threading.Event(), forward.run_teacher_on_blocks, CacheWriter.write_block
+    second, run_teacher, write_block = threading.Event(), forward.run_teacher_on_blocks, CacheWriter.write_block
 
     def noting(*arguments: Any) -> Any:
         if arguments[4:] == ("train", 1):
             second.set()
-        return taught(*arguments)
+        return run_teacher(*arguments)
 
     def waiting(self: CacheWriter, split: str, block: int, columns: Any) -> None:
         assert second.wait(30)
@@ -138,7 +138,7 @@ def test_the_teacher_runs_while_a_block_is_written(tmp_path: Path, monkeypatch: 
 def test_progress_counts_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says which part the others wait for, on a line of 80 columns."""
     written: list[int] = []
-    shown: list[str] = []
+    displayed: list[str] = []
     write_block = CacheWriter.write_block
 
     def noting(self: CacheWriter, split: str, block: int, columns: Any) -> None:
@@ -154,7 +154,7 @@ def test_progress_counts_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
             nonlocal advanced
             advanced += count
             assert advanced == sum(written)
-            shown.append(what)
+            displayed.append(what)
 
         yield advance
         assert advanced == 24
@@ -162,8 +162,8 @@ def test_progress_counts_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(CacheWriter, "write_block", noting)
     monkeypatch.setattr("tspipe.extraction.extract.progress", progress)
     extract(small(tmp_path / "shapes"))
-    assert all(re.fullmatch("(train|test), (decoding|teacher|writing)-bound", what) for what in shown)
-    line = f"{shown[0]} {20 * '━'} 1281167/1281167 999 images/s 0:21:22"
+    assert all(re.fullmatch("(train|test), (decoding|teacher|writing)-bound", what) for what in displayed)
+    line = f"{displayed[0]} {20 * '━'} 1281167/1281167 999 images/s 0:21:22"
     assert len(line) <= 80
 
 
@@ -211,36 +211,40 @@ def hungry(folder: Path, most: int, error: str = ERRORS[0]) -> ExtractConfig:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_out_of_memory_names_the_batch_size_that_fits(tmp_path: Path, error: str) -> None:
-    wanted = hungry(tmp_path, 9, error)
+    requested = hungry(tmp_path, 9, error)
     with pytest.raises(CacheError) as refused:
-        extract(wanted)
+        extract(requested)
     assert str(refused.value) == (
         "The teacher runs out of memory with batches of 16 images; batches of 8 fit. "
         "Give the command --set compute.batch_size=8"
     )
-    again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=8, block_rows=16)}))
+    again = replace(
+        requested, recipe=requested.recipe.model_copy(update={"compute": Compute(batch_size=8, block_rows=16)})
+    )
     assert extract(again).manifest["compute"]["batch_size"] == 8
 
 
 def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part file is of the larger batches, and only its owner deletes it."""
-    wanted, taught = hungry(tmp_path, 16), forward._run_batches
+    requested, run_teacher = hungry(tmp_path, 16), forward._run_batches
 
     def later(teacher: Any, preprocess: Any, size: int, pixels: Any, split: str, block: int) -> Any:
         if split == "test" and size > 4:
             raise torch.OutOfMemoryError("no room")
-        return taught(teacher, preprocess, size, pixels, split, block)
+        return run_teacher(teacher, preprocess, size, pixels, split, block)
 
     monkeypatch.setattr(forward, "_run_batches", later)
     with pytest.raises(CacheError) as refused:
-        extract(wanted)
+        extract(requested)
     part = tmp_path / "shapes.h5.part"
     assert str(refused.value) == (
         "The teacher runs out of memory with batches of 8 images; batches of 4 fit. "
         f"Give the command --set compute.batch_size=4 after deleting {part}, which was begun with the larger "
         "batches."
     )
-    again = replace(wanted, recipe=wanted.recipe.model_copy(update={"compute": Compute(batch_size=4, block_rows=16)}))
+    again = replace(
+        requested, recipe=requested.recipe.model_copy(update={"compute": Compute(batch_size=4, block_rows=16)})
+    )
     with pytest.raises(CacheMismatch):
         extract(again)
     part.unlink()
@@ -248,10 +252,10 @@ def test_out_of_memory_after_blocks_were_written(tmp_path: Path, monkeypatch: py
 
 
 def test_not_even_one_image_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = hungry(tmp_path, 2)
+    requested = hungry(tmp_path, 2)
     monkeypatch.setattr(forward, "_run_batches", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(OutOfMemory) as refused:
-        extract(wanted)
+        extract(requested)
     assert str(refused.value) == (
         "The teacher runs out of memory even with one image at a time. It needs a machine with more."
     )

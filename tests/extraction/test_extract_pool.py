@@ -50,9 +50,9 @@ def test_any_range_of_rows_is_what_the_format_says(rows: int, block_rows: int, r
     expected = np.stack([pool_image(5, row, block_rows, shape) for row in range(rows)])
     images = PoolImages(5, rows, block_rows, shape)
     for start, count in ranges:
-        found = images.take(start, count)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, expected[(start + np.arange(count)) % rows])
+        result = images.take(start, count)
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, expected[(start + np.arange(count)) % rows])
 
 
 def test_consecutive_ranges_draw_no_image_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_the_pool_leaves_all_other_rows_as_they_are(pool: Cache, teacher: Path, 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(
     pool: Cache, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[tuple[str, int]]
 ) -> None:
-    wanted, done = pool_config(teacher, tmp_path / "digits.h5"), []
+    requested, done = pool_config(teacher, tmp_path / "digits.h5"), []
     taught = forward.run_teacher_on_blocks
     for stop in [*stops, None]:
 
@@ -115,10 +115,10 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(
 
         monkeypatch.setattr(forward, "run_teacher_on_blocks", stopping)
         with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
-            extract(wanted)
+            extract(requested)
     sizes = pool.dimensions
     assert done == [(section, block) for section in sizes.sections for block in range(sizes.blocks(section))]
-    assert wanted.out.read_bytes() == pool.path.read_bytes()
+    assert requested.out.read_bytes() == pool.path.read_bytes()
 
 
 def test_with_and_without_a_pool_are_two_caches(pool: Cache, digits: Cache, teacher: Path) -> None:
@@ -174,15 +174,15 @@ def test_what_the_pool_has_is_asked_of_the_teacher_again(
 ) -> None:
     """All rows, those of the pool among them: float16 rounds, and nothing else differs."""
     images = 1797 + POOL_ROWS
-    found = tspipe("verify", pool.path, "--teacher", images)
-    assert (found.code, found.error) == (0, "")
-    assert found.out.endswith(f"Changed argmax: 0 of {images:,}\n")
+    result = tspipe("verify", pool.path, "--teacher", images)
+    assert (result.code, result.error) == (0, "")
+    assert result.out.endswith(f"Changed argmax: 0 of {images:,}\n")
     taught = forward.run_teacher_on_blocks
     monkeypatch.setattr(
         forward, "run_teacher_on_blocks", lambda *a: [part + 100 * (a[-2] == "random") for part in taught(*a)]
     )
-    found = tspipe("verify", pool.path, "--teacher", images)
-    assert found.error.startswith(
+    result = tspipe("verify", pool.path, "--teacher", images)
+    assert result.error.startswith(
         f"The teacher gives other features or logits than the file holds for {POOL_ROWS} of {images:,} images, "
     )
 
@@ -201,8 +201,8 @@ def test_repair_draws_the_images_again(
     path = Path(shutil.copy(pool.path, tmp_path / "copy.h5"))
     spoil(path, *places)
     assert tspipe("verify", path).code == 1
-    found = tspipe("verify", "--repair", path)
-    assert (found.code, found.error) == (0, "")
+    result = tspipe("verify", "--repair", path)
+    assert (result.code, result.error) == (0, "")
     assert path.read_bytes() == pool.path.read_bytes()
 
 
@@ -213,8 +213,8 @@ def test_repair_where_the_teacher_says_something_else_writes_nothing(
     spoil(path, ("random_features", 20))
     damaged, taught = path.read_bytes(), forward.run_teacher_on_blocks
     monkeypatch.setattr(forward, "run_teacher_on_blocks", lambda *a: [part * 1.01 for part in taught(*a)])
-    found = tspipe("verify", "--repair", path)
-    assert found.says(
+    result = tspipe("verify", "--repair", path)
+    assert result.says(
         f"{path}: random images 16 to 31 give other features here than were written, so these are left as they are. "
         "This processor or PyTorch rounds differently. Get the file again."
     )
@@ -229,8 +229,8 @@ def test_diff_says_how_pools_differ(tspipe: Tspipe, pool: Cache, teacher: Path, 
     lines = tspipe("diff", pool.path, other.path).out.splitlines()
     assert "random: logits of 40 unchanged images differ by up to 0.5, 0 in their argmax" in lines
     small = extract(pool_config(teacher, tmp_path / "small.h5", rows=39))
-    found = tspipe("diff", pool.path, small.path)
-    assert [line.split() for line in found.out.splitlines()][2:] == [["random.rows", "40", "39"]]
+    result = tspipe("diff", pool.path, small.path)
+    assert [line.split() for line in result.out.splitlines()][2:] == [["random.rows", "40", "39"]]
     none = extract(pool_config(teacher, tmp_path / "none.h5", rows=0))
     assert "random  generator mt19937, rows 40, seed 0  none " in tspipe("diff", pool.path, none.path).out
 

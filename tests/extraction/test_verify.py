@@ -24,17 +24,17 @@ def copy(digits: Cache, tmp_path: Path) -> Path:
 
 
 def test_a_sound_file(tspipe: Tspipe, copy: Path) -> None:
-    found = tspipe("verify", copy)
-    assert (found.code, found.err) == (0, "")
+    result = tspipe("verify", copy)
+    assert (result.code, result.err) == (0, "")
     cache = open_cache(copy)
-    assert found.out == (f"{copy} is intact: 1,797 images, {copy.stat().st_size / 1024:.1f} KiB, id {cache.id[:12]}\n")
+    assert result.out == (f"{copy} is intact: 1,797 images, {copy.stat().st_size / 1024:.1f} KiB, id {cache.id[:12]}\n")
 
 
 def test_damage_is_said_with_dataset_rows_and_remedy(tspipe: Tspipe, copy: Path) -> None:
     spoil(copy, ("train_features", 300), ("test_labels", 0))
-    found = tspipe("verify", copy)
-    assert found.code == 1
-    assert found.says(
+    result = tspipe("verify", copy)
+    assert result.code == 1
+    assert result.says(
         f"{copy} is damaged: train_features, rows 256 to 511; test_labels, rows 0 to 255. Get the file "
         f"again, or repair it: tspipe verify --repair {copy}"
     )
@@ -56,9 +56,9 @@ def test_repair_ends_with_the_original_bytes(
 ) -> None:
     spoil(copy, *places)
     assert copy.read_bytes() != digits.path.read_bytes()
-    found = tspipe("verify", "--repair", copy)
-    assert (found.code, found.error) == (0, "")
-    assert found.out.startswith("Repaired: ")
+    result = tspipe("verify", "--repair", copy)
+    assert (result.code, result.error) == (0, "")
+    assert result.out.startswith("Repaired: ")
     assert copy.read_bytes() == digits.path.read_bytes()
 
 
@@ -66,9 +66,11 @@ def test_repair_computes_only_what_is_damaged(tspipe: Tspipe, copy: Path, monkey
     from tspipe.extraction import forward
 
     computed: list[int] = []
-    taught = forward.run_teacher_on_blocks
+    run_teacher = forward.run_teacher_on_blocks
     monkeypatch.setattr(
-        forward, "run_teacher_on_blocks", lambda *arguments: computed.append(len(arguments[3])) or taught(*arguments)
+        forward,
+        "run_teacher_on_blocks",
+        lambda *arguments: computed.append(len(arguments[3])) or run_teacher(*arguments),
     )
     spoil(copy, ("train_features", 300), ("train_labels", 700), ("test_logits", 790))
     assert tspipe("verify", "--repair", copy).code == 0
@@ -77,10 +79,10 @@ def test_repair_computes_only_what_is_damaged(tspipe: Tspipe, copy: Path, monkey
 
 def test_damaged_weights_are_put_back_from_their_file(tspipe: Tspipe, copy: Path, digits: Cache, teacher: Path) -> None:
     spoil(copy, ("teacher_weights", 5000), ("train_features", 0))
-    found = tspipe("verify", "--repair", copy)
-    assert found.code == 1
+    result = tspipe("verify", "--repair", copy)
+    assert result.code == 1
     sha256 = digits.manifest["teacher"]["file_sha256"][:12]
-    assert found.says(
+    assert result.says(
         f"{copy}: its teacher's weights are needed. Give the file they came from, SHA-256 {sha256}…: --weights FILE"
     )
     assert tspipe("verify", "--repair", copy, "--weights", teacher).code == 0
@@ -93,9 +95,9 @@ def test_a_manifest_cannot_be_put_back(tspipe: Tspipe, copy: Path) -> None:
     at = data.index(b'"weights_sha256":"', offset) + 20
     data[at] = ord("0") if data[at] != ord("0") else ord("1")
     copy.write_bytes(data)
-    found = tspipe("verify", "--repair", copy)
-    assert found.code == 1
-    assert found.says(
+    result = tspipe("verify", "--repair", copy)
+    assert result.code == 1
+    assert result.says(
         f"{copy} is damaged: manifest, rows 0 to 65,535 (does not match the id). Get the file again from "
         "its source, or make it again: tspipe cache --force"
     )
@@ -122,9 +124,9 @@ def test_repair_from_other_images_writes_nothing(tspipe: Tspipe, shapes: Path) -
     damaged = shapes.read_bytes()
     folder = shapes.parent / "shapes"
     (folder / "train/a/05.png").write_bytes((folder / "train/b/00.png").read_bytes())
-    found = tspipe("verify", "--repair", shapes, folder)
-    assert found.code == 1
-    assert found.says(
+    result = tspipe("verify", "--repair", shapes, folder)
+    assert result.code == 1
+    assert result.says(
         f"{shapes}: train images 4 to 7 give other features here than were written, so these are left as they are. "
         "Either the images differ (tspipe verify --data), or this processor or PyTorch rounds differently. Get the "
         "file again."
@@ -136,17 +138,17 @@ def test_data_compares_every_image(tspipe: Tspipe, shapes: Path) -> None:
     folder = shapes.parent / "shapes"
     assert tspipe("verify", shapes, "--data", folder).out.endswith("All 24 images are those of the local dataset.\n")
     (folder / "test/b/03.png").write_bytes((folder / "train/b/00.png").read_bytes())
-    found = tspipe("verify", shapes, "--data", folder)
-    assert found.code == 1
-    assert found.error.startswith(
+    result = tspipe("verify", shapes, "--data", folder)
+    assert result.code == 1
+    assert result.error.startswith(
         "shapes.h5 is not of these data: at test index 7, the pixels of 'b/03.png' differ: digest"
     )
 
 
 def test_the_teacher_is_asked_again(tspipe: Tspipe, copy: Path) -> None:
-    found = tspipe("verify", copy, "--teacher", 100)
-    assert (found.code, found.error) == (0, "")
-    lines = found.out.splitlines()
+    result = tspipe("verify", copy, "--teacher", 100)
+    assert (result.code, result.error) == (0, "")
+    lines = result.out.splitlines()
     assert lines[1] == "The teacher, run again on 100 random images, against the file:"
     assert lines[2].split() == ["difference", "largest", "mean", "largest,", "relative"]
     name, largest, mean, share = lines[3].split()
@@ -165,19 +167,19 @@ def test_the_images_chosen_may_all_be_of_one_split(tspipe: Tspipe, copy: Path, c
             return np.arange(total - size, total)
 
     monkeypatch.setattr(np.random, "default_rng", Last)
-    found = tspipe("verify", copy, "--teacher", count)
-    assert (found.code, found.error) == (0, "")
-    assert found.out.endswith(f"Changed argmax: 0 of {count}\n")
+    result = tspipe("verify", copy, "--teacher", count)
+    assert (result.code, result.error) == (0, "")
+    assert result.out.endswith(f"Changed argmax: 0 of {count}\n")
 
 
 def test_a_teacher_that_says_something_else(tspipe: Tspipe, shapes: Path) -> None:
     folder = shapes.parent / "shapes"
     for path in folder.rglob("*.png"):
         path.write_bytes((folder / "train/b/00.png").read_bytes())
-    found = tspipe("verify", shapes, folder, "--teacher", 1000)
-    assert found.code == 1
-    assert "run again on 24 random images" in found.out
-    assert found.error == (
+    result = tspipe("verify", shapes, folder, "--teacher", 1000)
+    assert result.code == 1
+    assert "run again on 24 random images" in result.out
+    assert result.error == (
         "The teacher gives other features or logits than the file holds for 23 of 24 images, by more than rounding. "
         "Other images or other code of its network may be why: tspipe verify --data"
     )
@@ -212,7 +214,7 @@ def test_a_cache_without_its_teacher_takes_its_weights(
     other = tmp_path / "other.safetensors"
     tensors = {name: tensor + 1 for name, tensor in weights.read(teacher).tensors.items()}
     weights.save(other, tensors, {})
-    found = tspipe("verify", path, "--teacher", 3, "--weights", other)
-    assert found.code == 1
-    assert found.says(f"{other} is not what light.h5 was made with.")
+    result = tspipe("verify", path, "--teacher", 3, "--weights", other)
+    assert result.code == 1
+    assert result.says(f"{other} is not what light.h5 was made with.")
     assert np.array_equal(open_cache(path).train.features, digits.train.features)

@@ -97,21 +97,21 @@ def test_torchruns_job_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert process_group is ALONE
 
 
-@pytest.mark.parametrize("wanted", ["auto", "cuda"])
-def test_each_process_of_a_machine_has_a_gpu_of_its_own(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device_name", ["auto", "cuda"])
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(device_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert pick_device(wanted) == torch.device("cuda")
+    assert pick_device(device_name) == torch.device("cuda")
     assert current == [], "a process alone may have chosen it"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device(wanted) == torch.device("cuda:1")
+    assert pick_device(device_name) == torch.device("cuda:1")
     assert current == [1]
     assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RecipeError) as refused:
-        pick_device(wanted)
+        pick_device(device_name)
     assert str(refused.value) == ("This machine has 2 GPUs, one a process: start torchrun with --nproc-per-node 2")
 
 

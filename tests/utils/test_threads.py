@@ -35,11 +35,11 @@ def test_one_item_is_made_ahead() -> None:
             yield number
             event.set()  # the next is asked for
 
-    found = prefetch(items())
-    assert next(found) == 0
+    result = prefetch(items())
+    assert next(result) == 0
     assert made[0].wait(60)
     assert not made[1].is_set()
-    assert list(found) == [1, 2, 3]
+    assert list(result) == [1, 2, 3]
     assert list(prefetch([])) == []
 
 

@@ -167,21 +167,21 @@ def test_broken_link_is_named(root):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation(orientation, tmp_path):
-    shown = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    displayed = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     stored = {
-        1: shown,
-        2: shown[:, ::-1],
-        3: shown[::-1, ::-1],
-        4: shown[::-1],
-        5: shown.T,
-        6: np.rot90(shown),
-        7: shown[::-1, ::-1].T,
-        8: np.rot90(shown, -1),
+        1: displayed,
+        2: displayed[:, ::-1],
+        3: displayed[::-1, ::-1],
+        4: displayed[::-1],
+        5: displayed.T,
+        6: np.rot90(displayed),
+        7: displayed[::-1, ::-1].T,
+        8: np.rot90(displayed, -1),
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(decode(tmp_path / "a.png"), np.repeat(shown[..., None], 3, 2))
+    np.testing.assert_array_equal(decode(tmp_path / "a.png"), np.repeat(displayed[..., None], 3, 2))
 
 
 @pytest.mark.parametrize("dtype, extension", [("<u2", "png"), ("<u2", "tif"), (">u2", "tif"), ("<i4", "tif")])
@@ -278,10 +278,12 @@ def test_damage_is_a_dataset_error_or_an_image(extension, tmp_path, picture):
     """Whatever bytes are wrong, a reader gets pixels or the error that names the file."""
     path = tmp_path / f"a.{extension}"
     picture(path)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     random = np.random.default_rng(0)
     for _ in range(200):
-        data = bytearray(whole[: random.integers(1, len(whole))]) if random.random() < 0.3 else bytearray(whole)
+        data = (
+            bytearray(complete[: random.integers(1, len(complete))]) if random.random() < 0.3 else bytearray(complete)
+        )
         for position in random.integers(0, len(data), 3):
             data[position] = random.integers(0, 256)
         path.write_bytes(data)
