@@ -56,6 +56,15 @@ def test_the_documentation_shows_the_same_order() -> None:
     assert re.findall(r"^    ([a-z]+)(?:/|  )", page, re.MULTILINE) == ORDER
 
 
+def test_names_say_what_a_thing_is() -> None:
+    vague = {"said", "told", "found", "wanted", "mine", "there", "here"}
+    root = Path(__file__).parents[1]
+    for path in (path for folder in ("pipeline", "tests", "benchmarks") for path in (root / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {getattr(node, field, None) for field in ("id", "arg", "attr", "name")}
+            assert not {name for name in names if isinstance(name, str)} & vague, f"{path}: {ast.unparse(node)}"
+
+
 def test_classes_of_stage_two_are_small() -> None:
     for path in (PACKAGE / "training").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -81,8 +90,8 @@ def test_reading_a_cache_loads_neither_torch_nor_fsspec() -> None:
         "import sys, tspipe.cache, tspipe.cache.transfer\n"
         "print(sorted(sys.modules.keys() & {'aiohttp', 'fsspec', 'torch'}))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
 
 
 def test_help_does_not_import_torch() -> None:
@@ -91,8 +100,8 @@ def test_help_does_not_import_torch() -> None:
         "app(['--help'], standalone_mode=False)\n"
         "print('torch' in sys.modules, 'h5py' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "False False"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False False"
 
 
 def test_sizes_keep_it_readable() -> None:
@@ -112,5 +121,5 @@ def test_info_of_a_file_imports_nothing_that_fetches(digits: Cache) -> None:
         "try: main()\n"
         "except SystemExit as stop: print(stop.code, 'tspipe.cache.transfer' in sys.modules, gc.get_freeze_count() > 0)"
     )
-    found = subprocess.run([sys.executable, "-c", program, digits.path], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "0 False True"
+    result = subprocess.run([sys.executable, "-c", program, digits.path], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 False True"
