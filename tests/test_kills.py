@@ -27,8 +27,8 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     Each start is of another number of processes: none of torchrun's, one, two or three.
     """
     settings = [*TEACHER, "compute.block_rows=16"]
-    wanted = load.load("digits", settings)
-    complete = extract(ExtractConfig(wanted, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
+    arguments = load.load("digits", settings)
+    complete = extract(ExtractConfig(arguments, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
     sizes = complete.dimensions
     blocks = {f"{section} {block}" for section in sizes.sections for block in range(sizes.blocks(section))}
     out = tmp_path / "digits.h5"
@@ -102,6 +102,6 @@ def assert_the_same_students(one: Path, two: Path) -> None:
     names = sorted(path.name for path in two.glob("student-*"))
     assert names
     for name in names:
-        there, here = (safetensors.torch.load_file(folder / name) for folder in (two, one))
-        assert here.keys() == there.keys()
-        assert all(here[key].equal(there[key]) for key in there)
+        uninterrupted, resumed = (safetensors.torch.load_file(folder / name) for folder in (two, one))
+        assert resumed.keys() == uninterrupted.keys()
+        assert all(resumed[key].equal(uninterrupted[key]) for key in uninterrupted)

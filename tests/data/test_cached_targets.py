@@ -26,12 +26,12 @@ from tspipe.recipes import load
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """The cache of a folder of 16 + 8 images, `photos/` beside it."""
-    here = tmp_path_factory.mktemp("photos")
-    folder = make_folder(here / "photos")
+    local = tmp_path_factory.mktemp("photos")
+    folder = make_folder(local / "photos")
     torch.manual_seed(0)
-    weights.save(here / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
+    weights.save(local / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
     recipe = load.load("folder", [f"dataset=folder:{folder}", "teacher.network=lenet5"])
-    return extract(ExtractConfig(recipe, weights.read(here / "w.safetensors"), here / "photos.h5"))
+    return extract(ExtractConfig(recipe, weights.read(local / "w.safetensors"), local / "photos.h5"))
 
 
 def images(photos: Cache, split: str = "train") -> ImageFolder:
@@ -142,14 +142,14 @@ def test_another_label_names_the_image(digits: Cache) -> None:
     dataset = plain(digits)
     dataset.tensors[1][12] = (dataset.tensors[1][12] + 1) % 10
     run_teacher = tspipe.CachedTargets(dataset, digits)
-    there, here = int(digits.train.labels[12]), int(dataset.tensors[1][12])
+    stored, local = int(digits.train.labels[12]), int(dataset.tensors[1][12])
     with pytest.raises(CacheMismatch) as refused:
         run_teacher[12]
     assert str(refused.value) == (
-        f"digits.h5: image 12 has label {here} in the dataset, {there} in the cache (row 12). Give the dataset the "
+        f"digits.h5: image 12 has label {local} in the dataset, {stored} in the cache (row 12). Give the dataset the "
         "cache was made from, or check_labels=False."
     )
-    assert tspipe.CachedTargets(dataset, digits, check_labels=False)[12][1] == here
+    assert tspipe.CachedTargets(dataset, digits, check_labels=False)[12][1] == local
 
 
 def test_what_does_not_fit_is_said_at_once(digits: Cache, photos: Cache) -> None:

@@ -115,8 +115,8 @@ def shapes(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     weights.save(tmp_path / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {})
     settings = [f"dataset=folder:{folder}", "teacher.network=lenet5", "compute.block_rows=4"]
-    wanted = load.load("folder", settings)
-    return extract(ExtractConfig(wanted, weights.read(tmp_path / "w.safetensors"), tmp_path / "shapes.h5")).path
+    config = load.load("folder", settings)
+    return extract(ExtractConfig(config, weights.read(tmp_path / "w.safetensors"), tmp_path / "shapes.h5")).path
 
 
 def test_repair_from_other_images_writes_nothing(tspipe: Tspipe, shapes: Path) -> None:
@@ -202,8 +202,8 @@ def test_a_cache_without_its_teacher_takes_its_weights(
         for split in ("train", "test"):
             ranges = [sizes.block(split, block) for block in range(sizes.blocks(split))]
             for number, block in enumerate(rows.decode_blocks(dataset.split(split), recipe.preprocess, ranges)):
-                stored, here = digits.split(split), slice(block.indices.start, block.indices.stop)
-                columns = {name: getattr(stored, name)[here] for name in ("features", "logits", "labels", "keys")}
+                stored, computed = digits.split(split), slice(block.indices.start, block.indices.stop)
+                columns = {name: getattr(stored, name)[computed] for name in ("features", "logits", "labels", "keys")}
                 writer.write_block(split, number, {**columns, "digests": block.digests})
         writer.finish()
     original = path.read_bytes()
