@@ -14,7 +14,7 @@ TspipeError
 ├── OtherProcessFailed    of the same job; it says why itself
 ├── RecipeError           a recipe, a flag or an override
 ├── ReportError           a run that cannot be reported
-└── TrainingError         a loss that is no longer a number
+└── TrainingError         a loss that is not finite
 
 Every message says what is wrong, where, and what to do about it, in a sentence
 or two; the command line prints it as it is.
