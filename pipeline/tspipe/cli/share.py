@@ -62,19 +62,19 @@ def list_(
     folder: Annotated[Path, typer.Argument(help="The folder of the caches.")] = Path("cache"),
 ) -> None:
     """List datasets, networks, losses, recipes, recipe settings, or the caches in a folder."""
-    from tspipe.cli import render
-    from tspipe.recipes import load as recipes
     from tspipe.utils import plugins
 
     packages = {package.rpartition(".")[2]: package for package in plugins.KINDS}
-    if what == "caches":
-        render.show_caches(folder)
-    elif what == "settings":
-        render.show_settings()
-    elif what == "recipes":
-        print(*recipes.names(), sep="\n")
-    elif what in packages:
+    if what in packages:  # first, because the others import torch or h5py
         print(*plugins.names(packages[what]), sep="\n")
+    elif what == "recipes":
+        from tspipe.recipes.load import names
+
+        print(*names(), sep="\n")
+    elif what in ("caches", "settings"):
+        from tspipe.cli import render
+
+        render.show_caches(folder) if what == "caches" else render.show_settings()
     else:
         raise typer.BadParameter(f"{what!r}: choose from {', '.join(packages)}, recipes, settings, caches")
 
