@@ -1,14 +1,17 @@
-"""What several test files use."""
+"""Helpers that several test files use."""
 
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tspipe.cache.inspect import inspect
+from tspipe.errors import NetworkError
 from tspipe.extraction.extract import ExtractConfig
 from tspipe.models import networks, weights
 from tspipe.recipes import load
@@ -96,3 +99,13 @@ def spoil(path: Path, *places: tuple[str, int]) -> None:
             byte = file.read(1)[0]
             file.seek(where)
             file.write(bytes([byte ^ 1]))
+
+
+def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def error_message(function: Callable[..., object], *arguments: object) -> str:
+    with pytest.raises(NetworkError) as error:
+        function(*arguments)
+    return str(error.value)

@@ -1,28 +1,28 @@
-"""What can go wrong, as one tree.
+"""The exceptions of tspipe.
 
 TspipeError
 ├── CacheError
 │   ├── NotACache         not a tspipe cache, or not one that is safe to read
-│   ├── CacheDamaged      bytes differ from what was written
+│   ├── CacheDamaged      bytes differ from those written
 │   ├── CacheIncomplete   the writer has not finished
-│   ├── CacheMismatch     a sound cache, but not of this data, preprocess or teacher
+│   ├── CacheMismatch     a valid cache, but of other data, preprocessing or teacher
 │   ├── CacheBusy         another process is writing it
-│   └── RemoteError       the place of a remote one cannot be asked (defined in cache/remote.py)
+│   └── RemoteError       a remote file cannot be reached (defined in cache/remote.py)
 ├── DatasetError          images or labels missing, unreadable, or not as published
 ├── NetworkError          an architecture or its weights
 ├── OutOfMemory           a batch that does not fit, and one that does
-├── OtherProcessFailed    of the same job; it says why itself
+├── OtherProcessFailed    another process of the job, which reports its own error
 ├── RecipeError           a recipe, a flag or an override
-├── ReportError           a run that cannot be reported
+├── ReportError           a run folder that cannot be reported
 └── TrainingError         a loss that is not finite
 
 Every message says what is wrong, where, and what to do about it, in a sentence
-or two; the command line prints it as it is.
+or two. The command line prints it unchanged.
 """
 
 
 class TspipeError(Exception):
-    """Base of everything tspipe raises on purpose."""
+    """The base class of all exceptions that tspipe raises."""
 
 
 class CacheError(TspipeError):
@@ -34,15 +34,15 @@ class NotACache(CacheError):
 
 
 class CacheDamaged(CacheError):
-    """The file is not what was written."""
+    """The file's bytes differ from those written."""
 
 
 class CacheIncomplete(CacheError):
-    """The file's writer has not finished."""
+    """The file is not finished."""
 
 
 class CacheMismatch(CacheError):
-    """The cache is sound, but belongs to other data, preprocess, teacher or plan."""
+    """The cache is valid, but belongs to other data, preprocessing, teacher or plan."""
 
 
 class CacheBusy(CacheError):
@@ -58,38 +58,38 @@ class NetworkError(TspipeError):
 
 
 class OutOfMemory(TspipeError):
-    """The teacher does not fit into memory with batches of `batch_size` images; with `fits` it does, 0: with none."""
+    """The teacher runs out of memory with batches of `batch_size` images, but not of `fits`; 0 if no batch fits."""
 
     def __init__(self, batch_size: int, fits: int):
         self.batch_size, self.fits = batch_size, fits
         super().__init__(
             f"The teacher runs out of memory with batches of {batch_size:,} images; batches of {fits:,} fit."
             if fits
-            else "The teacher runs out of memory even with one image at a time. It needs a machine with more."
+            else "The teacher runs out of memory even with one image at a time. Use a machine with more memory."
         )
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch or Python ran out of memory; PyTorch raises a plain RuntimeError on the CPU."""
+    """Return whether PyTorch or Python ran out of memory; on the CPU, PyTorch raises a plain RuntimeError."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, by name: nothing here imports torch
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, by name, to avoid importing torch
         or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
     )
 
 
 class OtherProcessFailed(TspipeError):
-    """Another process of the same job has ended, or cannot be reached; saying why is left to that one."""
+    """Another process of the job has ended or cannot be reached; it reports its own error."""
 
 
 class RecipeError(TspipeError):
-    """A recipe, a flag or an override does not make sense."""
+    """A recipe, a flag or an override is invalid."""
 
 
 class ReportError(TspipeError):
-    """A run folder is not one that can be reported, or what draws its figures is missing."""
+    """A run folder cannot be reported, or matplotlib is missing."""
 
 
 class TrainingError(TspipeError):
-    """Training cannot go on."""
+    """Training cannot continue."""

@@ -257,7 +257,7 @@ def test_not_even_one_image_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OutOfMemory) as refused:
         extract(requested)
     assert str(refused.value) == (
-        "The teacher runs out of memory even with one image at a time. It needs a machine with more."
+        "The teacher runs out of memory even with one image at a time. Use a machine with more memory."
     )
 
 

@@ -6,21 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from shared import equal, error_message
 from tspipe.errors import NetworkError
 from tspipe.models import loading, networks, weights
 
 PUBLISHED = Path(__file__).parents[2] / "../shared/data/resnet56-cifar10.th"
 SHAPE = (3, 32, 32)
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def error_message(function, *arguments):
-    with pytest.raises(NetworkError) as error:
-        function(*arguments)
-    return str(error.value)
 
 
 def on_meta(name, num_classes=10, input_shape=(3, 32, 32), **options):

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from tspipe.errors import NetworkError, TspipeError
+from shared import equal, error_message
+from tspipe.errors import TspipeError
 from tspipe.models import weights
 
 REFUSED = (
@@ -36,16 +37,6 @@ def hostile(tmp_path):
 
     yield Hostile()
     assert not (tmp_path / "ran").exists(), "the pickle ran"
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def error_message(function, *arguments):
-    with pytest.raises(NetworkError) as error:
-        function(*arguments)
-    return str(error.value)
 
 
 # Reading

@@ -302,8 +302,8 @@ def test_fresh_views_are_refused_if_an_arm_is_taught(tmp_path: Path) -> None:
         with pytest.raises(CacheMismatch) as refused:
             train_students(stage_two(cache, folder, "views.count=8", arms=arms))
         assert str(refused.value) == (
-            "shapes.h5 has no views: its targets are of the images as they are, and a taught student that sees them "
-            "moved or mirrored would learn what the teacher says of others. Make the cache again with views (tspipe "
+            "shapes.h5 has no views: its targets belong to unchanged images, so a taught student that sees "
+            "shifted or flipped ones would learn the wrong targets. Make the cache again with views (tspipe "
             "cache --views 8 --force), or train without: --set views.count=0"
         )
     assert not (tmp_path / "run1").exists()

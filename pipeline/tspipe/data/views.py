@@ -69,13 +69,6 @@ def facts(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {"views": {name: stated[name] for name in Views.model_fields}} if stated else {}
 
 
-def views_identity(cache: Cache, views: Views) -> dict[str, Any]:
-    """Return the settings of views that determine a run's results."""
-    if cache.manifest["views"]:
-        return {"views": views.model_dump()}
-    return {"views": views.model_dump(exclude={"count"})} if views.count else {}
-
-
 class EpochViews:
     """The view of each training image in an epoch, and the row of its targets.
 
@@ -94,9 +87,9 @@ class EpochViews:
         """
         if (stored := cache.manifest["views"]) is None and views.count and taught:
             raise CacheMismatch(
-                f"{cache.path.name} has no views: its targets are of the images as they are, and a taught student that "
-                "sees them moved or mirrored would learn what the teacher says of others. Make the cache again with "
-                f"views (tspipe cache --views {views.count} --force), or train without: --set views.count=0"
+                f"{cache.path.name} has no views: its targets belong to unchanged images, so a taught student that "
+                "sees shifted or flipped ones would learn the wrong targets. Make the cache again with views "
+                f"(tspipe cache --views {views.count} --force), or train without: --set views.count=0"
             )
         for field, value in views.model_dump().items() if stored else ():
             if stored[field] != value:

@@ -1,4 +1,4 @@
-"""The plainest code for what stage two does, to be timed beside it. Each item of an iterator is one repetition."""
+"""The plainest code for the work of stage two, as a floor for its times. Each item of an iterator is one repetition."""
 
 import itertools
 from collections import deque

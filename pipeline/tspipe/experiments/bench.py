@@ -1,7 +1,7 @@
-"""What a cache saves on this machine: each time beside its floor, the plainest code that does the same work.
+"""Measures what a cache saves on this machine, each time against a floor: the plainest code for the same work.
 
-A floor and what is compared with it take short turns, so that a machine that slows down slows both. Ratios are of
-turns; their median is given with the quartiles.
+Both sides of a comparison run in short alternating turns, so that a machine that slows down slows both. Each turn gives
+a ratio; the result is their median with the quartiles.
 """
 
 import itertools
@@ -106,7 +106,9 @@ def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, fl
 def _student_lines(trainer: Trainer, student: str, timer: Timer, facts: dict[str, float]) -> Iterator[Line]:
     """Compare an epoch of a taught student with bare steps and tests, and with a loop that has the teacher in it."""
     name, recipe, data = networks.recorded_name(student), trainer.config.recipe, trainer.data
-    learner = _learner(trainer, student, TAUGHT)  # one for all: two alike may differ by 4 %, by where their weights lie
+    learner = _learner(
+        trainer, student, TAUGHT
+    )  # one for both sides: equal learners differ by 4 %, depending on their addresses in memory
     batches = BatchSource(data, trainer.targets, None, trainer.partition, recipe.batch_size)
     part = slice(_prepared_batches(trainer, recipe.batch_size))
     prepared = [(batch.images, batch.target) for _, batch in batches.epoch(0, 0, part)]

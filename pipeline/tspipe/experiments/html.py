@@ -5,6 +5,7 @@ The template escapes all text of a run folder; figures are SVG by matplotlib, wh
 
 import re
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -35,7 +36,7 @@ def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
     )
     runs = [_run(findings, drawings, i) for i, (findings, drawings) in enumerate(reports, 1)]
     title = runs[0]["title"] if len(runs) == 1 else f"{len(runs)} runs"
-    style = Markup((environment.loader.get_source(environment, "report.css"))[0])  # type: ignore[union-attr]
+    style = Markup((resources.files("tspipe.experiments") / "report.css").read_text())
     return environment.get_template("report.html.jinja").render(title=title, runs=runs, style=style)
 
 

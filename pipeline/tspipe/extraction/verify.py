@@ -191,7 +191,7 @@ def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
         if blocks := _damaged_blocks(file.cache, left):
             _repair_blocks(file, blocks, config)
         if "classes" in names and not file.classes(config.dataset().train.classes):
-            raise CacheMismatch(f"{path}: its classes cannot be put back, the dataset's are others.")
+            raise CacheMismatch(f"{path}: its classes cannot be restored, because the dataset has other classes.")
 
 
 def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int], set[str]]:

@@ -28,6 +28,11 @@ class Partition(ABC):
         """Whether this process writes the run folder."""
         return self.group.rank == 0
 
+    @property
+    def reports_losses(self) -> bool:
+        """Whether this process reports non-finite losses of its learners, so that each is reported once."""
+        return True
+
     def checkpoint_due(self, clock: Clock, number: int) -> bool:
         """Return whether a checkpoint is due after batch `number`: the same answer in every process."""
         if self.group.size == 1:
@@ -128,6 +133,11 @@ class SplitBatches(Partition):
     def dropout_purpose(self) -> str:
         """Each process has other images, so its dropout draws other numbers."""
         return f"dropout, rank {self.group.rank}" if self.group.rank else "dropout"
+
+    @property
+    def reports_losses(self) -> bool:
+        """All processes have the same merged losses, and rank 0 reports them."""
+        return self.is_writer
 
     def local_learners(self, cohort: Sequence[T]) -> list[T]:
         """Return all learners."""

@@ -7,7 +7,7 @@ of a student start from the same weights, so that arms can be compared pair by p
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from tspipe.training.evaluation import Evaluator
 from tspipe.training.learner import Learner, TaskShape
 from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.metrics_log import MetricsLog, print_first_epoch
-from tspipe.training.partition import Partition, SplitBatches, choose_partition
+from tspipe.training.partition import Partition, choose_partition
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.random_source import RandomSource, RandomSpec
 from tspipe.training.run_data import RunData, open_run_data
@@ -180,10 +180,9 @@ class Trainer:
         return progress("students", total, "images", before + done, self.partition.is_writer)
 
     def _check_losses(self, learners: list[Learner], epoch: int) -> None:
-        """Raise TrainingError if a loss is not finite; where batches are split, on rank 0 alone."""
-        if self.partition.is_writer or not isinstance(self.partition, SplitBatches):
-            for learner in learners:
-                learner.check_finite(epoch)
+        """Raise TrainingError if a loss is not finite."""
+        for learner in learners if self.partition.reports_losses else []:
+            learner.check_finite(epoch)
 
     def _evaluate(self, evaluator: Evaluator, learners: list[Learner], epoch: int) -> list[dict[str, Any]]:
         seconds = round(self.random.seconds(), 4) if self.random else 0.0
@@ -254,7 +253,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     columns = {"features": cache.train.features, "logits": cache.train.logits}
     memory = (recipe.memory or memory_limit(device)) // 3
     targets = TargetLoader(columns, row_labels(cache), needs, memory, device)
-    config = StudentConfig(**{**vars(config), "recipe": recipe})
+    config = replace(config, recipe=recipe)
     checkpointer = Checkpointer(folder.checkpoint, recipe.checkpoint_seconds)
     return Trainer(config, folder, device, data, partition, targets, random, checkpointer)
 
