@@ -6,45 +6,40 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tspipe.cli.options import (
-    Data,
-    Dataset,
-    Download,
-    File,
-    FileOrUrl,
-    RandomPool,
-    RecipeName,
-    Settings,
-    StoreImages,
-    Teacher,
-    TrainTeacher,
-    Views,
-)
-from tspipe.cli.share import damage_error, find_damage, local_path, say
+from tspipe.cli import options
+from tspipe.cli.share import find_damage, local_path
+from tspipe.errors import CacheDamaged
+from tspipe.utils.console import echo, format_bytes
 
 if TYPE_CHECKING:
     from tspipe.extraction.extract import ExtractConfig
 
 
 def cache(
-    dataset: Dataset,
-    teacher: Teacher = None,
+    dataset: options.Dataset,
+    teacher: options.Teacher = None,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="The teacher's weights (default: its file in checkpoints/).", show_default=False),
+        Path | None, typer.Option(help="The teacher's weights (default: its file in checkpoints/).")
     ] = None,
-    data: Data = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Output file (default: cache/<dataset>.h5).", show_default=False)
+    data: options.Data = None,
+    out: Annotated[Path | None, typer.Option(help="Output file (default: cache/<dataset>.h5).")] = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Store the pixels too, so that stage two needs no dataset.")
+    ] = False,
+    random_pool: Annotated[
+        int | None, typer.Option(metavar="P", min=1, help="Label P random images too, to train without a teacher.")
     ] = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
-    images: StoreImages = False,
-    random_pool: RandomPool = None,
-    views: Views = None,
-    train_teacher: TrainTeacher = False,
+    views: Annotated[
+        int | None, typer.Option(metavar="V", help="Store V shifted and flipped views of each training image.")
+    ] = None,
+    train_teacher: Annotated[
+        bool,
+        typer.Option("--train-teacher", help="First train the teacher if it has no weights and none are published."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
-    download: Download = False,
+    download: options.Download = False,
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
     from tspipe.data import datasets
@@ -73,16 +68,15 @@ def cache(
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:
             teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name)
-        extraction = extract.ExtractConfig(
-            chosen, teacher_weights, out, data, force, download, images, random_pool or 0
-        )
+        pool_rows = random_pool or 0
+        extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, force, download, images, pool_rows)
         finished = extract.extract(extraction, group)
     if finished is not None:
         info(str(finished.path))
-        say("Next: " + " ".join(["tspipe student --cache", str(out), *_student_flags(extraction, dataset, name)]))
+        echo("Next: " + " ".join(["tspipe student --cache", str(out), *_student_flags(extraction, dataset, name)]))
 
 
-def info(file: FileOrUrl) -> None:
+def info(file: options.FileOrUrl) -> None:
     """Show what a cache holds; of a URL, only the head of the file is read."""
     from tspipe.cache import open_cache
     from tspipe.cache.remote import is_url
@@ -97,29 +91,26 @@ def info(file: FileOrUrl) -> None:
 
 
 def verify(
-    file: File,
-    folder: Annotated[
-        Path | None, typer.Argument(help="The dataset's folder (default: data/<name>).", show_default=False)
-    ] = None,
+    file: options.File,
+    folder: Annotated[Path | None, typer.Argument(help="The dataset's folder (default: data/<name>).")] = None,
     data: Annotated[bool, typer.Option("--data", help="Compare every image of the dataset with the cache.")] = False,
     teacher: Annotated[int, typer.Option(metavar="N", min=0, help="Run the teacher again on N random images.")] = 0,
     repair: Annotated[bool, typer.Option("--repair", help="Compute damaged rows again and restore them.")] = False,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="The teacher's weights, if the cache's are missing or damaged.", show_default=False),
+        Path | None, typer.Option(help="The teacher's weights, if the cache's are missing or damaged.")
     ] = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
 ) -> None:
     """Check every byte of a cache, and repair it."""
     from tspipe.cache import open_cache
     from tspipe.cache.inspect import inspect
+    from tspipe.cache.verify import explain
     from tspipe.recipes.load import recipe_for_cache
-    from tspipe.utils.console import format_bytes
 
     damage = find_damage(file)
     if damage and not repair:
-        raise damage_error(file, damage)
+        raise CacheDamaged(explain(file, damage))
     if data or teacher or damage:
         from tspipe.extraction import verify as stage
         from tspipe.models import weights as weight_files
@@ -129,22 +120,22 @@ def verify(
         config = stage.VerifyConfig(chosen, folder or default_folder, weight_files.read(weights) if weights else None)
     while damage:
         stage.repair(file, damage, config)
-        say("Repaired: " + "; ".join(part.where for part in damage))
+        echo("Repaired: " + "; ".join(part.where for part in damage))
         before, damage = damage, find_damage(file)  # one damage may have hidden another
         if damage == before:
-            raise damage_error(file, damage)
+            raise CacheDamaged(explain(file, damage))
     opened = open_cache(file)
     images = sum(opened.manifest["dataset"]["rows"].values())
-    say(f"{file} is intact: {images:,} images, {format_bytes(file.stat().st_size)}, id {opened.id[:12]}")
+    echo(f"{file} is intact: {images:,} images, {format_bytes(file.stat().st_size)}, id {opened.id[:12]}")
     if data:
-        say(f"All {stage.match_data(opened, config):,} images are those of the local dataset.")
+        echo(f"All {stage.match_data(opened, config):,} images are those of the local dataset.")
     if teacher:
         stage.show(stage.compare_teacher(opened, config, teacher))
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A feature cache, or its URL.", show_default=False)],
-    second: Annotated[str, typer.Argument(metavar="B", help="A feature cache to compare it with.", show_default=False)],
+    first: Annotated[str, typer.Argument(metavar="A", help="A feature cache, or its URL.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="A feature cache to compare it with.")],
 ) -> None:
     """Show how two caches differ; the exit code is 0 if they do not, else 1."""
     from tspipe.cache import open_cache

@@ -3,42 +3,24 @@
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from tspipe.cache import SPLITS, Manifest, open_cache
+from tspipe.cache import SPLITS, Cache, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
 from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.errors import CacheError
 from tspipe.utils.console import format_bytes, printable, stdout_console
 
+if TYPE_CHECKING:
+    from tspipe.cache.transfer import Peek  # imported only where a command reads a URL
+
 _NAME = 60  # characters shown of a class's name
 
 
-class Facts(Protocol):
-    """What is printed of a cache: an open one has it, and so has the head of a remote one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def id(self) -> str: ...
-    @property
-    def classes(self) -> list[str]: ...
-    @property
-    def manifest(self) -> Manifest: ...
-    @property
-    def has_images(self) -> bool: ...
-    @property
-    def has_teacher(self) -> bool: ...
-    @property
-    def identified(self) -> bool: ...
-
-
-def show_cache(cache: Facts) -> None:
+def show_cache(cache: "Cache | Peek") -> None:
     """Print a cache's facts on one screen."""
     manifest = cache.manifest
     dataset, teacher, features = manifest["dataset"], manifest["teacher"], manifest["features"]

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tspipe.cli.options import File, Force
+from tspipe.cli import options
 from tspipe.errors import CacheDamaged
+from tspipe.utils.console import echo
 
 if TYPE_CHECKING:
     from tspipe.cache import Cache
@@ -14,11 +15,9 @@ if TYPE_CHECKING:
 
 
 def push(
-    file: File,
-    url: Annotated[
-        str, typer.Argument(metavar="URL", help="A folder, or an address: s3://, gs://, hf://.", show_default=False)
-    ],
-    force: Force = False,
+    file: options.File,
+    url: Annotated[str, typer.Argument(metavar="URL", help="A folder, or an address: s3://, gs://, hf://.")],
+    force: options.Force = False,
 ) -> None:
     """Publish a cache for a team, with its SHA-256 beside it."""
     from tspipe.cache import open_cache, transfer
@@ -28,15 +27,15 @@ def push(
     check_intact(file)
     with byte_progress(f"pushing {file.name}", lambda: 2 * opened.size) as moved:  # written, and read back
         pushed = transfer.push(file, url, moved, force=force)
-    say(f"{'Pushed to' if pushed.new else 'Already at'} {pushed.address}: id {opened.id[:12]}")
+    echo(f"{'Pushed to' if pushed.new else 'Already at'} {pushed.address}: id {opened.id[:12]}")
     _print_contents(opened)
-    say(f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {pushed.address}")
+    echo(f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {pushed.address}")
 
 
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The address of a cache.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="A file or folder (default: cache/).", show_default=False)] = None,
-    force: Force = False,
+    url: Annotated[str, typer.Argument(metavar="URL", help="The address of a cache.")],
+    out: Annotated[Path | None, typer.Option(help="A file or folder (default: cache/).")] = None,
+    force: options.Force = False,
 ) -> None:
     """Download a cache and check it; an interrupted pull resumes."""
     from tspipe.cache import open_cache, transfer
@@ -50,15 +49,13 @@ def pull(
         check_intact(out)
     opened = open_cache(out)
     checked = "its SHA-256 matches" if pulled.stated else "no SHA-256 is published; its own checksums match"
-    say(f"{'Pulled' if pulled.new else 'Already have'} {out}: id {opened.id[:12]}, {checked}")
+    echo(f"{'Pulled' if pulled.new else 'Already have'} {out}: id {opened.id[:12]}, {checked}")
     _print_contents(opened)
-    say(f"Next: tspipe student --cache {out}")
+    echo(f"Next: tspipe student --cache {out}")
 
 
 def list_(
-    what: Annotated[
-        str, typer.Argument(metavar="datasets|networks|losses|recipes|settings|caches", show_default=False)
-    ],
+    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes|settings|caches")],
     folder: Annotated[Path, typer.Argument(help="The folder of the caches.")] = Path("cache"),
 ) -> None:
     """List datasets, networks, losses, recipes, recipe settings, or the caches in a folder."""
@@ -90,48 +87,35 @@ def local_path(cache: str) -> Path:
     with byte_progress(f"fetching {transfer.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
         fetched = transfer.fetch(cache, moved)
     if fetched.how == "fetched":
-        say(f"Fetched {name} to {fetched.path}")
+        echo(f"Fetched {name} to {fetched.path}")
     elif fetched.how == "unchanged":
-        say(f"{name} is unchanged: using the copy {fetched.path}")
+        echo(f"{name} is unchanged: using the copy {fetched.path}")
     else:
-        reason = fetched.problem.split(". ")[0]
-        say(f"Using the copy of {name}: {reason}.")
+        echo(f"Using the copy of {name}: {fetched.problem.split('. ')[0]}.")
     if not fetched.stated:
         check_intact(fetched.path)
     return fetched.path
 
 
-def say(text: str) -> None:
-    """Print a line now, with control characters escaped."""
-    from tspipe.utils import console
-
-    console.echo(text)
-
-
 def find_damage(file: Path) -> list["Damage"]:
     """Compare every byte with its checksum."""
-    from tspipe.cache.verify import find_damage
+    from tspipe.cache import verify
     from tspipe.utils.progress import byte_progress
 
     with byte_progress(f"reading {file.name}", lambda: file.stat().st_size) as moved:
-        return find_damage(file, moved)
-
-
-def damage_error(file: Path, damage: list["Damage"]) -> CacheDamaged:
-    """Return the error that describes this damage."""
-    from tspipe.cache.verify import explain
-
-    return CacheDamaged(explain(file, damage))
+        return verify.find_damage(file, moved)
 
 
 def check_intact(file: Path) -> None:
     """Raise CacheDamaged unless every byte matches its checksum."""
+    from tspipe.cache.verify import explain
+
     if damage := find_damage(file):
-        raise damage_error(file, damage)
+        raise CacheDamaged(explain(file, damage))
 
 
 def _print_contents(opened: "Cache") -> None:
     from tspipe.cache.transfer import carried
 
     for line in carried(opened):
-        say(f"  It contains {line}.")
+        echo(f"  It contains {line}.")

@@ -5,32 +5,28 @@ from typing import Annotated
 
 import typer
 
-from tspipe.cli.options import LOSSES, CacheToTrainOn, Data, Download, Epochs, RecipeName, Seeds, Settings, Students
+from tspipe.cli import options
 from tspipe.cli.share import local_path
 
 
 def student(
-    cache: CacheToTrainOn,
-    student: Students = None,
+    cache: options.CacheToTrainOn,
+    student: options.Students = None,
     loss: Annotated[
         list[str] | None,
-        typer.Option(help="ts, kd, vid or a file ./mine.py; repeatable.", show_default=False, autocompletion=LOSSES),
+        typer.Option(help="ts, kd, vid or a file ./mine.py; repeatable.", autocompletion=options.LOSSES),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
     ] = False,
-    random_images: Annotated[
-        int | None, typer.Option(help="Random images added to every batch.", show_default=False)
-    ] = None,
-    seeds: Seeds = None,
-    epochs: Epochs = None,
-    data: Data = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder (default: one in runs/).", show_default=False)
-    ] = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
-    download: Download = False,
+    random_images: Annotated[int | None, typer.Option(help="Random images added to every batch.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds (default: the recipe's).")] = None,
+    epochs: options.Epochs = None,
+    data: options.Data = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: one in runs/).")] = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
+    download: options.Download = False,
     trust_data: Annotated[
         bool, typer.Option("--trust-data", help="Do not compare the images with the cache's; the run records it.")
     ] = False,
@@ -58,11 +54,8 @@ def student(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Output folder (default: the run's, or one in reports/).", show_default=False),
-    ] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder (default: the run's, or one in reports/).")] = None,
 ) -> None:
     """Write tables, figures and an HTML page of finished runs."""
     from tspipe.experiments import report as reports
@@ -72,31 +65,20 @@ def report(
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help="table1, table2 or table3.", show_default=False)],
-    students: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Some of the table's students.", show_default=False)
-    ] = None,
-    arms: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Some of alone, own, taught, random.", show_default=False)
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs (default: the paper's 200).", show_default=False)
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds (default: 1).", show_default=False)] = None,
+    table: Annotated[str, typer.Argument(help="table1, table2 or table3.")],
+    students: Annotated[str | None, typer.Option(metavar="A,B", help="Some of the table's students.")] = None,
+    arms: Annotated[str | None, typer.Option(metavar="A,B", help="Some of alone, own, taught, random.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs (default: the paper's 200).")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds (default: 1).")] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(metavar="[NAME=]DATASET", help="A dataset in place of the paper's.", show_default=False),
+        str | None, typer.Option(metavar="[NAME=]DATASET", help="A dataset in place of the paper's.")
     ] = None,
-    data: Data = None,
-    weights: Annotated[Path | None, typer.Option(help="The teacher's weights.", show_default=False)] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="A finished cache (default: make one).", show_default=False)
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe on top of the table's, such as strong.", show_default=False)
-    ] = None,
-    settings: Settings = None,
-    download: Download = False,
+    data: options.Data = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's weights.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="A finished cache (default: make one).")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe on top of the table's, such as strong.")] = None,
+    settings: options.Settings = None,
+    download: options.Download = False,
 ) -> None:
     """Run an experiment of the paper, and compare the results with the paper's."""
     from tspipe.experiments import figures
@@ -117,11 +99,11 @@ def reproduce(
 
 
 def bench(
-    cache: CacheToTrainOn,
-    student: Students = None,
-    data: Data = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
+    cache: options.CacheToTrainOn,
+    student: options.Students = None,
+    data: options.Data = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
     seconds: Annotated[
         float, typer.Option(min=1, help="About how long to measure; longer if one step takes seconds.")
     ] = 120,

@@ -5,23 +5,22 @@ from typing import Annotated
 
 import typer
 
-from tspipe.cli.options import Data, Dataset, Download, Epochs, RecipeName, Settings, Teacher
+from tspipe.cli import options
 
 
 def teacher(
-    dataset: Dataset,
-    teacher: Teacher = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights to fine-tune.", show_default=False)] = None,
-    data: Data = None,
+    dataset: options.Dataset,
+    teacher: options.Teacher = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to fine-tune.")] = None,
+    data: options.Data = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Output file (default: checkpoints/<dataset>-<network>.safetensors).", show_default=False),
+        Path | None, typer.Option(help="Output file (default: checkpoints/<dataset>-<network>.safetensors).")
     ] = None,
-    epochs: Epochs = None,
-    recipe: RecipeName = None,
-    settings: Settings = None,
+    epochs: options.Epochs = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
     force: Annotated[bool, typer.Option("--force", help="Replace weights of other settings.")] = False,
-    download: Download = False,
+    download: options.Download = False,
 ) -> None:
     """Train or fine-tune a teacher."""
     from tspipe.models import networks
