@@ -1,6 +1,8 @@
 """The list of settings: complete, described, and consistent with the schema."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from importlib import resources
 
@@ -56,6 +58,17 @@ def test_every_field_of_a_recipe_is_listed(name: str) -> None:
     fields = tomllib.loads((resources.files("tspipe") / "recipes" / f"{name}.toml").read_text())
     emptied = {"alone", "students"}  # sections that a recipe removes from its base
     assert set(paths(fields)) <= BY_NAME.keys() | emptied | {"base"}
+
+
+def test_listing_them_imports_neither_torch_nor_h5py() -> None:
+    program = (
+        "import sys; from tspipe.cli.app import app\n"
+        "app(['list', 'settings'], standalone_mode=False)\n"
+        "print(sorted(sys.modules.keys() & {'torch', 'h5py'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "The momentum of SGD." in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_markdown() -> None:

@@ -209,5 +209,5 @@ def test_minstd_continues_over_batches_and_epochs(digits: Cache, tmp_path: Path)
     trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
     source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
     drawn = [batch.random[0] for epoch in (0, 1) for _, batch in source.epoch(0, epoch) if batch.random]
-    expected = [random_images.congruential(0, i, 7, (1, 16, 16)) for i in range(20)]
-    torch.testing.assert_close(torch.cat(drawn), trainer.data.preprocess.normalise(torch.cat(expected)))
+    expected = torch.from_numpy(np.concatenate([random_images.congruential(0, i, 7, (1, 16, 16)) for i in range(20)]))
+    torch.testing.assert_close(torch.cat(drawn), trainer.data.preprocess.normalise(expected))

@@ -174,7 +174,7 @@ def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
     student = feature_net.student_of(student, "lenet5", 84, 10, torch.zeros(2, 1, 16, 16))
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
     for number, rows in enumerate(batches.shuffled_batches(0, 0, 1000, 100)):
-        random = preprocess.normalise(random_images.uniform(0, 0, number, 7, (1, 16, 16)))
+        random = preprocess.normalise(torch.from_numpy(random_images.uniform(0, 0, number, 7, (1, 16, 16))))
         with torch.no_grad():
             random_features, random_logits = teacher(random)
         g, z = student(torch.cat([preprocess.normalise(pixels[rows]), random]))

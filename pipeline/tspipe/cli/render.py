@@ -195,15 +195,3 @@ def _preprocess(fields: dict[str, Any]) -> str:
         parts.append(f"centre crop {fields['crop']}")
     parts += [f"mean {fields['mean']}", f"std {fields['std']}"]
     return ", ".join(parts)
-
-
-def show_settings() -> None:
-    """Print every recipe setting with its default and meaning."""
-    from tspipe.recipes.settings import settings
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("setting", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    for setting in settings():
-        table.add_row(Text(setting.name), Text(str(setting.default)), Text(setting.description))
-    stdout_console().print(table)

@@ -62,16 +62,21 @@ def list_(
     from tspipe.utils import plugins
 
     packages = {package.rpartition(".")[2]: package for package in plugins.KINDS}
-    if what in packages:  # first, because the others import torch or h5py
+    if what in packages:
         print(*plugins.names(packages[what]), sep="\n")
     elif what == "recipes":
         from tspipe.recipes.load import names
 
         print(*names(), sep="\n")
-    elif what in ("caches", "settings"):
+    elif what == "settings":
+        from tspipe.recipes.settings import settings_table
+        from tspipe.utils.console import stdout_console
+
+        stdout_console().print(settings_table())
+    elif what == "caches":
         from tspipe.cli import render
 
-        render.show_caches(folder) if what == "caches" else render.show_settings()
+        render.show_caches(folder)
     else:
         raise typer.BadParameter(f"{what!r}: choose from {', '.join(packages)}, recipes, settings, caches")
 

@@ -5,24 +5,22 @@ uint8 or [0, 1] to the network's floats, once per batch. The cache stores the de
 cannot use another. A view of an image is shifted and flipped between resize and crop.
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
 from tspipe.errors import DatasetError
 
-_PIL_MODES = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+if TYPE_CHECKING:  # recipes describe preprocessing, and are listed without the seconds that importing torch takes
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Preprocess:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Preprocess":
+    def from_dict(cls, fields: dict[str, Any]) -> Preprocess:
         """Return the preprocessing with these fields; the inverse of `as_dict`."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**plain)
@@ -85,7 +83,7 @@ class Preprocess:
         if self.resize is not None and image.shape[:2] != self.resize:
             height, width = self.resize
             picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-            resized = np.asarray(picture.resize((width, height), _PIL_MODES[self.interpolation]))
+            resized = np.asarray(picture.resize((width, height), Image.Resampling[self.interpolation.upper()]))
             image = resized.reshape(height, width, -1)
         rows, columns = self._centre(*image.shape[:2])
         image = image[rows, columns]
@@ -96,7 +94,7 @@ class Preprocess:
         return np.ascontiguousarray(image)
 
     @property
-    def before_views(self) -> "Preprocess":
+    def before_views(self) -> Preprocess:
         """The preprocessing without the crop, whose output is the input of `replay`."""
         return replace(self, crop=None)
 
@@ -110,6 +108,8 @@ class Preprocess:
 
         Raises DatasetError when the crop is larger than the images.
         """
+        import torch
+
         rows, columns = self._centre(*images.shape[2:])
         images = images if views is None else shift_and_flip(images, views)
         return images[:, :, rows, columns].contiguous(memory_format=torch.channels_last)
@@ -125,12 +125,16 @@ class Preprocess:
 
     def __call__(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
         """Apply both parts to one image, (H, W) or (H, W, C) uint8: a transform for torchvision's datasets."""
+        import torch
+
         array = np.array(image)  # a copy, since PyTorch warns of Pillow's read-only memory
         pixels = torch.from_numpy(self.apply(array.reshape(*array.shape[:2], -1)))
         return self.normalise(pixels.permute(2, 0, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise (n, C, H, W) uint8, or float32 in [0, 1], to float32 of the same shape."""
+        import torch
+
         is_uint8, (count, channels, height, width) = images.dtype == torch.uint8, (-1, *images.shape)[-4:]
         if images.ndim < 4 or not images.is_contiguous(memory_format=torch.channels_last):
             scale, shift = (v[:, None, None] for v in self._line(1, is_uint8, images.device))
@@ -154,6 +158,8 @@ def _scale_and_shift(
 
     Cached, since creating them waits for a GPU.
     """
+    import torch
+
     means, deviations = (torch.tensor(v, device=device).repeat(pixels) for v in (mean, std))
     return 1 / ((255.0 if is_uint8 else 1.0) * deviations), means / deviations
 
@@ -165,6 +171,8 @@ def shift_and_flip(images: Tensor, views: Tensor) -> Tensor:
         images: (n, C, H, W), any dtype.
         views: (n, 3) integers: dy, dx, flip.
     """
+    import torch
+
     n, channels, height, width = images.shape
     dy, dx, flip = views.long().unbind(1)
     rows = torch.arange(height, device=images.device) - dy[:, None]

@@ -9,37 +9,39 @@ generator, is MINSTD (Park and Miller, Communications of the ACM 31, 1988): x â†
 start on one cycle of 2^31 âˆ’ 2 numbers, which a few thousand batches exhaust.
 """
 
+from __future__ import annotations
+
 import math
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tspipe.cache import Manifest
 from tspipe.errors import CacheMismatch
 from tspipe.utils.rng import stream
+
+if TYPE_CHECKING:
+    from tspipe.cache import Manifest
 
 Generator = Literal["mt19937", "minstd"]
 _SEED = 0  # of a pool: a cache is made once
 _A, _M = 16807, 2**31 - 1  # MINSTD's
 
 
-def uniform(seed: int, epoch: int, batch: int, count: int, shape: tuple[int, int, int]) -> Tensor:
-    """Draw `count` random images of `shape` (C, H, W) for one batch: (count, C, H, W) float32 in [0, 1), on the CPU.
+def uniform(seed: int, epoch: int, batch: int, count: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Draw `count` random images of `shape` (C, H, W) for one batch: (count, C, H, W) float32 in [0, 1).
 
     Each pixel is the top 24 bits of one Mersenne Twister word, divided by 2^24.
     """
-    return torch.from_numpy(stream(seed, "random images", epoch, batch).random((count, *shape), dtype="float32"))
+    return stream(seed, "random images", epoch, batch).random((count, *shape), dtype=np.float32)
 
 
-def congruential(seed: int, batch: int, count: int, shape: tuple[int, int, int]) -> Tensor:
+def congruential(seed: int, batch: int, count: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """Draw images as `uniform` does, with MINSTD: one stream per seed, whose batches are counted over all epochs."""
     size = count * math.prod(shape)
     words = minstd(minstd_start(seed, "random images"), batch * size, size)
-    return torch.from_numpy(_pixels(words).reshape(count, *shape))
+    return _pixels(words).reshape(count, *shape)
 
 
 def minstd(start: int, skipped: int, count: int) -> NDArray[np.uint64]:
@@ -115,7 +117,7 @@ class PoolImages:
         self._drawn = 0  # images of the block that its generator has drawn
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "PoolImages":
+    def of(cls, manifest: Manifest) -> PoolImages:
         """Return the pool that a manifest describes; the caller has checked its teacher's input shape.
 
         Raises CacheMismatch when it was drawn by another generator.

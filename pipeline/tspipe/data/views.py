@@ -4,19 +4,23 @@ A target belongs to exactly the pixels that the teacher saw. So stage one record
 students replay them. Only students without targets from the teacher train on views that are drawn anew.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
-from tspipe.cache import Cache, Manifest
 from tspipe.errors import CacheMismatch
-from tspipe.utils.device import batches_to_device
 from tspipe.utils.rng import stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tspipe.cache import Cache, Manifest
 
 _SEED = 0  # of the views in a cache: a cache is made once
 
@@ -76,11 +80,13 @@ class EpochViews:
     """
 
     def __init__(self, cache: Cache, views: Views, device: torch.device):
+        import torch
+
         self._images, self._views, self._device = len(cache.train), views, device
         self._stored = None if cache.train.views is None else torch.from_numpy(cache.train.views.load())
 
     @classmethod
-    def of_run(cls, cache: Cache, views: Views, taught: bool, device: torch.device) -> "EpochViews | None":
+    def of_run(cls, cache: Cache, views: Views, taught: bool, device: torch.device) -> EpochViews | None:
         """Return the views of a run, or None if it has none; `taught` says whether any arm learns from the targets.
 
         Raises CacheMismatch if the cache's targets belong to other views.
@@ -101,6 +107,10 @@ class EpochViews:
 
     def batches(self, seed: int, epoch: int, order: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return, for each batch of images (n,), their target rows (n,) int64, and their views (n, 3) on the device."""
+        import torch
+
+        from tspipe.utils.device import batches_to_device
+
         generator = stream(seed, "views", epoch)
         if self._stored is None:
             views = torch.from_numpy(draw(generator, self._images, self._views.shift, self._views.flip))

@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from rich.table import Table
+from rich.text import Text
+
 from tspipe.recipes.schema import Optimisation, Recipe
 
 _TYPES = {"boolean": "true or false", "null": "none", "object": "table"}
@@ -39,6 +42,16 @@ def settings_markdown() -> str:
         for name, kind, default, description in settings()
     )
     return "\n".join(["| setting | values | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def settings_table() -> Table:
+    """Return all settings as a table for a terminal."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("setting", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for setting in settings():
+        table.add_row(Text(setting.name), Text(setting.default), Text(setting.description))
+    return table
 
 
 def _walk(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterator[Setting]:

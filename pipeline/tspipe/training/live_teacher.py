@@ -33,8 +33,10 @@ class LiveTeacher:
         self.teacher, self.spec, self.generator = teacher, spec, generator
         self.stopwatch = Stopwatch(spec.device)
         self._stream = torch.cuda.Stream(spec.device) if spec.device.type == "cuda" else None
-        probe = spec.preprocess.normalise(random_images.uniform(0, 0, 0, 1, spec.shape).to(spec.device))
-        self._stochastic = draws_at_random(teacher, probe)
+        probe = spec.preprocess.normalise(
+            torch.from_numpy(random_images.uniform(0, 0, 0, 1, spec.shape)).to(spec.device)
+        )
+        self._stochastic = draws_at_random(teacher, spec.preprocess.normalise(probe))
         free_cores = available_cores() if self._stream else available_cores() - torch.get_num_threads()
         self._threads = 0 if self._stochastic else min(_MAX_THREADS, free_cores)
 
@@ -76,7 +78,8 @@ class LiveTeacher:
             images = random_images.congruential(seed, step, spec.count, spec.shape)
         else:
             images = random_images.uniform(seed, epoch, number, spec.count, spec.shape)
-        return spec.local_rows(images).contiguous(memory_format=torch.channels_last)  # as the image loader yields them
+        rows = spec.local_rows(torch.from_numpy(images))
+        return rows.contiguous(memory_format=torch.channels_last)  # as the image loader yields them
 
     def _label(self, images: Tensor) -> _Labelled:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():

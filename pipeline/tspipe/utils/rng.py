@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 _SEEDS = 64
 
@@ -41,6 +40,8 @@ def seed_torch_with(number: int) -> None:
 
     `torch.manual_seed` is avoided: without a GPU it keeps the stack of each call until one is initialised.
     """
+    import torch
+
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
