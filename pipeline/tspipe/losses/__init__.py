@@ -9,6 +9,7 @@ Training minimises the sum of the terms. The arguments of the constructor are th
 `[losses.NAME]` in the recipe, except `feature_dim` and `num_classes`, which are given if the constructor has them.
 """
 
+import functools
 import inspect
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -61,26 +62,10 @@ def build(name: str, feature_dim: int, num_classes: int, options: Mapping[str, A
     Raises RecipeError for an unknown option, a value that the loss does not accept, and a broken contract.
     """
     constructor = plugins.load("losses", name, "Loss", RecipeError).Loss
-    signature = inspect.signature(constructor)
     given = {"feature_dim": feature_dim, "num_classes": num_classes}
-    named = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    known = [parameter for parameter in named if parameter not in given]
-    if unknown := [option for option in options if option not in known]:
-        raise RecipeError(f"The loss {name} has no option {unknown[0]!r}. There are: {', '.join(known) or 'none'}.")
-    arguments = {**{key: value for key, value in given.items() if key in named}, **options}
-    try:
-        # Bound before the call, so that a TypeError raised by the file is not taken for a missing option.
-        signature.bind(**arguments)
-    except TypeError as error:
-        section = f"[losses.{recorded_name(name)}]"
-        raise RecipeError(f"The loss {name} cannot be built: {error}. Set it in {section} of the recipe.") from None
-    try:
-        loss = constructor(**arguments)
-    except (TypeError, ValueError) as error:
-        if not options:
-            raise
-        values = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise RecipeError(f"The loss {name} cannot be built with {values}: {error}.") from error
+    named = {key: value for key, value in given.items() if key in inspect.signature(constructor).parameters}
+    section = f"[losses.{recorded_name(name)}]"
+    loss = plugins.construct(functools.partial(constructor, **named), f"The loss {name}", options, RecipeError, section)
     return BuiltLoss(loss, _check_terms(loss, name, _check_needs(loss, name), feature_dim, num_classes))
 
 
@@ -96,26 +81,22 @@ def _check_needs(loss: nn.Module, name: str) -> Collection[str]:
 
 
 def _check_terms(loss: nn.Module, name: str, needs: Collection[str], feature_dim: int, num_classes: int) -> list[str]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(size: int) -> Tensor:
-        return torch.rand(2, size, generator=generator)
-
-    output = Output(draw(feature_dim).requires_grad_(), draw(num_classes).requires_grad_())
-    features, logits = draw(feature_dim if "features" in needs else 0), draw(num_classes if "logits" in needs else 0)
     with torch.random.fork_rng(devices=[]):  # training must not depend on the numbers that the check draws
+        torch.default_generator.manual_seed(0)
+        output = Output(*(torch.rand(2, size, requires_grad=True) for size in (feature_dim, num_classes)))
+        features = torch.rand(2, feature_dim if "features" in needs else 0)
+        logits = torch.rand(2, num_classes if "logits" in needs else 0)
         terms = loss(output, Target(features, logits, labels=torch.zeros(2, dtype=torch.int64)))
     if not isinstance(terms, dict):
         returned = f"a {type(terms).__name__}"
     elif not terms:
         returned = "an empty dict"
-    else:
-        wrong = [key for key, term in terms.items() if not isinstance(key, str) or not _is_scalar(term)]
-        if not wrong:
-            return list(terms)
+    elif wrong := [key for key, term in terms.items() if not isinstance(key, str) or not _is_scalar(term)]:
         term = terms[wrong[0]]
         kind = f"{tuple(term.shape)} {term.dtype}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
         returned = f"{wrong[0]!r}: {kind}"
+    else:
+        return list(terms)
     raise RecipeError(
         f"The loss {name} must return a dict of names and floating-point scalar tensors, such as "
         f"{{'mse': tensor(0.5)}}; it returns {returned}."

@@ -11,12 +11,14 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tspipe.errors import TspipeError
 
@@ -88,6 +90,43 @@ def load(folder: str, name: str, attribute: str, error: type[TspipeError]) -> Mo
         examples = folder.replace(".", "/")
         raise error(f"{name} defines no {attribute!r}; the files in tspipe/{examples}/ are examples.")
     return module
+
+
+def construct(
+    function: functools.partial[Any], label: str, options: Mapping[str, Any], error: type[TspipeError], section: str
+) -> Any:
+    """Call a plug-in's function, which has tspipe's arguments bound, with the user's options.
+
+    Args:
+        label: begins the message of an error.
+        section: where a recipe has the options, for the message.
+
+    Raises `error` for unknown, missing and refused options.
+    """
+    signature = inspect.signature(function.func)
+    try:
+        # Bound before the call, so that a TypeError raised by the plug-in is not taken for a wrong option.
+        signature.bind(*function.args, **function.keywords, **options)
+    except TypeError as problem:
+        parameters = list(signature.parameters.values())[len(function.args) :]
+        known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        known = [name for name in known if name not in function.keywords]
+        if unknown_options := [option for option in options if option not in known]:
+            available = f"There are: {', '.join(known)}." if known else "It has none."
+            raise error(f"{label} has no option {', '.join(map(repr, unknown_options))}. {available}") from None
+        raise error(f"{label} cannot be built: {problem}. Set it in {section} of the recipe.") from None
+    try:
+        return function(**options)
+    except (TypeError, ValueError) as problem:
+        if not options:
+            raise
+        raise error(refused_options(label, options, problem)) from problem
+
+
+def refused_options(label: str, options: Mapping[str, Any], problem: Exception) -> str:
+    """Return the message for options that a plug-in does not accept."""
+    values = ", ".join(f"{option}={value!r}" for option, value in options.items())
+    return f"{label} cannot be built with {values}: {problem}."
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

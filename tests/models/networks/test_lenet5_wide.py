@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tspipe.errors import NetworkError
 from tspipe.models import feature_net, networks
-from tspipe.models.networks._max_pool_dropout import max_pool_dropout
+from tspipe.models.networks.lenet5_wide import MaxPoolDropout
 from tspipe.models.probe import probe_images
 
 SHAPE = (3, 32, 32)
@@ -16,6 +16,10 @@ SHAPE = (3, 32, 32)
 
 def activations(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def max_pool_dropout(images: torch.Tensor, keep: float, training: bool) -> torch.Tensor:
+    return MaxPoolDropout(keep).train(training)(images)
 
 
 def test_sizes() -> None:

@@ -286,7 +286,12 @@ def test_a_users_file_with_adapt(tmp_path):
     [
         ("def make(c): ...\n", {}, "{} defines no 'build'; the files in tspipe/models/networks/ are examples."),
         ("def build(c):\n    return [1]\n", {}, "{}: build returns a list, not an nn.Module."),
-        ("def build(c, depth): ...\n", {}, "{} cannot be built: missing a required argument: 'depth'."),
+        (
+            "def build(c, depth): ...\n",
+            {},
+            "{} cannot be built: missing a required argument: 'depth'. Set it in "
+            "[teacher.options] or [students.NAME.options] of the recipe.",
+        ),
         (
             "def build(c, depth):\n    return nn.Dropout(depth)\n",
             {"depth": -1},

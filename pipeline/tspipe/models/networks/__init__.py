@@ -21,6 +21,7 @@ scalars instead of the cross-entropy of its logits. Labels are (n,) int64.
 """
 
 import difflib
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -63,8 +64,15 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     return a classifier. On the meta device the module is not run.
     """
     recorded_name(name)  # refuses a file whose name is one of tspipe's networks
-    make = _build_torchvision if name.startswith(_TORCHVISION) else _build_file
-    module = make(name, num_classes, input_shape, options)
+    if name.startswith(_TORCHVISION):
+        module = _build_torchvision(name, num_classes, input_shape, options)
+    else:
+        function, fixed = _attribute(name, "build"), dict((_attribute(name, "VARIANTS") or {}).get(name, {}))
+        parameters = inspect.signature(function).parameters
+        if "input_shape" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            fixed["input_shape"] = input_shape
+        given = functools.partial(function, num_classes, **fixed)
+        module = plugins.construct(given, name, options, NetworkError, "[teacher.options] or [students.NAME.options]")
     if not isinstance(module, nn.Module):
         raise NetworkError(f"{name}: build returns a {type(module).__name__}, not an nn.Module.")
     if not torch.empty(0).is_meta:
@@ -73,10 +81,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
 
 
 def adapt(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a checkpoint's tensors under the network's keys, and the build options that its keys imply.
-
-    For a network without an `adapt`, these are the tensors as given and no options.
-    """
+    """Return a checkpoint's tensors under the network's keys, and the build options that its keys imply."""
     function = _attribute(name, "adapt")
     return function(state) if function else (state, {})
 
@@ -110,29 +115,9 @@ def _attribute(name: str, attribute: str) -> Any:
     return getattr(plugins.load("models.networks", name, "build", NetworkError), attribute, None)
 
 
-def _build_file(name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any]) -> Any:
-    function = _attribute(name, "build")
-    signature = inspect.signature(function)
-    fixed: dict[str, Any] = dict((_attribute(name, "VARIANTS") or {}).get(name, {}))
-    parameters = signature.parameters
-    if "input_shape" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        fixed["input_shape"] = input_shape
-    try:
-        # Bound before the call, so that a TypeError raised by the file is not taken for a wrong option.
-        signature.bind(num_classes, **fixed, **options)
-    except TypeError as error:
-        raise NetworkError(_unknown_options(name, signature, {"input_shape", *fixed}, options, error)) from None
-    try:
-        return function(num_classes, **fixed, **options)
-    except (TypeError, ValueError) as error:
-        if not options:
-            raise
-        raise NetworkError(_unfit_options(name, options, error)) from error
-
-
 def _build_torchvision(
     name: str, num_classes: int, input_shape: tuple[int, int, int], options: Mapping[str, Any]
-) -> nn.Module:
+) -> Any:
     from torchvision import models
 
     # Listed from this module only: torchvision's detection, segmentation, video and quantised networks are elsewhere.
@@ -147,12 +132,11 @@ def _build_torchvision(
             f"tspipe's own networks take any number: {', '.join(names())}."
         )
     try:
-        module: nn.Module = models.get_model(model, weights=None, num_classes=num_classes, **options)
+        return models.get_model(model, weights=None, num_classes=num_classes, **options)
     except Exception as error:  # the type for a wrong option differs from network to network
         if not options:
             raise
-        raise NetworkError(_unfit_options(name, options, error)) from error
-    return module
+        raise NetworkError(plugins.refused_options(name, options, error)) from error
 
 
 def _check_output(module: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
@@ -170,20 +154,3 @@ def _check_output(module: nn.Module, name: str, num_classes: int, input_shape: t
         f"{name} must return logits of shape (n, {num_classes}), floating-point and finite, for n images of "
         f"{input_shape}. For {len(images)} images it returns {returned}."
     )
-
-
-def _unknown_options(
-    name: str, signature: inspect.Signature, fixed: set[str], options: Mapping[str, Any], error: TypeError
-) -> str:
-    parameters = list(signature.parameters.values())[1:]  # the first is the number of classes
-    known = sorted(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    known = [option for option in known if option not in fixed]
-    if unknown := [option for option in options if option not in known]:
-        available = f"There are: {', '.join(known)}." if known else "It has none."
-        return f"{name} has no option {', '.join(map(repr, unknown))}. {available}"
-    return f"{name} cannot be built: {error}."
-
-
-def _unfit_options(name: str, options: Mapping[str, Any], error: Exception) -> str:
-    values = ", ".join(f"{option}={value!r}" for option, value in options.items())
-    return f"{name} cannot be built with {values}: {error}."

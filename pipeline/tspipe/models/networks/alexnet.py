@@ -18,7 +18,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from tspipe.models.networks._size import check_size
+from tspipe.models.networks._input import check_size
 
 
 def build(num_classes: int, input_shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:

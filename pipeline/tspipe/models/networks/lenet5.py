@@ -8,10 +8,12 @@ the output is a Linear (radial basis functions).
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
-from tspipe.models.networks._size import check_size, lenet_side
+from tspipe.models.networks._input import check_size
 
 
 def build(num_classes: int, input_shape: tuple[int, int, int] = (3, 32, 32)) -> nn.Module:
@@ -20,20 +22,20 @@ def build(num_classes: int, input_shape: tuple[int, int, int] = (3, 32, 32)) -> 
     It has 62,006 parameters for (3, 32, 32) and 10 classes. Raises NetworkError for smaller images.
     """
     check_size("lenet5", input_shape, 16)
-    channels, height, width = input_shape
+    return lenet(input_shape, (6, 16), (120, 84, num_classes), lambda: nn.MaxPool2d(2))
+
+
+def lenet(
+    input_shape: tuple[int, int, int], maps: Sequence[int], widths: Sequence[int], pool: Callable[[], nn.Module]
+) -> nn.Sequential:
+    """Return two 5×5 convolutions with `maps` channels, each before a 2×2 pool, and Linears with `widths` outputs."""
+    channels, *sides = input_shape
+    first, second = maps
     features = nn.Sequential(
-        nn.Conv2d(channels, 6, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
+        nn.Conv2d(channels, first, 5), nn.ReLU(), pool(), nn.Conv2d(first, second, 5), nn.ReLU(), pool()
     )
-    classifier = nn.Sequential(
-        nn.Linear(16 * lenet_side(height) * lenet_side(width), 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, num_classes),
-    )
+    height, width = (((side - 4) // 2 - 4) // 2 for side in sides)
+    classifier = nn.Sequential(nn.Linear(second * height * width, widths[0]))
+    for inputs, outputs in pairwise(widths):
+        classifier.extend([nn.ReLU(), nn.Linear(inputs, outputs)])
     return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))

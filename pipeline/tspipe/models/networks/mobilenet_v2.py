@@ -4,7 +4,7 @@ Bottlenecks, arXiv 1801.04381, Table 2), with smaller strides for small images."
 from torch import nn
 from torchvision.models.mobilenetv2 import mobilenet_v2
 
-from tspipe.models.networks._stem import Stem, first_conv, uses_cifar_stem
+from tspipe.models.networks._input import Stem, first_conv, uses_cifar_stem
 
 
 def build(num_classes: int, input_shape: tuple[int, int, int] = (3, 32, 32), stem: Stem = "auto") -> nn.Module:

@@ -5,6 +5,7 @@ The paper's Navigator is `proposal_net`, its Teacher `partcls_net`, its Scrutini
 anchors are those of the published checkpoint for CUB-200-2011, so its weights load unchanged.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torchvision.models.resnet import Bottleneck
 
 from tspipe.errors import NetworkError
 from tspipe.models.networks import _ntsnet_regions as regions
-from tspipe.models.networks._stem import first_conv
+from tspipe.models.networks._input import first_conv
 
 PRETRAINED = "ResNet50_Weights.IMAGENET1K_V1"
 PUBLISHED = {"cub200": "https://github.com/nicolalandro/ntsnet-cub200/releases/tag/0.2"}
@@ -56,7 +57,7 @@ class NTSNet(nn.Module):
         channels, _, self.side = input_shape
         self.parts, self.concatenated = parts, concatenated
         self.pretrained_model = _Backbone(num_classes, channels, width)
-        features = self.pretrained_model.fc.in_features
+        features = 32 * width
         self.proposal_net = _ProposalNet(features)
         self.concat_net = nn.Linear(features * (concatenated + 1), num_classes)
         self.partcls_net = nn.Linear(features, num_classes)
@@ -105,27 +106,32 @@ class NTSNet(nn.Module):
         return Outputs(raw_logits, concat_logits, part_logits, scores.gather(1, indices), indices, features)
 
 
-class _Backbone(nn.Module):
+class _Backbone(nn.Sequential):
     """torchvision's ResNet-50 of any width: images to logits, last maps and pooled features after dropout."""
 
     def __init__(self, num_classes: int, channels: int, width: int):
-        super().__init__()
+        super().__init__(
+            OrderedDict(
+                conv1=first_conv(channels, width, kernel=7, stride=2),
+                bn1=nn.BatchNorm2d(width),
+                relu=nn.ReLU(inplace=True),
+                maxpool=nn.MaxPool2d(3, stride=2, padding=1),
+                layer1=_stage(width, width, blocks=3, stride=1),
+                layer2=_stage(4 * width, 2 * width, blocks=4, stride=2),
+                layer3=_stage(8 * width, 4 * width, blocks=6, stride=2),
+                layer4=_stage(16 * width, 8 * width, blocks=3, stride=2),
+                fc=nn.Linear(32 * width, num_classes),
+            )
+        )
         self.always_dropout = False
-        self.conv1 = first_conv(channels, width, kernel=7, stride=2)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = _stage(width, width, blocks=3, stride=1)
-        self.layer2 = _stage(4 * width, 2 * width, blocks=4, stride=2)
-        self.layer3 = _stage(8 * width, 4 * width, blocks=6, stride=2)
-        self.layer4 = _stage(16 * width, 8 * width, blocks=3, stride=2)
-        self.fc = nn.Linear(32 * width, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        maps = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
+        *layers, fc = self
+        maps = images
+        for layer in layers:
+            maps = layer(maps)
         pooled = F.dropout(maps.mean((2, 3)), 0.5, self.training or self.always_dropout)
-        return self.fc(pooled), maps, pooled
+        return fc(pooled), maps, pooled
 
 
 def _stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from tspipe.models.networks._stem import Stem, first_conv, uses_cifar_stem
+from tspipe.models.networks._input import Stem, first_conv, uses_cifar_stem
 from tspipe.models.networks.cifar_resnet import rename_keys
 
 VARIANTS = {"resnet18": {"depth": 18}, "resnet50": {"depth": 50}}

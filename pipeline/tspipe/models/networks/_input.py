@@ -1,4 +1,4 @@
-"""First layers of torchvision's networks for images of other sizes and other numbers of channels."""
+"""Images of other sizes and other numbers of channels: the smallest, and first layers for them."""
 
 from typing import Literal, get_args
 
@@ -22,3 +22,13 @@ def first_conv(channels: int, width: int, kernel: int, stride: int) -> nn.Conv2d
     conv = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+def check_size(name: str, input_shape: tuple[int, int, int], smallest: int) -> None:
+    """Raise NetworkError for images (C, H, W) of fewer than `smallest` pixels a side."""
+    _, height, width = input_shape
+    if min(height, width) < smallest:
+        raise NetworkError(
+            f"{name} takes images of {smallest}×{smallest} pixels or more, these have {height}×{width}. Enlarge them: "
+            "--set preprocess.resize=[32,32]"
+        )
