@@ -143,7 +143,9 @@ def test_the_pool_and_a_live_teacher_on_its_images_agree(
 
     pooled, other = trained("pool", "pool"), trained("live", "other")
     batches = batches_of(cache, 7)
-    monkeypatch.setattr(random_images, "uniform", lambda seed, epoch, batch, *rest: batches.batch(seed, batch)[0])
+    monkeypatch.setattr(
+        random_images, "uniform", lambda seed, epoch, batch, *rest: batches.batch(seed, batch)[0].numpy()
+    )
     live = trained("live", "live")
     for name, value in pooled.items():
         torch.testing.assert_close(live[name], value, rtol=1e-4, atol=1e-6)
