@@ -271,7 +271,7 @@ def test_dropout_always_on_gives_the_same_file_again(
     refused = tspipe("verify", "a.h5", archive, "--teacher", "5")
     assert refused.says(
         f"{cache.path}: its teacher gives other features each time it runs, as one with dropout always on does, so "
-        "what it says now tells nothing of the file. Leave out --teacher."
+        "it cannot be compared with the file. Leave out --teacher."
     )
     monkeypatch.setattr(metrics_log, "_LABELLED", 4)
     student = ["--student", "lenet5", *STUDENT, "--random-images", "2"]

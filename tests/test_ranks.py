@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,12 @@ def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_progress_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 has blocks 0 and 3 of 4, and 0 of 2: 12 of the 24 images stand for all."""
     displayed: list[int] = []
-    monkeypatch.setattr(
-        stage, "progress", lambda *_: contextlib.nullcontext(lambda count, what: displayed.append(count))
-    )
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, unit: str, done: int, visible: bool) -> Iterator[Any]:
+        yield lambda count, what: visible and displayed.append(count)
+
+    monkeypatch.setattr(stage, "progress", progress)
     job = stage._prepare(small(tmp_path / "shapes"))
     missing = {split: list(range(job.dimensions.blocks(split))) for split in ("train", "test")}
     for rank in range(3):

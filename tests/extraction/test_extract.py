@@ -146,8 +146,8 @@ def test_progress_counts_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
         written.append(len(columns["labels"]))
 
     @contextlib.contextmanager
-    def progress(what: str, total: int, unit: str, done: int) -> Iterator[Any]:
-        assert (total, unit, done) == (24, "images", 0)
+    def progress(what: str, total: int, unit: str, done: int, visible: bool) -> Iterator[Any]:
+        assert (total, unit, done, visible) == (24, "images", 0, True)
         advanced = 0
 
         def advance(count: int, what: str) -> None:

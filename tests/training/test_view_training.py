@@ -210,8 +210,8 @@ def test_progress_counts_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shown: list[int] = []
 
     @contextlib.contextmanager
-    def progress(what: str, total: int, unit: str, done: int) -> Iterator[Any]:
-        assert (total, unit, done) == (16 * V + 8, "views", 0)
+    def progress(what: str, total: int, unit: str, done: int, visible: bool) -> Iterator[Any]:
+        assert (total, unit, done, visible) == (16 * V + 8, "views", 0, True)
         yield lambda count, what: shown.append(count)
 
     monkeypatch.setattr(stage, "progress", progress)

@@ -16,7 +16,6 @@ from typing import Any, Self
 from urllib.parse import unquote
 
 from tspipe.errors import CacheError, TspipeError
-from tspipe.utils.callbacks import ignore
 
 Advance = Callable[[int], None]  # bytes moved since the last call
 ReadPiece = Callable[[int, int], tuple[bytes, int]]  # start, stop -> the bytes, and the size of the whole file
@@ -164,7 +163,7 @@ class Remote:
             raise CacheError(f"{self.checksum.shown} contains no SHA-256. Push the file again, or delete that one.")
         return match[1].decode().lower()
 
-    def sha256(self, advance: Advance = ignore) -> str:
+    def sha256(self, advance: Advance = lambda count: None) -> str:
         """Read all of it and return its SHA-256."""
         digest = hashlib.sha256()
         with self.open_at(0) as (file, _):

@@ -16,7 +16,6 @@ from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
 from tspipe.cache.read import Column
 from tspipe.cache.write import correct, fingerprint
 from tspipe.errors import CacheIncomplete
-from tspipe.utils.callbacks import ignore
 
 _PIECE = 2**20  # bytes per read
 _WINDOW = 64  # blocks per batch of threads
@@ -52,7 +51,7 @@ class Damage:
         return f"{self.dataset}, {f'row {first:,}' if first == last else f'rows {first:,} to {last:,}'}"
 
 
-def find_damage(path: Path, advance: Advance = ignore) -> list[Damage]:
+def find_damage(path: Path, advance: Advance = lambda count: None) -> list[Damage]:
     """Compare all rows with their checksums, the checksums with the id, and the rest with the manifest.
 
     Args:

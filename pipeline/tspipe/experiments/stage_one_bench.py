@@ -23,7 +23,6 @@ from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Compute, Features
 from tspipe.training.run_data import open_local_dataset
 from tspipe.training.trainer import Trainer
-from tspipe.utils.callbacks import ignore
 from tspipe.utils.progress import stderr_console
 
 _BLOCKS = 4  # decoded blocks that are computed again and again
@@ -57,7 +56,7 @@ def measure(trainer: Trainer, timer: Timer) -> dict[str, tuple[list[float], list
         def write_blocks(job: extract.Job, count: int) -> Way:
             numbers = itertools.cycle(range(count))
             return lambda repeat: extract.write_rows(
-                writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, ignore
+                writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, lambda count, what: None
             )
 
         ways = {

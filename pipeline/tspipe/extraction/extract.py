@@ -2,25 +2,15 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from tspipe.cache import (
-    SPLITS,
-    Cache,
-    CacheWriter,
-    Dimensions,
-    Manifest,
-    match,
-    open_cache,
-)
+from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
 from tspipe.cache.layout import FEATURE_DTYPES
 from tspipe.cache.manifest import as_plan
 from tspipe.cache.merge import absorb
@@ -29,14 +19,13 @@ from tspipe.data import random_images, views
 from tspipe.data.datasets import Dataset, open_dataset, stem
 from tspipe.data.image_loader import input_shape
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
-from tspipe.extraction import blocks as rows
 from tspipe.extraction import forward
+from tspipe.extraction.blocks import Block, section_blocks
 from tspipe.models import loading, networks, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
-from tspipe.utils.callbacks import ignore
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.memory import keep_freed_memory
@@ -109,29 +98,75 @@ def _prepare(config: ExtractConfig) -> Job:
     use_full_precision()
     keep_freed_memory()
 
-    shape, classes = input_shape(dataset.train, recipe.preprocess), len(dataset.train.classes)
-    spec = loading.NetworkSpec(name, classes, shape, recipe.teacher.options)
+    channels, height, width = input_shape(dataset.train, recipe.preprocess)
+    shape = channels, height, width
+    spec = loading.NetworkSpec(name, len(dataset.train.classes), shape, recipe.teacher.options)
     module, options = loading.load_network(spec, config.weights.tensors, config.weights.source)
-    options["input_shape"] = list(shape)
     stored = weights.canonical_bytes(module)
     teacher = freeze(module, name, shape, device)
-    plan = _plan(config, dataset, options, teacher.width, device, hashlib.sha256(stored).hexdigest())
-    dimensions = _dimensions(plan, dataset, len(stored), (*shape[1:], shape[0]) if config.images else None)
+    plan = _plan(config, dataset, teacher, {**options, "input_shape": list(shape)}, hashlib.sha256(stored).hexdigest())
+    dimensions = Dimensions(
+        rows=plan["dataset"]["rows"],
+        width=teacher.width,
+        classes=spec.num_classes,
+        feature_dtype=plan["features"]["dtype"],
+        block_rows=recipe.compute.block_rows,
+        class_bytes=_longest(dataset.train.classes),
+        key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
+        weights_bytes=len(stored),
+        views=plan["views"] and plan["views"]["count"],
+        image_shape=(height, width, channels) if config.images else None,
+        random_rows=config.random_pool or None,
+    )
     return Job(config, dataset, teacher, stored, plan, dimensions)
+
+
+def _longest(texts: Sequence[str]) -> int:
+    return max(1, *(len(text.encode()) for text in texts))
+
+
+def _plan(
+    config: ExtractConfig, dataset: Dataset, teacher: FeatureNet, options: dict[str, Any], weights_sha256: str
+) -> Manifest:
+    """Return the manifest of the unfinished cache."""
+    recipe, device = config.recipe, teacher.head.weight.device.type
+    pool = config.random_pool and random_images.manifest_section(config.random_pool, recipe.random_generator)
+    return {
+        "block_rows": recipe.compute.block_rows,
+        "compute": {"batch_size": recipe.compute.batch_size, "device": device, "precision": "float32"},
+        "dataset": {
+            "classes": len(dataset.train.classes),
+            "fingerprint": None,
+            "license": dataset.licence,
+            "name": dataset.name,
+            "rows": {split: len(dataset.split(split)) for split in SPLITS},
+        },
+        "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": teacher.width},
+        "preprocess": recipe.preprocess.as_dict(),
+        "random": pool or None,
+        "teacher": {
+            "correct": None,
+            "file_sha256": config.weights.sha256,
+            "network": networks.recorded_name(recipe.teacher.network),
+            "options": options,
+            "weights_sha256": weights_sha256,
+        },
+        "views": views.manifest_section(recipe.views),
+    }
 
 
 def _write_cache(job: Job, group: Group) -> Cache:
     """On rank 0, announce the missing blocks, compute its share, and merge all ranks' parts into one file."""
     out = job.config.out
     if out.exists() and not job.config.force:
-        cache = _finished_cache(job.config, job.plan, job.dataset)
+        cache = _finished_cache(job)
         group.broadcast(None)
         return cache
     if pool := job.plan["random"]:
         shape = tuple(job.plan["teacher"]["options"]["input_shape"])
         if warning := random_images.period_warning(pool["generator"], pool["rows"], "The pool", shape):
             stderr_console.print(warning)
-    with job.writer(0) as writer:
+    with job.writer() as writer:
         _absorb(writer, job.dataset)
         missing = {split: writer.missing(split) for split in job.dimensions.sections}
         group.broadcast((job.plan, missing))
@@ -162,13 +197,28 @@ def _write_part(job: Job, group: Group) -> None:
     group.barrier()  # rank 0 has finished the file
 
 
+def _finished_cache(job: Job) -> Cache:
+    """Return the finished cache of this name; raise CacheMismatch if it is not the one that would be written."""
+    path, dataset = job.config.out, job.dataset
+    cache = open_cache(path)
+    stored = {**as_plan(cache.manifest), "images": cache.has_images}
+    if differences := list(differing(stored, {**job.plan, "images": job.config.images})):
+        raise CacheMismatch(
+            f"{path} is another cache: {'; '.join(differences[:3])}. Move it away, replace it (tspipe cache --force) "
+            "or write another (--out)."
+        )
+    match.match_classes(str(path), cache.classes, dataset.train.classes)
+    for split in SPLITS:
+        match.match_split(str(path), split, cache.split(split), dataset.split(split))
+    return cache
+
+
 def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
     """Merge what other ranks wrote, and check that all rows now present belong to this dataset."""
     absorb(writer, ranks)
     for split in SPLITS:
-        match.match_split(
-            str(writer.part), split, writer.split(split), dataset.split(split), rows=writer.written(split)
-        )
+        rows = writer.written(split)
+        match.match_split(str(writer.part), split, writer.split(split), dataset.split(split), rows=rows)
 
 
 def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], group: Group) -> None:
@@ -179,36 +229,27 @@ def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], g
         sum(len(sizes.block(split, n)) * sizes.views_of(split) for split in blocks for n in blocks[split])
         for blocks in (missing, local)
     )
-    done = 0
-
-    def advance_all(advance: Advance, count: int, what: str) -> None:
-        nonlocal done
-        before, done = done, done + count
-        advance(all_left * done // local_left - all_left * before // local_left, what)  # assumes that all are as fast
-
-    try:
-        unit = "views" if sizes.views else "images"
-        reporter = progress("teacher", total, unit, total - all_left) if not group.rank else nullcontext(ignore)
-        with reporter as advance:
-            write_rows(writer, job, local, partial(advance_all, advance))
-    except OutOfMemory as error:
-        begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
-        raise _with_remedy(error, writer, begun) from error
+    with progress("teacher", total, "views" if sizes.views else "images", total - all_left, not group.rank) as advance:
+        try:  # the progress assumes that all ranks are equally fast
+            write_rows(writer, job, local, lambda count, what: advance(count * all_left / local_left, what))
+        except OutOfMemory as error:
+            begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
+            raise _with_remedy(error, writer, begun) from error
 
 
 def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]], advance: Advance) -> None:
     """Compute and write these blocks, by split. Threads decode ahead of the teacher and write behind it."""
     recipe, times = job.config.recipe, TimeBreakdown()
 
-    def write(split: str, number: int, block: rows.Block, features: Any, logits: Any) -> None:
+    def write(split: str, number: int, block: Block, features: Any, logits: Any) -> None:
         writer.write_block(split, number, {"features": features, "logits": logits, **block.columns})
         advance(len(features), f"{split}, {times.longest}-bound")
 
     with background_writer() as submit:
         for split, numbers in blocks.items():
             ranges = [job.dimensions.block(split, number) for number in numbers]
-            blocks_read = rows.section_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
-            for number, block in zip(numbers, times.iterate("decoding", blocks_read), strict=True):
+            decoded = section_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
+            for number, block in zip(numbers, times.iterate("decoding", decoded), strict=True):
                 with times.measure("teacher"):
                     features, logits = forward.run_teacher_on_blocks(
                         job.teacher, recipe.preprocess, recipe.compute.batch_size, block.teacher_input, split, number
@@ -242,76 +283,3 @@ def _check_features(features: NDArray[np.float32], keys: NDArray[np.bytes_], rec
             "Store them as float32: --set features.dtype=float32"
         )
     raise CacheError(f"The teacher's features of {key!r} are not numbers. Are its weights sound?")
-
-
-def _plan(
-    config: ExtractConfig,
-    dataset: Dataset,
-    options: dict[str, Any],
-    width: int,
-    device: torch.device,
-    weights_sha256: str,
-) -> Manifest:
-    recipe = config.recipe
-    return {
-        "block_rows": recipe.compute.block_rows,
-        "compute": {"batch_size": recipe.compute.batch_size, "device": device.type, "precision": "float32"},
-        "dataset": {
-            "classes": len(dataset.train.classes),
-            "fingerprint": None,
-            "license": dataset.licence,
-            "name": dataset.name,
-            "rows": {split: len(dataset.split(split)) for split in SPLITS},
-        },
-        "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": width},
-        "preprocess": recipe.preprocess.as_dict(),
-        "random": random_images.manifest_section(config.random_pool, recipe.random_generator)
-        if config.random_pool
-        else None,
-        "teacher": {
-            "correct": None,
-            "file_sha256": config.weights.sha256,
-            "network": networks.recorded_name(recipe.teacher.network),
-            "options": options,
-            "weights_sha256": weights_sha256,
-        },
-        "views": views.manifest_section(recipe.views),
-    }
-
-
-def _dimensions(
-    plan: Manifest, dataset: Dataset, weights_bytes: int, image_shape: tuple[int, int, int] | None
-) -> Dimensions:
-    return Dimensions(
-        rows=plan["dataset"]["rows"],
-        width=plan["features"]["width"],
-        classes=plan["dataset"]["classes"],
-        feature_dtype=plan["features"]["dtype"],
-        block_rows=plan["block_rows"],
-        class_bytes=_longest(dataset.train.classes),
-        key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
-        weights_bytes=weights_bytes,
-        views=plan["views"] and plan["views"]["count"],
-        image_shape=image_shape,
-        random_rows=plan["random"] and plan["random"]["rows"],
-    )
-
-
-def _longest(texts: Any) -> int:
-    return max(1, *(len(text.encode()) for text in texts))
-
-
-def _finished_cache(config: ExtractConfig, plan: Manifest, dataset: Dataset) -> Cache:
-    """Return the finished cache of this name; raise CacheMismatch if it is not the one that would be written."""
-    path = config.out
-    cache = open_cache(path)
-    stored = {**as_plan(cache.manifest), "images": cache.has_images}
-    if differences := list(differing(stored, {**plan, "images": config.images})):
-        raise CacheMismatch(
-            f"{path} is another cache: {'; '.join(differences[:3])}. Move it away, replace it (tspipe cache --force) "
-            "or write another (--out)."
-        )
-    match.match_classes(str(path), cache.classes, dataset.train.classes)
-    for split in SPLITS:
-        match.match_split(str(path), split, cache.split(split), dataset.split(split))
-    return cache

@@ -21,16 +21,15 @@ from tspipe.data.image_loader import input_shape, open_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
-from tspipe.extraction import blocks as rows
 from tspipe.extraction import forward
+from tspipe.extraction.blocks import Block, section_blocks
 from tspipe.models import loading, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_spec
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
-from tspipe.utils import device
 from tspipe.utils.console import stdout_console
-from tspipe.utils.device import pick_device
+from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.progress import progress
 
 _TEACHER_COLUMNS = {"features", "logits"}
@@ -71,27 +70,35 @@ def match_data(cache: Cache, config: VerifyConfig) -> int:
 
 
 class Difference(NamedTuple):
-    """How far a column is from the teacher's present output."""
+    """How far each row (n,) of a column is from the teacher's present output."""
 
-    largest: float
-    mean: float
-    scale: float  # the largest absolute value in the column
+    largest: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]  # the row's largest absolute value
 
     @classmethod
     def between(cls, stored: NDArray[np.floating], computed: NDArray[np.floating]) -> "Difference":
-        """Return the difference of two arrays of one shape."""
+        """Return the difference of two arrays (n, d)."""
         differences = np.abs(stored.astype(np.float64) - computed)
-        return cls(float(differences.max()), float(differences.mean()), float(np.abs(stored).max()))
+        return cls(differences.max(1), differences.mean(1), np.abs(stored).max(1).astype(np.float64))
+
+    def beyond_rounding(self) -> NDArray[np.bool_]:
+        """Return which rows differ by more than rounding, or are not finite."""
+        close: NDArray[np.bool_] = self.largest <= ROUNDING * self.scale.max()
+        return ~close
 
 
 class Agreement(NamedTuple):
-    """The teacher's present output for `images` random images, compared with the file."""
+    """The teacher's present output for random images, compared with the file."""
 
-    images: int
     features: Difference
     logits: Difference
-    changed: int  # images whose argmax differs
-    differing: int  # images whose features or logits differ by more than rounding
+    changed: NDArray[np.bool_]  # (n,), images whose argmax differs
+
+    @property
+    def differing(self) -> int:
+        """The images whose features or logits differ by more than rounding."""
+        return int((self.features.beyond_rounding() | self.logits.beyond_rounding()).sum())
 
 
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
@@ -102,39 +109,39 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
     dataset, preprocess = open_images(cache, config.dataset)
     device = pick_device(config.recipe.device)
     teacher = _teacher(cache, config, dataset, preprocess, device)
-    sizes = cache.dimensions
+    sizes, batch_size = cache.dimensions, cache.manifest["compute"]["batch_size"]
     ends = np.cumsum([sizes.images(split) for split in sizes.sections]).tolist()
     chosen = np.random.default_rng().choice(ends[-1], min(count, ends[-1]), replace=False)
-    outputs, batch_size = [], cache.manifest["compute"]["batch_size"]
+    features, logits, changed = [], [], []
     for split, first, end in zip(sizes.sections, [0, *ends[:-1]], ends, strict=True):
         indices = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
-        stored, views = cache.random if split == "random" else cache.split(split), sizes.views_of(split)
+        stored = cache.random if split == "random" else cache.split(split)
         assert stored is not None
         read_pixels = _pixel_reader(split, cache, dataset, preprocess)
         with progress(f"teacher, {split}", len(indices), "images") as advance:
             for start in range(0, len(indices), batch_size):
                 batch = indices[start : start + batch_size]
                 pixels = np.stack([read_pixels(int(i)) for i in batch])
-                features, logits = forward.run_teacher_on_blocks(teacher, preprocess, len(batch), pixels, split, 0)
-                rows = batch * views
-                outputs.append((stored.features.take(rows), features, stored.logits.take(rows), logits))
+                computed = forward.run_teacher_on_blocks(teacher, preprocess, len(batch), pixels, split, 0)
+                rows = batch * sizes.views_of(split)
+                stored_logits = stored.logits.take(rows)
+                features.append(Difference.between(stored.features.take(rows), computed[0]))
+                logits.append(Difference.between(stored_logits, computed[1]))
+                changed.append(stored_logits.argmax(1) != computed[1].argmax(1))
                 advance(len(batch), f"teacher, {split}")
-    stored_features, features, stored_logits, logits = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-    agreement = Agreement(
-        len(chosen),
-        Difference.between(stored_features, features),
-        Difference.between(stored_logits, logits),
-        int((stored_logits.argmax(1) != logits.argmax(1)).sum()),
-        int((_differ(stored_features, features) | _differ(stored_logits, logits)).sum()),
-    )
+    agreement = Agreement(_join(features), _join(logits), np.concatenate(changed))
     if agreement.differing:
         last = preprocess.normalise(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
         if draws_at_random(teacher, last):
             raise CacheError(
                 f"{cache.path}: its teacher gives other features each time it runs, as one with dropout always on "
-                "does, so what it says now tells nothing of the file. Leave out --teacher."
+                "does, so it cannot be compared with the file. Leave out --teacher."
             )
     return agreement
+
+
+def _join(parts: list[Difference]) -> Difference:
+    return Difference(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _pixel_reader(split: str, cache: Cache, dataset: Dataset, preprocess: Preprocess) -> Callable[[int], NDArray[Any]]:
@@ -146,29 +153,23 @@ def _pixel_reader(split: str, cache: Cache, dataset: Dataset, preprocess: Prepro
     return lambda i: read(images, preprocess, i)[1]
 
 
-def _differ(stored: NDArray[np.floating], computed: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Return which rows (n, d) differ by more than rounding."""
-    close: NDArray[np.bool_] = np.abs(stored.astype(np.float64) - computed).max(1) <= ROUNDING * np.abs(stored).max()
-    return ~close
-
-
 def show(agreement: Agreement) -> None:
     """Print the agreement as a table; raise CacheMismatch if any image differs by more than rounding."""
-    table = Table(box=None, pad_edge=False)
+    table, count = Table(box=None, pad_edge=False), len(agreement.changed)
     for heading in ("difference", "largest", "mean", "largest, relative"):
         table.add_column(heading, justify="left" if heading == "difference" else "right")
     for name, part in (("features", agreement.features), ("logits", agreement.logits)):
-        relative = part.largest / part.scale if part.scale else 0.0
-        table.add_row(name, f"{part.largest:.2g}", f"{part.mean:.2g}", f"{relative:.1e}")
+        largest, scale = part.largest.max(), part.scale.max()
+        relative = largest / scale if scale else 0.0
+        table.add_row(name, f"{largest:.2g}", f"{part.mean.mean():.2g}", f"{relative:.1e}")
     out = stdout_console()
-    out.print(f"The teacher, run again on {agreement.images:,} random images, against the file:")
+    out.print(f"The teacher, run again on {count:,} random images, against the file:")
     out.print(table)
-    out.print(f"Changed argmax: {agreement.changed:,} of {agreement.images:,}")
+    out.print(f"Changed argmax: {agreement.changed.sum():,} of {count:,}")
     if agreement.differing:
         raise CacheMismatch(
-            f"The teacher gives other features or logits than the file holds for {agreement.differing:,} of "
-            f"{agreement.images:,} images, by more than rounding. Other images or other code of its network may be "
-            "why: tspipe verify --data"
+            f"The teacher gives other features or logits than the file holds for {agreement.differing:,} of {count:,} "
+            "images, by more than rounding. Other images or other code of its network may be why: tspipe verify --data"
         )
 
 
@@ -181,9 +182,8 @@ def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
     if not all(part.repairable for part in damage):
         raise CacheDamaged(explain(path, damage))
     with Repair(path) as file:
-        for part in damage:
-            if part.data is not None:
-                file.known(part)
+        for part in [part for part in damage if part.data is not None]:
+            file.known(part)
         left = [part for part in damage if part.data is None]
         names = {part.dataset for part in left}
         if "teacher_weights" in names:
@@ -213,7 +213,7 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
     preprocess, compute = Preprocess.from_dict(cache.manifest["preprocess"]), cache.manifest["compute"]
     teacher = None
     if any(columns & _TEACHER_COLUMNS for columns in blocks.values()):
-        device.use_full_precision()
+        use_full_precision()
         teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
     with progress("repairing", len(blocks), "blocks") as advance:
         for split in dict.fromkeys(split for split, _ in blocks):
@@ -221,7 +221,7 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
             ranges = [cache.dimensions.block(split, block) for block in numbers]
             if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
-            restored = rows.section_blocks(split, dataset, preprocess, cache.manifest, ranges)
+            restored = section_blocks(split, dataset, preprocess, cache.manifest, ranges)
             for number, block in zip(numbers, restored, strict=True):
                 columns = block.columns
                 if teacher is not None and blocks[split, number] & _TEACHER_COLUMNS:
@@ -235,7 +235,7 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
                 advance(1, "repairing")
 
 
-def _mismatch_message(path: Path, split: str, block: rows.Block, wrong: list[str]) -> str:
+def _mismatch_message(path: Path, split: str, block: Block, wrong: list[str]) -> str:
     rounding = "this processor or PyTorch rounds differently. Get the file again."
     why = f"Either the images differ (tspipe verify --data), or {rounding}" if split in SPLITS else f"T{rounding[1:]}"
     return (

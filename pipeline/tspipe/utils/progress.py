@@ -10,10 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tspipe.utils.callbacks import ignore
-
 LINE_SECONDS = 15.0  # between plain lines
-Advance = Callable[[int, str], None]
+Advance = Callable[[float, str], None]
 _MIB = 2**20
 
 stderr_console = Console(stderr=True, highlight=False)
@@ -43,7 +41,7 @@ def progress(what: str, total: int, unit: str, done: int = 0, visible: bool = Tr
         visible: False for a rank that prints nothing.
     """
     if not visible:
-        yield ignore
+        yield lambda count, what: None
         return
     display = _bar if stderr_console.is_terminal else _lines
     with display(what, total, unit, done) as advance:
@@ -79,9 +77,9 @@ def _bar(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
 @contextlib.contextmanager
 def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
     start = printed = time.monotonic()
-    count = done
+    count: float = done
 
-    def advance(more: int, what: str) -> None:
+    def advance(more: float, what: str) -> None:
         nonlocal count, printed
         count += more
         now = time.monotonic()
@@ -89,7 +87,7 @@ def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
             printed = now
             rate = (count - done) / (now - start)
             left = timedelta(seconds=int((total - count) / rate) if rate else 0)
-            stderr_console.print(f"{what}: {count:,}/{total:,} {unit}, {_digits(rate)}/s, {left} left", markup=False)
+            stderr_console.print(f"{what}: {count:,.0f}/{total:,} {unit}, {_digits(rate)}/s, {left} left", markup=False)
 
     yield advance
 
