@@ -81,7 +81,7 @@ def test_a_report_is_one_page_and_figures(run: RunFolder, tmp_path: Path) -> Non
         "lenet5, taught: +2.67 (+1.23 to +4.10), it helps",
         "lenet5 taught, kd 60.00 ± 0.00 60.00 ± 0.00 † 62,006 2.50",
         "best †: the highest of all epochs, selected by the test set itself, as in the paper; it is optimistic.",
-        "lenet5 taught 63.67 ± 1.15 † 81.36 +2.67 +3.36 agrees",
+        "lenet5 taught 63.67 ± 1.15 † 81.36 +2.67 +3.36 same",
         "Wu and Gu [26] 80.40",
         "Differences from the paper: 1 epoch, not 200.",
         "resnet56, 853,018 parameters: 83.20 % test accuracy.",

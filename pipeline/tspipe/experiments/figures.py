@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tspipe.errors import ReportError
 from tspipe.experiments.results import Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
@@ -26,7 +28,8 @@ _GREY = "#808080"
 _COLOURS = {ALONE: "#0072B2", OWN: "#B5659A", TAUGHT: "#D55E00", RANDOM: "#009E73"}
 _HATCHES, _DASHES = ("", "///", "...", "xxx"), ("-", "--", ":", "-.")  # of one arm's losses
 _MARKERS = ("o", "s", "^", "v")
-_HOLLOW: dict[str, Any] = {"marker": "D", "markerfacecolor": "none", "markersize": 6, "linestyle": ""}  # the paper's
+_SEED: dict[str, Any] = {"marker": ".", "color": _GREY, "markersize": 4, "linestyle": ""}
+_PAPER: dict[str, Any] = {"marker": "D", "color": INK, "markerfacecolor": "none", "markersize": 6, "linestyle": ""}
 _WIDTH, _LONGEST = 4.9, 40  # inches, so that on a phone its 9 points are 9 pixels; characters of a name
 _STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
@@ -83,32 +86,25 @@ def draw(findings: Findings, name: str) -> Drawing:
         caption, words = _FIGURES[name](figure, findings)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", metadata={"Software": None})
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", metadata=nothing)
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return Drawing(name, caption, words, svg.getvalue().decode(), png.getvalue())
 
 
 def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
     """Bars, from 0 to 100 %."""
     teacher = findings.summary.teacher
-    text = f"{100 * teacher.test_accuracy:.2f}"
-    groups = [(teacher.network, [("teacher", text)])]
-    results = [[r for r in findings.results if r.student == student] for student in findings.students]
-    for student, student_results in zip(findings.students, results, strict=True):
-        groups.append((student, [(r.name, percent(r.accuracy["last"])) for r in student_results]))
+    by_student = [[r for r in findings.results if r.student == student] for student in findings.students]
+    groups = [(teacher.network, [("teacher", f"{100 * teacher.test_accuracy:.2f}")])]
+    groups += [(rs[0].student, [(r.name, percent(r.accuracy["last"])) for r in rs]) for rs in by_student]
     axes, (top, *places) = _rows(figure, groups)
     axes.barh(top, 100 * teacher.test_accuracy, color=_GREY, height=0.76)
-    for y, result in zip(places, itertools.chain(*results), strict=True):
-        last, colour = result.accuracy["last"], _colour(result)
-        look: dict[str, Any] = {
-            "color": colour,
-            "edgecolor": GROUND,
-            "linewidth": 0,
-            "hatch": _HATCHES[_loss(findings, result)],
-        }
+    for y, result in zip(places, itertools.chain(*by_student), strict=True):
+        last, hatch = result.accuracy["last"], _HATCHES[_loss(findings, result)]
+        look: dict[str, Any] = {"color": _colour(result), "edgecolor": GROUND, "linewidth": 0, "hatch": hatch}
         axes.barh(y, 100 * last.mean, xerr=_percent(last.deviation), height=0.76, capsize=3, ecolor=INK, **look)
         axes.plot(100 * result.accuracy["best"].mean, y, "|", color=INK, markersize=12, markeredgewidth=1.6)
-        _paper(axes, result.paper, y)
+        if result.paper is not None:
+            axes.plot(100 * result.paper, y, **_PAPER)
     axes.set(xlim=(0, 100), title=_title(findings), xlabel="test accuracy, %")
     entries: dict[str, dict[str, Any]] = {
         "last epoch, ± sample deviation": {"marker": "s", "color": _GREY},
@@ -125,32 +121,27 @@ def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
 
 def _increase(figure: "Figure", findings: Findings) -> tuple[str, str]:
     """What each arm adds to the student alone; students sorted by their parameters."""
-    parameters = {result.student: result.parameters for result in findings.results}
-    students = sorted(dict.fromkeys(c.result.student for c in findings.comparisons), key=parameters.__getitem__)
-    rows = [[c for c in findings.comparisons if c.result.student == student] for student in students]
+    parameters = {c.result.student: c.result.parameters for c in findings.comparisons}
+    students = sorted(parameters, key=parameters.__getitem__)
+    by_student = [[c for c in findings.comparisons if c.result.student == student] for student in students]
     groups = [
-        (
-            f"{student}, {parameters[student]:,} parameters",
-            [(c.name, points(c.difference("last").mean)) for c in student_results],
-        )
-        for student, student_results in zip(students, rows, strict=True)
+        (f"{student}, {parameters[student]:,} parameters", [(c.name, points(c.difference("last").mean)) for c in cs])
+        for student, cs in zip(students, by_student, strict=True)
     ]
     axes, places = _rows(figure, groups)
     axes.axvline(0, color=INK, linewidth=0.8)
-    for y, comparison in zip(places, itertools.chain(*rows), strict=True):
-        difference, colour = comparison.difference("last"), _colour(comparison.result)
-        shape = _MARKERS[_loss(findings, comparison.result)]
-        seeds = [100 * value for value in difference.values]
-        axes.plot(seeds, [y] * len(seeds), ".", color=_GREY, markersize=4)
-        axes.errorbar(100 * difference.mean, y, xerr=_percent(difference.margin), fmt=shape, color=colour, capsize=4)
-        _paper(axes, comparison.paper, y)
+    comparisons = list(itertools.chain(*by_student))
+    for y, comparison in zip(places, comparisons, strict=True):
+        difference, result = comparison.difference("last"), comparison.result
+        axes.plot([100 * value for value in difference.values], [y] * len(difference.values), **_SEED)
+        look: dict[str, Any] = {"fmt": _MARKERS[_loss(findings, result)], "color": _colour(result), "capsize": 4}
+        axes.errorbar(100 * difference.mean, y, xerr=_percent(difference.margin), **look)
+        if comparison.paper is not None:
+            axes.plot(100 * comparison.paper, y, **_PAPER)
     axes.set(title=_title(findings), xlabel="over the student alone, points")
-    entries: dict[str, dict[str, Any]] = {
-        "last epoch, with the 95 % interval": {"marker": "o", "color": INK},
-        "each seed": {"marker": ".", "color": _GREY, "markersize": 4},
-    }
-    _legend(figure, entries, paper=any(c.paper is not None for c in findings.comparisons))
-    numbers = "; ".join(f"{c.result.student}, {c.name} {verdict(c.difference('last'))}" for c in itertools.chain(*rows))
+    entries = {"last epoch, with the 95 % interval": {"marker": "o", "color": INK}, "each seed": _SEED}
+    _legend(figure, entries, paper=any(c.paper is not None for c in comparisons))
+    numbers = "; ".join(f"{c.result.student}, {c.name} {verdict(c.difference('last'))}" for c in comparisons)
     return (
         f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({_n(findings)}, "
         "paired); the student with the fewest parameters is on top. An interval with zero in it shows no difference.",
@@ -165,14 +156,12 @@ def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
     panels = figure.subplots(len(students), sharex=True, squeeze=False)[:, 0]
     for axes, student in zip(panels, students, strict=True):
         for result in (r for r in findings.results if r.student == student):
-            means = [100 * sample.mean for sample in result.curve]
-            spread = [100 * (sample.deviation or 0) for sample in result.curve]
-            look: dict[str, Any] = {"color": _colour(result), "linestyle": _DASHES[_loss(findings, result)]}
-            axes.plot(
-                epochs, means, label=printable(result.name, _LONGEST), marker="o" if len(epochs) == 1 else "", **look
-            )
-            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-            axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
+            means = np.array([100 * sample.mean for sample in result.curve])
+            spread = np.array([100 * (sample.deviation or 0) for sample in result.curve])
+            style, colour = _DASHES[_loss(findings, result)], _colour(result)
+            (line,) = axes.plot(epochs, means, style, color=colour, label=printable(result.name, _LONGEST))
+            line.set_marker("o" if len(epochs) == 1 else "")
+            axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.2, linewidth=0)
         axes.axhline(100 * findings.summary.teacher.test_accuracy, color=_GREY, linestyle=(0, (1, 1)), label="teacher")
         axes.set(title=_title(findings, student), ylabel="test accuracy, %")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -201,15 +190,15 @@ def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> 
     """
     axes, places, labels = figure.subplots(), [], []
     y = 0.0
+    in_margin: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
     for heading, rows in groups:
         box = {"facecolor": GROUND, "edgecolor": "none", "pad": 1}  # over the grid
-        where = axes.get_yaxis_transform()
-        axes.text(0, y, printable(heading, _LONGEST), weight="bold", va="center", transform=where, bbox=box)
+        axes.text(0, y, printable(heading, _LONGEST), weight="bold", bbox=box, **in_margin)
         for label, value in rows:
             y += 1
             places.append(y)
             labels.append(printable(label, _LONGEST))
-            axes.text(1.03, y, value, va="center", transform=where)
+            axes.text(1.03, y, value, **in_margin)
         y += 1.2
     figure.set_size_inches(_WIDTH, 0.24 * y + 1.1)
     axes.set_yticks(places, labels)
@@ -221,26 +210,21 @@ def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> 
     return axes, places
 
 
-def _paper(axes: "Axes", value: float | None, y: float) -> None:
-    if value is not None:
-        axes.plot(100 * value, y, color=INK, **_HOLLOW)
-
-
 def _legend(figure: "Figure", entries: dict[str, dict[str, Any]], *, paper: bool) -> None:
     from matplotlib.lines import Line2D
 
-    entries = {**entries, **({"the paper, best epoch": {"color": INK, **_HOLLOW}} if paper else {})}
-    handles = [Line2D([], [], label=text, **{"linestyle": "", **look}) for text, look in entries.items()]
+    entries = {**entries, **({"the paper, best epoch": _PAPER} if paper else {})}
+    handles = [Line2D([], [], label=text, **{**look, "linestyle": ""}) for text, look in entries.items()]
     figure.legend(handles=handles, loc="outside lower left")
 
 
 def _title(findings: Findings, student: str = "") -> str:
-    where = printable(findings.summary.dataset, _LONGEST)
-    return f"{printable(student, _LONGEST)} on {where}" if student else f"{where}, {_n(findings)}"
+    dataset = printable(findings.summary.dataset, _LONGEST)
+    return f"{printable(student, _LONGEST)} on {dataset}" if student else f"{dataset}, {_n(findings)}"
 
 
 def _n(findings: Findings) -> str:
-    return f"n = {findings.config.seeds}" + (", so no deviation" if findings.config.seeds == 1 else " seeds")
+    return "n = 1, so no deviation" if findings.config.seeds == 1 else f"n = {findings.config.seeds} seeds"
 
 
 def _colour(result: Result) -> str:

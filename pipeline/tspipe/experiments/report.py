@@ -11,8 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from tspipe.errors import ReportError
-from tspipe.experiments import figures, tables
-from tspipe.experiments import html as page
+from tspipe.experiments import figures, html, tables
 from tspipe.experiments.results import Findings, read
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.summary import label_shares
@@ -30,13 +29,13 @@ _MARKS = {"best": "best is selected by the test set", "chosen": "chosen by held-
 def show(run: RunFolder) -> None:
     """Print a finished run: its table, the comparison of arms, the labels of random images, and the run folder."""
     findings = read(run)
-    _print(findings, ("last", "chosen"))
+    _print_tables(findings, ("last", "chosen"))
     contents = "metrics.csv, curves.png, students"
     try:
         write_whole(run.path / "curves.png", figures.draw(findings, "curves").png)
     except ReportError:
         contents = "no curves: pip install 'tspipe[plots]'"
-    stdout_console().print(Text(f"Run folder: {run.path} ({contents})"))
+    _print(f"Run folder: {run.path} ({contents})")
 
 
 def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
@@ -45,12 +44,12 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
     Raises ReportError if a run's files are not as stage two writes them, or matplotlib is missing.
     """
     all_findings = [read(run) for run in runs]
-    page_path = write(all_findings, out or default_folder(runs))
+    page = write(all_findings, out or default_folder(runs))
     for findings in all_findings:
-        _print(findings, ("last", "best", "chosen"))
+        _print_tables(findings, ("last", "best", "chosen"))
         for sentence in findings.ratios:
-            stdout_console().print(Text(sentence))
-    stdout_console().print(Text(f"Report: {page_path} (figures beside it)"))
+            _print(sentence)
+    _print(f"Report: {page} (figures beside it)")
 
 
 def write(findings: Sequence[Findings], folder: Path) -> Path:
@@ -61,13 +60,15 @@ def write(findings: Sequence[Findings], folder: Path) -> Path:
     drawn = [[figures.draw(one, name) for name in figures.names(one)] for one in findings]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for prefix, drawings in zip(_prefixes(findings), drawn, strict=True):
+    names = Counter(one.name for one in findings)
+    for number, (one, drawings) in enumerate(zip(findings, drawn, strict=True), 1):
+        name = f"{one.name}-{number}-" if names[one.name] > 1 else f"{one.name}-"
         for drawing in drawings:
-            write_whole(folder / f"{prefix}{drawing.name}.svg", drawing.svg.encode())
-            write_whole(folder / f"{prefix}{drawing.name}.png", drawing.png)
-    path = folder / "report.html"
-    write_whole(path, page.page(list(zip(findings, drawn, strict=True))).encode())
-    return path
+            path = folder / f"{name if len(findings) > 1 else ''}{drawing.name}"
+            write_whole(path.with_name(f"{path.name}.svg"), drawing.svg.encode())
+            write_whole(path.with_name(f"{path.name}.png"), drawing.png)
+    write_whole(folder / "report.html", html.page(list(zip(findings, drawn, strict=True))).encode())
+    return folder / "report.html"
 
 
 def default_folder(runs: Sequence[RunFolder]) -> Path:
@@ -78,40 +79,35 @@ def default_folder(runs: Sequence[RunFolder]) -> Path:
     return Path("reports") / hashlib.sha256("\n".join(configs).encode()).hexdigest()[:8]
 
 
-def _prefixes(findings: Sequence[Findings]) -> list[str]:
-    """Return the prefix of each run's figure files: with several runs its name, numbered if two share it."""
-    if len(findings) == 1:
-        return [""]
-    names = Counter(one.name for one in findings)
-    return [f"{one.name}-{i}-" if names[one.name] > 1 else f"{one.name}-" for i, one in enumerate(findings, 1)]
-
-
-def _print(findings: Findings, choices: Sequence[str]) -> None:
-    out = stdout_console()
-    out.print(table(tables.accuracies(findings, brief="chosen" in findings.choices)))  # in 80 columns
+def _print_tables(findings: Findings, choices: Sequence[str]) -> None:
+    _print(tables.accuracies(findings, brief="chosen" in findings.choices))  # in 80 columns
     marks = ", ".join(text for choice, text in _MARKS.items() if choice in findings.choices)
-    out.print(Text(f"Test accuracy in %, mean ± sample deviation; {marks}."))
+    _print(f"Test accuracy in %, mean ± sample deviation; {marks}.")
     for choice in choices if findings.comparisons else ():
         if choice in findings.choices:
-            out.print(_OVER[choice])
+            _print(_OVER[choice])
             for sentence in tables.verdicts(findings, choice):
-                out.print(Text(f"  {printable(sentence)}"))
+                _print(f"  {sentence}")
     if (beside := tables.beside_paper(findings)).rows:
-        out.print(table(beside))
+        _print(beside)
     for sentence in tables.paper_notes(findings):
-        out.print(Text(printable(sentence)))
+        _print(sentence)
     if findings.random_labels:
-        out.print(Text(label_shares(findings.random_labels)))
+        _print(label_shares(findings.random_labels))
     if findings.config.trust_data:
-        out.print(tables.UNCHECKED)
+        _print(tables.UNCHECKED)
 
 
-def table(of: tables.Table) -> RichTable:
-    """Return a table for the terminal, in which names may wrap and numbers never do."""
-    shown = RichTable(title=Text(printable(of.title)), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(of.headings):
-        number = i >= of.names
-        shown.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for row in of.rows:
-        shown.add_row(*(Text(printable(text)) for text in row), end_section=row[1] == "teacher")
-    return shown
+def _print(content: str | tables.Table) -> None:
+    """Print text, or a table in which names may wrap and numbers never do; names from files are made printable."""
+    out = stdout_console()
+    if isinstance(content, str):
+        out.print(Text(printable(content)))
+        return
+    table = RichTable(title=Text(printable(content.title)), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(content.headings):
+        number = i >= content.names
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in content.rows:
+        table.add_row(*(Text(printable(text)) for text in row), end_section=row[1] == "teacher")
+    out.print(table)

@@ -1,26 +1,28 @@
 """Reads finished runs: results per student, arm and loss, paired over the seeds, with the paper's numbers."""
 
+import contextlib
 import csv
 import itertools
-import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from tspipe.errors import ReportError
 from tspipe.experiments.statistics import HELPS, HURTS, Sample
 from tspipe.recipes.schema import Paper
 from tspipe.training.arms import ALONE, OWN, UNTAUGHT
-from tspipe.training.run_folder import Row, RunFolder
+from tspipe.training.run_folder import RunFolder
 from tspipe.training.summary import loss_ratios
 from tspipe.utils.console import pluralize
 
-T = TypeVar("T")
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,20 @@ class Comparison:
         return None if ours is None or base is None else ours - base
 
     @property
-    def agreement(self) -> str:
+    def sign(self) -> str:
         """Whether our difference at the best epoch has the sign of the paper's, if it is significant."""
-        sign = {HELPS: 1, HURTS: -1}.get(self.difference("best").conclusion, 0)
-        if self.paper is None or not sign:
-            return "not shown"
-        return "agrees" if sign * self.paper > 0 else "disagrees"
+        ours = {HELPS: 1, HURTS: -1}.get(self.difference("best").conclusion, 0)
+        if self.paper is None or not ours:
+            return "unclear"
+        return "same" if ours * self.paper > 0 else "opposite"
 
 
 class Teacher(BaseModel):
     """The teacher in summary.json."""
 
     network: str
-    test_accuracy: float
-    parameters: int | None
+    test_accuracy: Fraction
+    parameters: Count | None
 
 
 class Summary(BaseModel):
@@ -100,7 +102,7 @@ class Summary(BaseModel):
 
     dataset: str
     teacher: Teacher
-    parameters: dict[str, int]
+    parameters: dict[str, Count]
     paper: Paper | None = None
     mse_weight: float | None = None
 
@@ -108,11 +110,37 @@ class Summary(BaseModel):
 class Config(BaseModel):
     """The fields of config.json that a report uses."""
 
-    seeds: int = Field(ge=1)
-    epochs: int = Field(ge=1)
+    seeds: Count
+    epochs: Count
     cache: str = ""
     mse_weight: float | str = 1.0
     trust_data: bool = False
+
+
+class ConfigFile(BaseModel):
+    """config.json."""
+
+    config: dict[str, JsonValue]
+    environment: dict[str, JsonValue]
+
+
+class _Row(BaseModel):
+    """The columns of metrics.csv that a report uses; the loss terms that it compares may be empty."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    seed: int
+    epoch: int
+    student: str
+    arm: str
+    loss: str = ""
+    test_accuracy: Fraction
+    val_accuracy: Fraction | None = None
+    seconds_training: Annotated[Finite, Field(ge=0)]
+    seconds_testing: Annotated[Finite, Field(ge=0)]
+    mse: Finite | None = None
+    kl: Finite | None = None
+    vid: Finite | None = None
+    xent: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +162,7 @@ class Findings:
     @property
     def choices(self) -> list[str]:
         """The epochs that accuracies refer to: last, best and, with held-back images, chosen."""
-        return list(self.results[0].accuracy)
+        return [choice for choice in self.results[0].accuracy if all(choice in r.accuracy for r in self.results)]
 
     @property
     def students(self) -> list[str]:
@@ -156,11 +184,14 @@ class Findings:
 
 def open_run(path: Path) -> RunFolder:
     """Open the run folder at a path. Raises ReportError if there is none or it is not finished."""
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise ReportError(
             f"{path} is not a run folder: it has no config.json. Give a folder that tspipe student wrote, in runs/."
         )
-    run = RunFolder(path, *_reading(path / "config.json", lambda: _config(path)))
+    with _reading(file):
+        content = ConfigFile.model_validate(RunFolder(path, {}, {}).read_json(file.name))
+    run = RunFolder(path, content.config, content.environment)
     if not run.finished:
         raise ReportError(f"The run in {path} is not finished. Run its command again to resume it.")
     return run
@@ -168,99 +199,72 @@ def open_run(path: Path) -> RunFolder:
 
 def read(run: RunFolder) -> Findings:
     """Read a finished run. Raises ReportError, naming the file, if a file is not as stage two writes it."""
-    path = run.path
-    config = _reading(path / "config.json", lambda: Config.model_validate(run.config))
-    summary = _reading(path / "summary.json", lambda: Summary.model_validate(run.read_json("summary.json")))
-    labels = _reading(path / "random_labels.json", lambda: _labels(run))
-    groups = _reading(path / "metrics.csv", lambda: _groups(run, config))
-    results = _reading(path / "metrics.csv", lambda: [_result(group, config, summary) for group in groups])
-    ratios = _reading(path / "metrics.csv", lambda: _ratios(groups, results, config))
+    with _reading(run.path / "config.json"):
+        config = Config.model_validate(run.config)
+    with _reading(run.path / "summary.json"):
+        summary = Summary.model_validate(run.read_json("summary.json"))
+    labels: dict[str, int] = {}
+    with _reading(run.path / "random_labels.json"):
+        if (run.path / "random_labels.json").exists():  # absent without random images
+            labels = TypeAdapter(dict[str, Count]).validate_python(run.read_json("random_labels.json"))
+    with _reading(run.path / "metrics.csv"):
+        groups = _groups(run, config)
+        results = [_result(group, config, summary) for group in groups]
+        first = [_first_epoch(group, result) for group, result in zip(groups, results, strict=True) if result.taught]
+        ratios = list(loss_ratios(first, hint=config.mse_weight != "auto"))
     return Findings(run, config, summary, results, ratios, labels)
 
 
-def _reading(file: Path, make: Callable[[], T]) -> T:
-    """Return what `make` returns, or raise a ReportError that names the file."""
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise a ReportError that names the file in place of the errors that its content causes."""
     try:
-        return make()
+        yield
+        return
     except ValidationError as problem:
         first = problem.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        place = ".".join(str(part) for part in first["loc"])
+        reason = f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}".removeprefix(": ")
     except KeyError as problem:
         reason = f"{problem.args[0]!r} is missing"
-    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, csv.Error) as problem:
+    except (OverflowError, RecursionError, ValueError, csv.Error) as problem:
         reason = str(problem)
     raise ReportError(f"{file} is not as tspipe student writes it: {reason}. Train the run again with another --out.")
 
 
-def _config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    content = RunFolder(path, {}, {}).read_json("config.json")
-    config, environment = content["config"], content["environment"]
-    if not isinstance(config, dict) or not isinstance(environment, dict):
-        raise ValueError("config and environment are not objects")
-    return config, environment
-
-
-def _labels(run: RunFolder) -> dict[str, int]:
-    """Return how many random images the teacher labels as each class; empty without random images."""
-    if not (run.path / "random_labels.json").exists():
-        return {}
-    counts = {str(name): int(count) for name, count in run.read_json("random_labels.json").items()}
-    if min(counts.values(), default=0) < 1:
-        raise ValueError("a class has a count below 1")
-    return counts
-
-
-def _groups(run: RunFolder, config: Config) -> list[list[Row]]:
+def _groups(run: RunFolder, config: Config) -> list[list[_Row]]:
     """Return the rows of each student, arm and loss, by seed and epoch, in order of first appearance."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in run.rows():
-        row = {"loss": "xent" if row["arm"] in UNTAUGHT else "ts", **row}
-        row |= {column: str(row[column]) for column in ("student", "arm", "loss")}  # a name may be a number
-        groups.setdefault((row["student"], row["arm"], row["loss"]), []).append(row)
+    groups: dict[tuple[str, ...], list[_Row]] = {}
+    for cells in run.rows():
+        row = _Row.model_validate({name: value for name, value in cells.items() if value not in ("", None)})
+        loss = row.loss or ("xent" if row.arm in UNTAUGHT else "ts")
+        groups.setdefault((row.student, row.arm, loss), []).append(row.model_copy(update={"loss": loss}))
     for name, group in groups.items():
-        whole = len(group) == config.seeds * config.epochs
-        expected = itertools.product(range(config.seeds), range(1, config.epochs + 1)) if whole else ()
-        if [(row["seed"], row["epoch"]) for row in group] != list(expected):
+        complete = len(group) == config.seeds * config.epochs
+        expected = itertools.product(range(config.seeds), range(1, config.epochs + 1)) if complete else ()
+        if [(row.seed, row.epoch) for row in group] != list(expected):
             raise ValueError(f"{', '.join(name)} has no row for each of {config.epochs} epochs of {config.seeds} seeds")
     if not groups:
         raise ValueError("there are no rows")
     return list(groups.values())
 
 
-def _result(group: list[Row], config: Config, summary: Summary) -> Result:
-    student, arm, loss = (group[0][column] for column in ("student", "arm", "loss"))
+def _result(group: list[_Row], config: Config, summary: Summary) -> Result:
+    student, arm, loss = group[0].student, group[0].arm, group[0].loss
     by_seed = [group[i : i + config.epochs] for i in range(0, len(group), config.epochs)]
-    tested = [[_fraction(row["test_accuracy"]) for row in rows] for rows in by_seed]
+    tested = [[row.test_accuracy for row in rows] for rows in by_seed]
     accuracy = {"last": Sample(tuple(t[-1] for t in tested)), "best": Sample(tuple(map(max, tested)))}
-    if "val_accuracy" in group[0]:
-        validated = [[_fraction(row["val_accuracy"]) for row in rows] for rows in by_seed]
+    if all(row.val_accuracy is not None for row in group):
+        validated = [[row.val_accuracy or 0.0 for row in rows] for rows in by_seed]
         accuracy["chosen"] = Sample(tuple(t[v.index(max(v))] for t, v in zip(tested, validated, strict=True)))
     curve = tuple(Sample(epoch) for epoch in zip(*tested, strict=True))
-    seconds = statistics.median(_number(row["seconds_training"]) + _number(row["seconds_testing"]) for row in group)
+    seconds = statistics.median(row.seconds_training + row.seconds_testing for row in group)
     of_paper = summary.paper.accuracy.get(student, {}) if summary.paper and (arm in UNTAUGHT or loss == "ts") else {}
     return Result(student, arm, loss, accuracy, curve, seconds, summary.parameters[student], of_paper.get(arm))
 
 
-def _ratios(groups: list[list[Row]], results: list[Result], config: Config) -> list[str]:
-    first = [_mean_row(group, result.name) for group, result in zip(groups, results, strict=True) if result.taught]
-    return list(loss_ratios(first, hint=config.mse_weight != "auto"))
-
-
-def _mean_row(group: list[Row], name: str) -> Row:
-    """Return a result's first epoch as a row of means over the seeds."""
-    first = [row for row in group if row["epoch"] == 1]
-    numbers = [column for column in first[0] if all(isinstance(row[column], int | float) for row in first)]
-    means = {column: statistics.fmean(row[column] for row in first) for column in numbers}
-    return {**means, "student": first[0]["student"], "arm": name, "epoch": 1}
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
-    return float(value)
-
-
-def _fraction(value: Any) -> float:
-    if not 0 <= _number(value) <= 1:
-        raise ValueError(f"{value!r} is not an accuracy")
-    return float(value)
+def _first_epoch(group: list[_Row], result: Result) -> dict[str, object]:
+    """Return a result's first epoch as a row with the loss terms' means over the seeds."""
+    values = {term: [getattr(row, term) for row in group if row.epoch == 1] for term in ("mse", "kl", "vid", "xent")}
+    means = {term: statistics.fmean(terms) for term, terms in values.items() if None not in terms}
+    return {"student": result.student, "arm": result.name, "epoch": 1, **means}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tspipe.experiments.results import Comparison, Findings
+from tspipe.experiments.results import Findings
 from tspipe.experiments.statistics import Sample
 
 UNCHECKED = "The images were not compared with those of the cache (--trust-data)."
@@ -25,16 +25,16 @@ def accuracies(findings: Findings, *, brief: bool = False) -> Table:
     If `brief`, leave out parameters and times.
     """
     teacher = findings.summary.teacher
-    nothing = [""] * (len(findings.choices) - 1)
     parameters = "" if teacher.parameters is None else f"{teacher.parameters:,}"
-    rows = [[teacher.network, "teacher", f"{100 * teacher.test_accuracy:.2f}", *nothing, parameters, ""]]
+    empty = [""] * (len(findings.choices) - 1)
+    rows = [[teacher.network, "teacher", f"{100 * teacher.test_accuracy:.2f}", *empty, parameters, ""]]
     for result in findings.results:
-        samples = [percent(sample) for sample in result.accuracy.values()]
+        samples = [percent(result.accuracy[choice]) for choice in findings.choices]
         pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
         rows.append([result.student, result.name, *samples, f"{result.parameters:,}", pace])
     headings = ["network", "arm", *findings.choices, "parameters", "s/epoch"]
-    shown = -2 if brief else len(headings)
-    return Table(f"{findings.summary.dataset}: {findings.duration}", headings[:shown], [row[:shown] for row in rows])
+    end = -2 if brief else len(headings)
+    return Table(f"{findings.summary.dataset}: {findings.duration}", headings[:end], [row[:end] for row in rows])
 
 
 def differences(findings: Findings) -> Table:
@@ -54,15 +54,19 @@ def verdicts(findings: Findings, choice: str = "last") -> list[str]:
 def beside_paper(findings: Findings) -> Table:
     """Return best test accuracies and differences beside the paper's, then other systems; no rows without a paper."""
     paper = findings.summary.paper
-    differences = {id(c.result): c for c in findings.comparisons if c.paper is not None}
+    differences = {
+        id(c.result): [points(c.difference("best").mean), points(c.paper), c.sign]
+        for c in findings.comparisons
+        if c.paper is not None
+    }
     rows = [
-        [r.student, r.name, percent(r.accuracy["best"]), f"{100 * r.paper:.2f}", *_signs(differences.get(id(r)))]
+        [r.student, r.name, percent(r.accuracy["best"]), f"{100 * r.paper:.2f}", *differences.get(id(r), [""] * 3)]
         for r in findings.results
         if r.paper is not None
     ]
     others = paper.others if paper else {}
     rows += [[name, "", "", f"{100 * value:.2f}", "", "", ""] for name, value in others.items()]
-    headings = ["network", "arm", "best", "paper", "difference", "paper's", "in sign"]
+    headings = ["network", "arm", "best", "in paper", "difference", "in paper", "sign"]
     return Table(f"Beside the paper's {paper.title}" if paper else "", headings, rows)
 
 
@@ -70,8 +74,8 @@ def paper_notes(findings: Findings) -> Iterator[str]:
     """Yield where the paper's numbers come from, how to read them, and how the run differs."""
     if paper := findings.summary.paper:
         yield (
-            f"{paper.source}. It reports the best test accuracy of any epoch, so ours is the best, too. Not shown: our "
-            "interval contains zero, or there is one seed."
+            f"{paper.source}. The paper reports the best test accuracy of all epochs, so this table does too. The sign "
+            "of a difference is unclear if our 95 % interval contains zero, or there is only one seed."
         )
         if paper.differs:
             yield f"Differences from the paper: {'; '.join(paper.differs)}."
@@ -94,9 +98,3 @@ def percent(sample: Sample) -> str:
     """Return a mean in percent, with the sample deviation if there is one."""
     deviation = "" if sample.deviation is None else f" ± {100 * sample.deviation:.2f}"
     return f"{100 * sample.mean:.2f}{deviation}"
-
-
-def _signs(comparison: Comparison | None) -> list[str]:
-    if comparison is None or comparison.paper is None:
-        return ["", "", ""]
-    return [points(comparison.difference("best").mean), points(comparison.paper), comparison.agreement]
