@@ -167,7 +167,8 @@ def test_what_is_no_finished_run(tmp_path: Path) -> None:
         ("metrics.csv", "seed,epoch\n0,1\n", "student: field required"),
         ("config.json", '{"config": {"seeds": 1, "epochs": 1000000000}, "environment": {}}',
          "lenet5, alone, xent has no row for each of 1000000000 epochs of 1 seeds"),
-        ("random_labels.json", '{"bird": "many"}', "bird: input should be a valid integer, unable to parse string as an integer"),
+        ("random_labels.json", '{"bird": "many"}',
+         "bird: input should be a valid integer, unable to parse string as an integer"),
         ("random_labels.json", '{"bird": 0}', "bird: input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
