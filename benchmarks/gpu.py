@@ -88,8 +88,8 @@ def resnet18() -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(DEVICE)
         trainer = open_trainer(StudentConfig(recipe, cache, (TAUGHT,)), RunFolder(Path(folder), {}, {}), device)
-        batches = BatchSource(trainer.data, trainer.targets, None, trainer.partition, recipe.batch_size)
-        (learner,) = trainer.cohort(0)
+        batches = trainer.batches
+        (learner,) = trainer.learners(0)
         (_, batch), *_ = batches.epoch(0, 0, slice(1))
         counted = operations(lambda: sum(part.sum() for part in learner.network(batch.images)).backward())
         steps = endless(trainer, batches, learner)

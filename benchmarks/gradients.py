@@ -19,7 +19,6 @@ from tspipe.cache import open_cache
 from tspipe.losses import Target
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.training.arms import RANDOM
-from tspipe.training.batches import BatchSource
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import open_trainer
@@ -40,12 +39,11 @@ def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None
         trainer = open_trainer(
             StudentConfig(chosen, cache, (RANDOM,), Path(data)), RunFolder(Path(folder), {}, {}), torch.device("cpu")
         )
-    (learner,) = trainer.cohort(0)
-    source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, chosen.batch_size)
+    (learner,) = trainer.learners(0)
     for path in weights:
         learner.network.load_state_dict(safetensors.torch.load_file(path))
     result: dict[str, list[tuple[float, Tensor]]] = {"real": [], "random": []}
-    for _, batch in source.epoch(0, 0, slice(12)):
+    for _, batch in trainer.batches.epoch(0, 0, slice(12)):
         assert batch.random is not None
         parts = {"real": (batch.images, batch.target), "random": batch.random}
         complete = sum(len(images) for images, _ in parts.values())

@@ -15,7 +15,6 @@ from tspipe.cache import Cache
 from tspipe.extraction.extract import extract
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, RANDOM, TAUGHT
-from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Position
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
@@ -70,8 +69,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(source: str, pool: Cache, tmp
         RunFolder(tmp_path, {}, {}),
         torch.device(str(GPU)),
     )
-    learners = trainer.cohort(0)
-    batches = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
+    learners, batches = trainer.learners(0), trainer.batches
     for _ in trainer.steps(learners, batches, Position()):  # the first epoch loads kernels and fills what is kept
         pass
     steps = trainer.steps(learners, batches, Position(epoch=1))

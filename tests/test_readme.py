@@ -23,7 +23,7 @@ from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import networks, weights
 from tspipe.recipes import load
 from tspipe.recipes.settings import settings_markdown
-from tspipe.training.summary import label_shares
+from tspipe.training.metrics_log import label_shares
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline" / "tspipe"

@@ -14,7 +14,7 @@ from tspipe.cache import open_cache
 from tspipe.cache.manifest import decode_manifest, encode_manifest
 from tspipe.cli.render import show_cache
 from tspipe.errors import NotACache
-from tspipe.training.summary import label_shares
+from tspipe.training.metrics_log import label_shares
 from tspipe.utils.console import printable
 
 

@@ -20,7 +20,6 @@ from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
 from tspipe.training.arms import RANDOM, TAUGHT
-from tspipe.training.batches import BatchSource
 from tspipe.training.config import StudentConfig
 from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.run_folder import RunFolder
@@ -74,7 +73,7 @@ def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Pa
     """Bare steps end with the same weights as training, so both sides do the same work.""" ""
     trainer = open_bench(config(digits), tmp_path)
     ours, bare = ([bench._learner(trainer, "lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
-    source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
+    source = trainer.batches
     as_way(bench._endless_steps(trainer, ours, source))(3)
     batches = [batch for _, batch in source.epoch(0, 0, slice(3))]
     as_way(bare_steps(bare[0], ((batch.images, batch.target) for batch in batches)))(3)
@@ -146,8 +145,8 @@ def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path) -> None:
     chosen, precisions = config(digits), set[torch.dtype]()
     recipe = chosen.recipe.model_copy(update={"live_precision": "bfloat16"})
     trainer = open_bench(replace(chosen, recipe=recipe), tmp_path)
-    assert isinstance(trainer.random, LiveTeacher)
-    assert trainer.random.teacher.precision == torch.bfloat16
+    assert isinstance(trainer.batches.random, LiveTeacher)
+    assert trainer.batches.random.teacher.precision == torch.bfloat16
 
     def watched(*args: object) -> FeatureNet:
         teacher = load_teacher(*args)  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from tspipe.data import random_images
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, RANDOM, TAUGHT
-from tspipe.training.batches import BatchSource
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.targets import resolve_mse_weight
@@ -94,7 +93,7 @@ def test_options_of_a_loss(digits: Cache, tmp_path: Path) -> None:
 def test_validation_images_are_not_trained_on(digits: Cache, tmp_path: Path) -> None:
     run_config = config(digits, tmp_path / "run", "val_fraction=0.2", "seeds=2", arms=(TAUGHT,))
     trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
-    data, source = trainer.data, BatchSource(trainer.data, trainer.targets, None, trainer.partition, 100)
+    data, source = trainer.batches.data, trainer.batches
     held_back = []
     for seed in (0, 1):
         train, validation = (set(rows.tolist()) for rows in data.validation_split(seed))
@@ -207,7 +206,7 @@ def test_minstd_is_another_run_and_warns_when_it_repeats(
 def test_minstd_continues_over_batches_and_epochs(digits: Cache, tmp_path: Path) -> None:
     run_config = config(digits, tmp_path / "run", "random_generator=minstd", arms=(RANDOM,))
     trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
-    source = BatchSource(trainer.data, trainer.targets, trainer.random, trainer.partition, 100)
+    source = trainer.batches
     drawn = [batch.random[0] for epoch in (0, 1) for _, batch in source.epoch(0, epoch) if batch.random]
     expected = torch.from_numpy(np.concatenate([random_images.congruential(0, i, 7, (1, 16, 16)) for i in range(20)]))
-    torch.testing.assert_close(torch.cat(drawn), trainer.data.preprocess.normalise(expected))
+    torch.testing.assert_close(torch.cat(drawn), source.data.preprocess.normalise(expected))

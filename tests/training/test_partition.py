@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tspipe.training.batches import GlobalBatch
-from tspipe.training.partition import ShardLearners, SplitBatches, choose_partition
+from tspipe.training.partition import Partition, ShardLearners, SplitBatches, choose_partition
 from tspipe.utils.distributed import Group
 from tspipe.utils.timing import Clock
 
@@ -32,6 +32,6 @@ def test_a_split_batch_knows_the_whole() -> None:
 
 
 @pytest.mark.parametrize("part", [ShardLearners(), SplitBatches()])
-def test_one_process_decides_alone_when_a_checkpoint_is_due(part: ShardLearners | SplitBatches) -> None:
+def test_one_process_decides_alone_when_a_checkpoint_is_due(part: Partition) -> None:
     assert part.checkpoint_due(Clock(0), number=3)
     assert not part.checkpoint_due(Clock(1000), number=9)

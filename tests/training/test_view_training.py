@@ -352,8 +352,7 @@ def test_processes_that_split_a_batch_share_its_views(cropped: Cache, tmp_path: 
 
     def batches_of(group: Group) -> list[batches.Batch]:
         trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"), group)
-        source = batches.BatchSource(trainer.data, trainer.targets, None, trainer.partition, 5)
-        return [batch for _, batch in source.epoch(0, 1, slice(1, None))]
+        return [batch for _, batch in trainer.batches.epoch(0, 1, slice(1, None))]
 
     for whole, *parts in zip(batches_of(Group()), *(batches_of(Group(rank, 2)) for rank in range(2)), strict=True):
         assert [len(part.images) for part in parts] == [3, 2]

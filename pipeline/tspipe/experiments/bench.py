@@ -30,7 +30,7 @@ from tspipe.training.learner import Learner
 from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.run_folder import RunFolder, environment
-from tspipe.training.trainer import Trainer, open_trainer, task_shape
+from tspipe.training.trainer import Trainer, build_learner, open_trainer
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.memory import keep_freed_memory
 from tspipe.utils.progress import progress
@@ -84,7 +84,8 @@ def bench(config: StudentConfig, seconds: float = 120) -> Result:
 
 def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, float]]:
     students = trainer.config.recipe.student
-    live = trainer.random if isinstance(trainer.random, LiveTeacher) else None
+    random = trainer.batches.random
+    live = random if isinstance(random, LiveTeacher) else None
     timer = Timer(trainer.device, seconds / (5 * len(students) + 8 if live else 4 * len(students)))
     lines: list[Line] = []
     facts: dict[str, float] = {}
@@ -105,11 +106,11 @@ def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, fl
 
 def _student_lines(trainer: Trainer, student: str, timer: Timer, facts: dict[str, float]) -> Iterator[Line]:
     """Compare an epoch of a taught student with bare steps and tests, and with a loop that has the teacher in it."""
-    name, recipe, data = networks.recorded_name(student), trainer.config.recipe, trainer.data
+    name, recipe, data = networks.recorded_name(student), trainer.config.recipe, trainer.batches.data
     learner = _learner(
         trainer, student, TAUGHT
     )  # one for both sides: equal learners differ by 4 %, depending on their addresses in memory
-    batches = BatchSource(data, trainer.targets, None, trainer.partition, recipe.batch_size)
+    batches = replace(trainer.batches, random=None)
     part = slice(_prepared_batches(trainer, recipe.batch_size))
     prepared = [(batch.images, batch.target) for _, batch in batches.epoch(0, 0, part)]
     test_seconds = _test_seconds(trainer, learner, timer)
@@ -126,7 +127,7 @@ def _student_lines(trainer: Trainer, student: str, timer: Timer, facts: dict[str
         return epochs["floor"], [t * save_share for t in epochs["ours"]]
 
     yield _line(f"{name} epoch / bare", *compare(bare_steps(learner, itertools.cycle(prepared)), 1.5))
-    if trainer.random:
+    if trainer.batches.random:
         live_loop = bare_steps(learner, labelled(_plain_teacher(trainer), itertools.cycle(prepared)))
         line = _line(f"{name} epoch / live", *compare(live_loop, 0.5))
         facts[f"{name}: cached epoch, times faster than live"] = 1 / line.ratio
@@ -135,7 +136,7 @@ def _student_lines(trainer: Trainer, student: str, timer: Timer, facts: dict[str
 
 def _test_seconds(trainer: Trainer, learner: Learner, timer: Timer) -> dict[str, float]:
     """Return the seconds of a whole test: the evaluator's, and that of bare forward passes on images in memory."""
-    data, size = trainer.data, trainer.config.recipe.test_batch_size
+    data, size = trainer.batches.data, trainer.config.recipe.test_batch_size
     order = sequential_batches(len(data.test), size)
     prepared = data.test.batches(order[: _prepared_batches(trainer, size)])
     images = [data.preprocess.normalise(batch) for batch in prepared]
@@ -164,8 +165,7 @@ def _cohort_line(trainer: Trainer, live: LiveTeacher, timer: Timer) -> Line:
     """Compare the steps of a cohort, taught and with random images, with bare steps and one teacher pass per batch."""
     recipe = trainer.config.recipe
     learners = [_learner(trainer, student, arm) for student in recipe.student for arm in (TAUGHT, RANDOM)]
-    source = BatchSource(trainer.data, trainer.targets, live, trainer.partition, recipe.batch_size)
-    batches = [batch for _, batch in source.epoch(0, 0, slice(_COHORT_BATCHES))]
+    batches = [batch for _, batch in trainer.batches.epoch(0, 0, slice(_COHORT_BATCHES))]
     prepared = {TAUGHT: [(batch.images, batch.target) for batch in batches], RANDOM: list(map(joined, batches))}
 
     def floor() -> Iterator[object]:
@@ -174,7 +174,7 @@ def _cohort_line(trainer: Trainer, live: LiveTeacher, timer: Timer) -> Line:
             live.batch(0, 0, number)
             yield [next(steps) for steps in bare]
 
-    times = timer.turns({"floor": as_way(floor()), "ours": as_way(_endless_steps(trainer, learners, source))})
+    times = timer.turns({"floor": as_way(floor()), "ours": as_way(_endless_steps(trainer, learners, trainer.batches))})
     return _line(f"cohort of {len(learners)} / bare", times["floor"], times["ours"])
 
 
@@ -187,14 +187,13 @@ def _endless_steps(trainer: Trainer, learners: list[Learner], batches: BatchSour
 
 
 def _learner(trainer: Trainer, student: str, arm: str) -> Learner:
-    config = trainer.config
-    spec = LearnerSpec(student, arm, config.recipe.loss[0], 0)
-    return Learner(spec, config.recipe, task_shape(config, trainer.data), trainer.device)
+    spec = LearnerSpec(student, arm, trainer.config.recipe.loss[0], 0)
+    return build_learner(trainer.config, trainer.batches.data, spec)
 
 
 def _plain_teacher(trainer: Trainer) -> FeatureNet:
     """Build the cache's teacher as a plain network, without the optimisations for inference."""
-    shape = trainer.data.train.shape
+    shape = trainer.batches.data.train.shape
     module, name = build_teacher(trainer.config.cache, trainer.config.recipe, shape)
     frozen = module.eval().requires_grad_(False)
     return feature_net.split(frozen, name, probe_images(shape)).to(trainer.device)
@@ -202,7 +201,7 @@ def _plain_teacher(trainer: Trainer) -> FeatureNet:
 
 def _prepared_batches(trainer: Trainer, size: int) -> int:
     """Return how many batches of float32 images a floor has in memory."""
-    channels, height, width = trainer.data.train.shape
+    channels, height, width = trainer.batches.data.train.shape
     return max(1, _PREPARED_BYTES // (4 * channels * height * width * size))
 
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from tspipe.errors import ReportError
 from tspipe.experiments import figures, html, tables
 from tspipe.experiments.results import Findings, read
+from tspipe.training.metrics_log import label_shares
 from tspipe.training.run_folder import RunFolder
-from tspipe.training.summary import label_shares
 from tspipe.utils.console import printable, stdout_console
 from tspipe.utils.files import write_whole, writing
 

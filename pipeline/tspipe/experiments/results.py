@@ -16,8 +16,8 @@ from tspipe.errors import ReportError
 from tspipe.experiments.statistics import HELPS, HURTS, Sample
 from tspipe.recipes.schema import Paper
 from tspipe.training.arms import ALONE, OWN, UNTAUGHT
+from tspipe.training.metrics_log import loss_ratios
 from tspipe.training.run_folder import RunFolder
-from tspipe.training.summary import loss_ratios
 from tspipe.utils.console import pluralize
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]

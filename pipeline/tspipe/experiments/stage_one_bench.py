@@ -36,7 +36,7 @@ def measure(trainer: Trainer, timer: Timer) -> dict[str, tuple[list[float], list
     """
     config = trainer.config
     # A teacher of its own, in float32 as in stage one, whatever the live teacher uses.
-    teacher = load_teacher(config.cache, config.recipe, trainer.data.train.shape, trainer.device)
+    teacher = load_teacher(config.cache, config.recipe, trainer.batches.data.train.shape, trainer.device)
     dataset, preprocess = open_images(config.cache, lambda: open_local_dataset(config))
     sizes = config.cache.dimensions
     blocks = [sizes.block("train", number) for number in range(sizes.blocks("train"))]
@@ -64,7 +64,7 @@ def measure(trainer: Trainer, timer: Timer) -> dict[str, tuple[list[float], list
             "floor": as_way(bare(block) for block in itertools.cycle(decoded)),
         }
         if files := _files(trainer, dataset):
-            steps = trainer.data.preprocess
+            steps = trainer.batches.data.preprocess
             one_by_one = (_decode(block, files, steps) for block in itertools.cycle(blocks))
             job = _job(trainer, teacher, replace(dataset, train=files), steps)
             ways |= {"ours, files": write_blocks(job, len(blocks)), "floor, files": as_way(map(bare, one_by_one))}

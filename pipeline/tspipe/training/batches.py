@@ -53,14 +53,19 @@ def sequential_batches(rows: int, batch_size: int) -> list[Tensor]:
     return list(torch.arange(rows).split(batch_size))
 
 
+@dataclass(frozen=True)
 class BatchSource:
-    """The batches of a run, each the same for all learners of a cohort."""
+    """The batches of a run, each the same for all learners of a cohort.
 
-    def __init__(
-        self, data: RunData, targets: TargetLoader, random: RandomSource | None, partition: "Partition", batch_size: int
-    ):
-        self.data, self.targets, self.random = data, targets, random
-        self.partition, self.batch_size = partition, batch_size
+    Attributes:
+        random: where random images come from; None if this process's learners use none.
+    """
+
+    data: RunData
+    targets: TargetLoader
+    random: RandomSource | None
+    partition: "Partition"
+    batch_size: int
 
     def epoch(self, seed: int, epoch: int, part: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
         """Yield the batches of an epoch, or a part of them, each with its number."""
@@ -76,11 +81,14 @@ class BatchSource:
             # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
             yield number, Batch(next(images), target, next(random), whole)
 
-    def _random_batches(
-        self, seed: int, epoch: int, numbers: range
-    ) -> Iterator[tuple[Tensor, Target]] | Iterator[None]:
+    def teacher_seconds(self) -> float:
+        """Return how long the teacher has worked on random images in the last epoch."""
+        return self.random.stopwatch.seconds() if self.random else 0.0
+
+    def _random_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
         if self.random is None:
             return iter([None] * len(numbers))
+        self.random.stopwatch.reset()
         return map(self._with_target, self.random.batches(seed, epoch, numbers))
 
     def _with_target(self, labelled: tuple[Tensor, Output]) -> tuple[Tensor, Target]:

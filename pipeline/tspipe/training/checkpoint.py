@@ -48,18 +48,20 @@ class Checkpointer:
 
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the state of a module and its optimiser as one flat dict of tensors."""
-    tensors = {f"module/{name}": value for name, value in module.state_dict().items()}
+    tensors = prefixed("module/", module.state_dict())
     for i, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer/{i}/{name}": v for name, v in state.items() if isinstance(v, Tensor)})
+        tensors |= prefixed(
+            f"optimizer/{i}/", {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        )
     return tensors
 
 
 def load_training_state(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what `training_state` returned into a module and an optimiser that were built alike."""
-    module.load_state_dict(without_prefix("module", tensors))
+    module.load_state_dict(without_prefix("module/", tensors))
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, value in without_prefix("optimizer", tensors).items():
+    for name, value in without_prefix("optimizer/", tensors).items():
         index, _, field = name.partition("/")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:  # in the parameter's memory layout, which fused kernels rely on
@@ -68,12 +70,16 @@ def load_training_state(tensors: Mapping[str, Tensor], module: nn.Module, optimi
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def network_state(learner: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a learner's student network, from the state of a cohort."""
+    return without_prefix(f"{learner}/module/network.", tensors)
+
+
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with `prefix/` before each name."""
-    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+    """Return the tensors with a prefix before each name."""
+    return {prefix + name: value for name, value in tensors.items()}
 
 
 def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix/`, without it."""
-    start = f"{prefix}/"
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+    """Return the tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,23 +53,20 @@ class Evaluator:
         rows = torch.arange(len(self.data.test)) if rows is None else rows
         return self._correct(learners, self.data.test, self.data.test_labels, rows)
 
-    def rows(self, learners: list[Learner], epoch: int) -> list[dict[str, object]]:
+    def rows(self, learners: list[Learner], epoch: int, teacher_seconds: float) -> list[dict[str, Any]]:
         """Test the learners and return their rows of metrics.csv for the epoch."""
-        rows = [learner.row(epoch) for learner in learners]
+        data, rows = self.data, [learner.row(epoch) for learner in learners]
         for row, correct in zip(rows, self.test(learners), strict=True):
-            row["test_accuracy"] = correct / len(self.data.test_labels)
-        if self.data.validation_count:
-            for row, correct in zip(rows, self._validate(learners), strict=True):
-                row["val_accuracy"] = correct / self.data.validation_count
+            row["test_accuracy"] = correct / len(data.test_labels)
+        if data.validation_count and learners:
+            held_back = data.validation_split(learners[0].spec.seed)[1]
+            counts = self._correct(learners, data.train, data.train_labels, held_back)
+            for row, correct in zip(rows, counts, strict=True):
+                row["val_accuracy"] = correct / data.validation_count
         for row, learner in zip(rows, learners, strict=True):
             row["seconds_testing"] = round(learner.testing_time.seconds(), 4)
+            row["seconds_teacher"] = round(teacher_seconds, 4)
         return rows
-
-    def _validate(self, learners: list[Learner]) -> list[int]:
-        if not learners:
-            return []
-        rows = self.data.validation_split(learners[0].spec.seed)[1]
-        return self._correct(learners, self.data.train, self.data.train_labels, rows)
 
     def _correct(self, learners: list[Learner], images: ImageLoader, labels: Tensor, rows: Tensor) -> list[int]:
         for learner in learners:

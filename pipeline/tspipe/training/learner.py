@@ -160,12 +160,12 @@ class Learner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole state of training as flat tensors."""
-        return {**training_state(self.model, self.optimizer), **prefixed("counted", self.metrics.state_dict())}
+        return {**training_state(self.model, self.optimizer), **prefixed("counted/", self.metrics.state_dict())}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` returned."""
         load_training_state(tensors, self.model, self.optimizer)
-        self.metrics.load_state_dict(without_prefix("counted", tensors))
+        self.metrics.load_state_dict(without_prefix("counted/", tensors))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits (n, c) for images (n, C, H, W)."""

@@ -11,17 +11,16 @@ from tspipe.data import random_images
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.output import Output
 from tspipe.models.teacher import draws_at_random, run_teacher
-from tspipe.training.random_source import RandomSpec
+from tspipe.training.random_source import RandomSource, RandomSpec
 from tspipe.utils.device import to_device
 from tspipe.utils.rng import seed_torch
 from tspipe.utils.threads import available_cores, prefetch_map
-from tspipe.utils.timing import Stopwatch
 
 _Labelled = tuple[Tensor, Output, torch.cuda.Event | None]  # images, the teacher's output, when it is complete
 _MAX_THREADS = 4  # threads that draw images for a GPU: one alone takes 8 ms for 178 images of CIFAR's size
 
 
-class LiveTeacher:
+class LiveTeacher(RandomSource):
     """Draws random images and has the teacher label them while the students train on the previous batch.
 
     On a GPU the teacher runs in its own stream. On a CPU it runs ahead only where PyTorch's threads leave a core free;
@@ -30,8 +29,8 @@ class LiveTeacher:
     """
 
     def __init__(self, teacher: FeatureNet, spec: RandomSpec, generator: random_images.Generator = "mt19937"):
-        self.teacher, self.spec, self.generator = teacher, spec, generator
-        self.stopwatch = Stopwatch(spec.device)
+        super().__init__(spec)
+        self.teacher, self.generator = teacher, generator
         self._stream = torch.cuda.Stream(spec.device) if spec.device.type == "cuda" else None
         probe = spec.preprocess.normalise(
             torch.from_numpy(random_images.uniform(0, 0, 0, 1, spec.shape)).to(spec.device)
@@ -41,7 +40,6 @@ class LiveTeacher:
         self._threads = 0 if self._stochastic else min(_MAX_THREADS, free_cores)
 
     def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
-        """Yield normalised images (r, C, H, W) and the teacher's output for each of these batches of an epoch."""
         if self._threads <= 0:
             for number in numbers:
                 yield self.batch(seed, epoch, number)
@@ -57,19 +55,10 @@ class LiveTeacher:
         return self._wait_for_teacher(self._label(images))
 
     def first_labels(self, count: int) -> Tensor:
-        """Return the teacher's labels (count,) int64 for the first random images of seed 0."""
         labels: list[Tensor] = []
         while sum(map(len, labels)) < count:
             labels.append(self.batch(0, 0, len(labels))[1].logits.argmax(1))
         return torch.cat(labels)[:count]
-
-    def reset_timer(self) -> None:
-        """Start counting the teacher's time anew."""
-        self.stopwatch.reset()
-
-    def seconds(self) -> float:
-        """Return how long the teacher has worked since `reset_timer`; this time overlaps with the students'."""
-        return self.stopwatch.seconds()
 
     def _draw(self, seed: int, epoch: int, number: int) -> Tensor:
         spec = self.spec

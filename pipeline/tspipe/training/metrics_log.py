@@ -1,20 +1,21 @@
-"""Writes a run's metrics as they come: metrics.csv, TensorBoard, and what is printed after the first epoch."""
+"""What a run reports of its metrics: metrics.csv, TensorBoard, and sentences after the first epoch."""
 
 import math
-
-import torch
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from tspipe.training.config import StudentConfig
 from tspipe.training.learner import Learner
 from tspipe.training.random_source import RandomSource
 from tspipe.training.run_folder import Row, RunFolder
-from tspipe.training.summary import label_shares, loss_ratios
 from tspipe.training.tensorboard import TensorBoard
+from tspipe.utils.console import printable
 from tspipe.utils.progress import stderr_console
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images, and pixels of them, whose labels are counted
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
+_NAME_LENGTH, _CLASSES = 60, 5  # printed of a class name, and printed of all classes
 
 
 class MetricsLog:
@@ -39,6 +40,11 @@ class MetricsLog:
             self.board.write(rows)
         return rows
 
+    def close(self) -> None:
+        """Close TensorBoard's files."""
+        if self.board:
+            self.board.close()
+
 
 def print_first_epoch(config: StudentConfig, folder: RunFolder, rows: list[Row], random: RandomSource | None) -> None:
     """Print how the loss terms compare and which labels random images get, and keep the latter in the run folder.
@@ -49,13 +55,28 @@ def print_first_epoch(config: StudentConfig, folder: RunFolder, rows: list[Row],
         stderr_console.print(sentence, markup=False)
     if random and not (folder.path / "random_labels.json").exists():
         labels = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
-        counts = _ranked_counts(labels, config.cache.classes)
+        ranked = Counter(sorted(labels.tolist())).most_common()
+        counts = {config.cache.classes[label]: count for label, count in ranked}
         folder.write_json("random_labels.json", counts)
         stderr_console.print(label_shares(counts), markup=False)
 
 
-def _ranked_counts(labels: torch.Tensor, classes: list[str]) -> dict[str, int]:
-    """Return how often each class is among the labels, the most frequent first."""
-    counts = labels.bincount(minlength=len(classes)).tolist()
-    ranked = sorted(zip(classes, counts, strict=True), key=lambda item: -item[1])
-    return {name: count for name, count in ranked if count}
+def label_shares(counts: dict[str, int]) -> str:
+    """Say how the teacher labels random images; classes below half a percent are left out."""
+    total = sum(counts.values())
+    shares = [f"{printable(name, _NAME_LENGTH)} ({n / total:.0%})" for name, n in counts.items() if n >= total / 200]
+    return f"The teacher's labels for random images: {', '.join(shares[:_CLASSES])}"
+
+
+def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:
+    """Yield a sentence per row that compares the teacher's loss term with the cross-entropy.
+
+    With `hint`, it ends with what to do if they are far apart.
+    """
+    for row in rows:
+        learner = f"{printable(row['student'])}, {row['arm']}, epoch {row['epoch']}"
+        for term in ("mse", "kl", "vid"):
+            if isinstance(row.get(term), float) and row.get("xent"):
+                ratio = row[term] / row["xent"]
+                remedy = ": try --set mse_weight=auto" if hint and term == "mse" and not 0.1 <= ratio <= 10 else ""
+                yield f"{learner}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{remedy}"

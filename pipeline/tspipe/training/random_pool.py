@@ -14,7 +14,7 @@ from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheMismatch
 from tspipe.models.output import Output
 from tspipe.models.teacher import check_input_shape
-from tspipe.training.random_source import RandomSpec
+from tspipe.training.random_source import RandomSource, RandomSpec
 from tspipe.utils.device import to_device
 from tspipe.utils.rng import stream
 from tspipe.utils.threads import prefetch_map
@@ -22,7 +22,7 @@ from tspipe.utils.threads import prefetch_map
 _USE_LIVE = "have the teacher label random images live: --set random_source=live"
 
 
-class RandomPool:
+class RandomPool(RandomSource):
     """The random pool of a cache, in batches. Not thread-safe.
 
     Raises CacheMismatch when the cache has no pool, a pool smaller than a batch, one drawn by an unknown generator, or
@@ -42,13 +42,11 @@ class RandomPool:
                 f"--random-pool {spec.count}), or {_USE_LIVE}"
             )
         check_input_shape(cache, spec.shape)
-        self.spec, self._stored, self._images = spec, cache.random, PoolImages.of(cache.manifest)
+        super().__init__(spec)
+        self._stored, self._images = cache.random, PoolImages.of(cache.manifest)
 
     def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
-        """Yield normalised images (r, C, H, W) and the teacher's output for each of these batches of an epoch.
-
-        A thread draws each batch while the previous one is used.
-        """
+        """Yield the batches; a thread draws each while the previous one is used."""
         steps = [epoch * self.spec.batches_per_epoch + number for number in numbers]
         for drawn, stored in prefetch_map(partial(self.batch, seed), steps):
             images, features, logits = (to_device(self.spec.local_rows(t), self.spec.device) for t in (drawn, *stored))
@@ -69,15 +67,7 @@ class RandomPool:
         return images.contiguous(memory_format=torch.channels_last), output  # as the image loader yields them
 
     def first_labels(self, count: int) -> Tensor:
-        """Return the labels (n,) int64 of the pool's first images, `count` of them or as many as there are."""
         return torch.from_numpy(self._stored.logits[:count]).argmax(1)
-
-    def reset_timer(self) -> None:
-        """Do nothing: no teacher runs."""
-
-    def seconds(self) -> float:
-        """Return 0: no teacher runs."""
-        return 0.0
 
 
 def _wrapped_rows(column: Column, start: int, count: int) -> NDArray[Any]:

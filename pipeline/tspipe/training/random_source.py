@@ -1,14 +1,15 @@
-"""What the two sources of random images, the live teacher and the random pool, have in common."""
+"""Random images with the teacher's output for them; the sources are the live teacher and the random pool."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tspipe.data.preprocess import Preprocess
 from tspipe.models.output import Output
+from tspipe.utils.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,20 @@ class RandomSpec:
     local_rows: Callable[[Tensor], Tensor] = lambda rows: rows
 
 
-class RandomSource(Protocol):
-    """Random images with the teacher's output for them."""
+class RandomSource(ABC):
+    """A source of random images.
 
-    spec: RandomSpec
+    Attributes:
+        stopwatch: how long the teacher has worked; this time overlaps with the students'. A pool leaves it at zero.
+    """
 
+    def __init__(self, spec: RandomSpec):
+        self.spec, self.stopwatch = spec, Stopwatch(spec.device)
+
+    @abstractmethod
     def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
         """Yield normalised images (r, C, H, W) and the teacher's output for each of these batches of an epoch."""
-        ...
 
+    @abstractmethod
     def first_labels(self, count: int) -> Tensor:
-        """Return the teacher's labels (count,) int64 for the first random images."""
-        ...
-
-    def reset_timer(self) -> None:
-        """Start counting the teacher's time anew."""
-        ...
-
-    def seconds(self) -> float:
-        """Return how long the teacher has worked since `reset_timer`."""
-        ...
+        """Return the teacher's labels (n,) int64 for the first `count` random images, or as many as there are."""

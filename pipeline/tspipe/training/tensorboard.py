@@ -1,7 +1,5 @@
 """A run's metrics for TensorBoard: `tensorboard --logdir runs`."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,14 +49,3 @@ def _tag(column: str) -> str:
         return column.replace("_", "/", 1)
     split, _, metric = column.partition("_")
     return f"accuracy/{split}" if metric == "accuracy" else f"loss/{column}"
-
-
-@contextlib.contextmanager
-def open_tensorboard(folder: Path, enabled: bool) -> Iterator[TensorBoard | None]:
-    """Yield a TensorBoard writer for this folder if enabled, else None."""
-    board = TensorBoard(folder) if enabled else None
-    try:
-        yield board
-    finally:
-        if board:
-            board.close()

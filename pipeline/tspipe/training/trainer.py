@@ -6,7 +6,7 @@ of a student start from the same weights, so that arms can be compared pair by p
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from tspipe.models import networks, weights
 from tspipe.models.teacher import check_teacher, count_teacher_parameters, load_teacher
 from tspipe.training.arms import RANDOM, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource, shuffled_batches
-from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
+from tspipe.training.checkpoint import Checkpointer, Position, network_state, without_prefix
 from tspipe.training.config import StudentConfig, identity
 from tspipe.training.evaluation import Evaluator
 from tspipe.training.learner import Learner, TaskShape
@@ -31,7 +31,7 @@ from tspipe.training.random_source import RandomSource, RandomSpec
 from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
-from tspipe.training.tensorboard import open_tensorboard
+from tspipe.training.tensorboard import TensorBoard
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.files import lock
@@ -80,57 +80,55 @@ class Trainer:
 
     Attributes:
         config: the configuration; its recipe has a number for `mse_weight`.
-        random: where random images come from; None if this process's learners use none.
+        parameters: the number of each student's weights.
     """
 
     config: StudentConfig
     folder: RunFolder
     device: torch.device
-    data: RunData
     partition: Partition
-    targets: TargetLoader
-    random: RandomSource | None
+    batches: BatchSource
+    log: MetricsLog
     checkpointer: Checkpointer
+    parameters: dict[str, int]
 
     def train(self) -> None:
         """Train what is left of the run, seed by seed, and finish the run folder."""
         recipe, is_writer = self.config.recipe, self.partition.is_writer
-        batches = BatchSource(self.data, self.targets, self.random, self.partition, recipe.batch_size)
-        evaluator = Evaluator(self.data, self.partition, recipe.test_batch_size)
+        evaluator = Evaluator(self.batches.data, self.partition, recipe.test_batch_size)
         position, states = self._resume()
-        with (
-            open_tensorboard(self.folder.path / "tensorboard", recipe.tensorboard and is_writer) as board,
-            self._progress(position) as advance,
-        ):
+        with closing(self.log), self._progress(position) as advance:
             for seed in range(position.seed, recipe.seeds):
-                cohort = self.cohort(seed)
-                log = MetricsLog(self.folder, cohort, board, validation=self.data.validation_count > 0)
-                learners = self.partition.local_learners(cohort)
+                learners = self.learners(seed)
                 for learner in learners:
                     if states:
-                        learner.load_state_dict(without_prefix(learner.name, states))
+                        learner.load_state_dict(without_prefix(f"{learner.name}/", states))
                     self.partition.distribute(learner)
                 for epoch in range(position.epoch, recipe.epochs):
                     start = Position(seed, epoch, position.batch)
                     for learner in learners:
                         learner.start_epoch(epoch, resumed=start.batch > 0)
-                    if self.random:
-                        self.random.reset_timer()
-                    for images in self.steps(learners, batches, start):
+                    for images in self.steps(learners, self.batches, start):
                         advance(images, f"seed {seed}, epoch {epoch + 1}/{recipe.epochs}")
-                    rows = self.partition.gather_rows(self._evaluate(evaluator, learners, epoch))
+                    rows = evaluator.rows(learners, epoch, self.batches.teacher_seconds())
+                    rows = self.partition.gather_rows(rows)
                     if is_writer:
-                        rows = log.write(rows)
+                        rows = self.log.write(rows)
                         if (seed, epoch) == (0, 0):
-                            print_first_epoch(self.config, self.folder, rows, self.random)
+                            print_first_epoch(self.config, self.folder, rows, self.batches.random)
                     position = Position(seed, epoch + 1)
-                self._save_students(cohort, learners)
+                self._save_students(seed, learners)
                 states, position = {}, Position(seed + 1)
                 if is_writer:
                     self.checkpointer.save({}, asdict(position))
         if is_writer:
-            self.folder.write_json("summary.json", self._summary(self.cohort(0)))
+            self.folder.write_json("summary.json", self._summary())
             self.checkpointer.delete()
+
+    def learners(self, seed: int) -> list[Learner]:
+        """Build the learners of a seed that this process trains."""
+        specs = self.partition.local_learners(learner_specs(self.config, seed))
+        return [build_learner(self.config, self.batches.data, spec) for spec in specs]
 
     def steps(self, learners: list[Learner], batches: BatchSource, start: Position) -> Iterator[int]:
         """Train on an epoch's batches from the position on, with checkpoints in between; yield the images of each."""
@@ -144,18 +142,11 @@ class Trainer:
                 learner.step(batch, number)
             del batch  # so that the next batch uses its memory, which is still in the processor's cache
             if partition.checkpoint_due(self.checkpointer.clock, number):
-                partition.merge_metrics(learners)
-                self._check_losses(learners, start.epoch)
+                self._merge_metrics(learners, start.epoch)
                 self.save_checkpoint(learners, Position(start.seed, start.epoch, number + 1))
                 partition.split_metrics(learners)
             yield images
-        partition.merge_metrics(learners)
-        self._check_losses(learners, start.epoch)
-
-    def cohort(self, seed: int) -> list[Learner]:
-        """Build the learners of a seed: every student in every arm with every loss."""
-        recipe, shape = self.config.recipe, task_shape(self.config, self.data)
-        return [Learner(spec, recipe, shape, self.device) for spec in learner_specs(self.config, seed)]
+        self._merge_metrics(learners, start.epoch)
 
     def save_checkpoint(self, learners: list[Learner], position: Position) -> None:
         """Write a checkpoint of the learners of all processes."""
@@ -174,43 +165,38 @@ class Trainer:
 
     def _progress(self, position: Position) -> AbstractContextManager[Advance]:
         recipe, (before, after) = self.config.recipe, self.config.progress_offset
-        per_epoch = self.data.train_count
+        per_epoch = self.batches.data.train_count
         done = (position.seed * recipe.epochs + position.epoch) * per_epoch + position.batch * recipe.batch_size
         total = before + recipe.seeds * recipe.epochs * per_epoch + after
         return progress("students", total, "images", before + done, self.partition.is_writer)
 
-    def _check_losses(self, learners: list[Learner], epoch: int) -> None:
-        """Raise TrainingError if a loss is not finite."""
+    def _merge_metrics(self, learners: list[Learner], epoch: int) -> None:
+        """Merge the metrics of all processes. Raises TrainingError if a loss is not finite."""
+        self.partition.merge_metrics(learners)
         for learner in learners if self.partition.reports_losses else []:
             learner.check_finite(epoch)
 
-    def _evaluate(self, evaluator: Evaluator, learners: list[Learner], epoch: int) -> list[dict[str, Any]]:
-        seconds = round(self.random.seconds(), 4) if self.random else 0.0
-        return [{**row, "seconds_teacher": seconds} for row in evaluator.rows(learners, epoch)]
-
-    def _save_students(self, cohort: list[Learner], learners: list[Learner]) -> None:
+    def _save_students(self, seed: int, learners: list[Learner]) -> None:
         """Write the trained students of a cohort, those of other processes included."""
         states = self.partition.gather_states(learners)
-        for learner in cohort if self.partition.is_writer else []:
-            if learner not in learners:
-                learner.load_state_dict(without_prefix(learner.name, states))
-            path = self.folder.path / f"student-{learner.name}.safetensors"
-            weights.save(path, learner.network, self._student_metadata(learner.spec))
+        for spec in learner_specs(self.config, seed) if self.partition.is_writer else []:
+            path = self.folder.path / f"student-{spec.name}.safetensors"
+            weights.save(path, network_state(spec.name, states), self._student_metadata(spec))
 
     def _student_metadata(self, spec: LearnerSpec) -> dict[str, str]:
-        cache = self.config.cache
+        cache, data = self.config.cache, self.batches.data
         return {
             "arm": spec.arm,
             "cache": cache.id,
             "classes": json.dumps(cache.classes),
-            "input_shape": json.dumps(self.data.train.shape),
+            "input_shape": json.dumps(data.train.shape),
             "network": networks.recorded_name(spec.student),
             "options": json.dumps(self.config.recipe.student_options(spec.student), sort_keys=True),
-            "preprocess": json.dumps(self.data.preprocess.as_dict(), sort_keys=True),
+            "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
             "width": str(cache.dimensions.width),
         }
 
-    def _summary(self, cohort: list[Learner]) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
         """Return what a report needs beside the metrics."""
         manifest, recipe = self.config.cache.manifest, self.config.recipe
         correct, rows = manifest["teacher"]["correct"]["test"], manifest["dataset"]["rows"]["test"]
@@ -219,15 +205,15 @@ class Trainer:
             "teacher": {
                 "network": manifest["teacher"]["network"],
                 "test_accuracy": correct / rows,
-                "parameters": count_teacher_parameters(self.config.cache, recipe, self.data.train.shape),
+                "parameters": count_teacher_parameters(self.config.cache, recipe, self.batches.data.train.shape),
             },
-            "parameters": {learner.spec.student: learner.parameter_count for learner in cohort},
+            "parameters": self.parameters,
             **({"mse_weight": recipe.mse_weight} if self.folder.config.get("mse_weight") == "auto" else {}),
         }
 
 
 def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
-    """List the learners of a seed."""
+    """List the learners of a seed: every student in every arm with every loss."""
     return [
         LearnerSpec(student, arm, loss, seed)
         for student in config.recipe.student
@@ -236,33 +222,40 @@ def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
     ]
 
 
-def task_shape(config: StudentConfig, data: RunData) -> TaskShape:
-    """Return the widths that the learners of a run are built for."""
-    return TaskShape(config.cache.dimensions.width, len(config.cache.classes), data.train.shape)
+def build_learner(config: StudentConfig, data: RunData, spec: LearnerSpec) -> Learner:
+    """Build a learner for the data and the cache of a run."""
+    shape = TaskShape(config.cache.dimensions.width, len(config.cache.classes), data.train.shape)
+    return Learner(spec, config.recipe, shape, data.train.device)
 
 
 def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device, group: Group = ALONE) -> Trainer:
     """Open the data, the targets and the teacher of a run. Raises as `train_students`."""
     data = open_run_data(config, device)
-    cache, recipe = config.cache, resolve_mse_weight(config.recipe, config.cache)
-    specs, shape = learner_specs(config, 0), task_shape(config, data)
-    partition = choose_partition(group, len(specs))
-    uses_random = recipe.random_images and any(spec.arm == RANDOM for spec in partition.local_learners(specs))
-    random = open_random_source(config, data, partition, device) if uses_random else None
-    needs = frozenset[str]().union(*(Learner(spec, recipe, shape, device).needs for spec in specs))
-    columns = {"features": cache.train.features, "logits": cache.train.logits}
-    memory = (recipe.memory or memory_limit(device)) // 3
-    targets = TargetLoader(columns, row_labels(cache), needs, memory, device)
-    config = replace(config, recipe=recipe)
-    checkpointer = Checkpointer(folder.checkpoint, recipe.checkpoint_seconds)
-    return Trainer(config, folder, device, data, partition, targets, random, checkpointer)
+    recipe = resolve_mse_weight(config.recipe, config.cache)
+    config, train = replace(config, recipe=recipe), config.cache.train
+    cohort = [build_learner(config, data, spec) for spec in learner_specs(config, 0)]
+    partition = choose_partition(group, len(cohort))
+    uses_random = any(learner.spec.arm == RANDOM for learner in partition.local_learners(cohort))
+    random = open_random_source(config, data, partition) if recipe.random_images and uses_random else None
+    needs = frozenset[str]().union(*(learner.needs for learner in cohort))
+    columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3
+    targets = TargetLoader(columns, row_labels(config.cache), needs, memory, device)
+    board = TensorBoard(folder.path / "tensorboard") if recipe.tensorboard and partition.is_writer else None
+    return Trainer(
+        config,
+        folder,
+        device,
+        partition,
+        BatchSource(data, targets, random, partition, recipe.batch_size),
+        MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
+        Checkpointer(folder.checkpoint, recipe.checkpoint_seconds),
+        {learner.spec.student: learner.parameter_count for learner in cohort},
+    )
 
 
-def open_random_source(
-    config: StudentConfig, data: RunData, partition: Partition, device: torch.device
-) -> RandomSource:
+def open_random_source(config: StudentConfig, data: RunData, partition: Partition) -> RandomSource:
     """Open the cache's random pool, or load its teacher and compare it with the rows it wrote."""
-    recipe, cache, shape = config.recipe, config.cache, data.train.shape
+    recipe, cache, shape, device = config.recipe, config.cache, data.train.shape, data.train.device
     batches_per_epoch = len(shuffled_batches(0, 0, data.train_count, recipe.batch_size))
     spec = RandomSpec(recipe.random_images, shape, batches_per_epoch, data.preprocess, device, partition.local_rows)
     if recipe.random_source == "pool":
@@ -272,8 +265,7 @@ def open_random_source(
     check_teacher(teacher, cache, data.preprocess.normalise(pixels))
     teacher.precision = getattr(torch, recipe.live_precision)
     images = recipe.random_images * batches_per_epoch * recipe.epochs
-    if partition.is_writer and (
-        warning := random_images.period_warning(recipe.random_generator, images, "A seed", shape)
-    ):
+    warning = random_images.period_warning(recipe.random_generator, images, "A seed", shape)
+    if warning and partition.is_writer:
         stderr_console.print(warning)
     return LiveTeacher(teacher, spec, recipe.random_generator)
