@@ -186,7 +186,7 @@ def test_a_checkpoint_that_does_not_fit_is_identified(tspipe: Callable, tmp_path
     torch.save(networks.build("resnet32", 10, (1, 16, 16)).state_dict(), "w.pt")
     result = tspipe("cache", "--dataset", "digits", "--weights", "w.pt")
     assert result.code == 1
-    assert result.error.startswith("w.pt does not fit resnet20: 72 keys are not in the network ")
+    assert result.error.startswith("w.pt does not fit resnet20: 72 keys not in the network ")
     assert result.error.endswith("It seems to be resnet32 with 10 classes: use --teacher resnet32")
 
 

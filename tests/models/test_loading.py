@@ -45,7 +45,7 @@ def test_load_into_changes_nothing_if_the_weights_do_not_fit():
     before = weights.canonical_bytes(target)
     tensors = {key: value + 1 for key, value in target.state_dict().items() if key != "classifier.4.bias"}
     assert error_message(loading.load_into, target, tensors, "lenet5", "w.pt") == (
-        "w.pt does not fit lenet5: 1 key of the network is not in the weights (classifier.4.bias). "
+        "w.pt does not fit lenet5: 1 key missing (classifier.4.bias). "
         "Name the network that they belong to: --teacher NAME"
     )
     assert weights.canonical_bytes(target) == before
@@ -53,7 +53,7 @@ def test_load_into_changes_nothing_if_the_weights_do_not_fit():
 
 def test_weights_of_a_deeper_network():
     assert misfit("resnet20", on_meta("resnet56").state_dict()) == (
-        "w.pt does not fit resnet20: 216 keys are not in the network (layer1.3.conv1.weight, layer1.3.bn1.weight, …). "
+        "w.pt does not fit resnet20: 216 keys not in the network (layer1.3.conv1.weight, layer1.3.bn1.weight, …). "
         "It seems to be resnet56 with 10 classes: use --teacher resnet56"
     )
 
@@ -64,8 +64,8 @@ def test_weights_of_another_network_under_published_keys():
         for key, value in on_meta("resnet32", 100, shortcut="B").state_dict().items()
     }
     assert misfit("lenet5", published) == (
-        "w.pt does not fit lenet5: 200 keys are not in the network (conv1.weight, bn1.weight, …), "
-        "10 keys of the network are not in the weights (features.0.weight, features.0.bias, …). "
+        "w.pt does not fit lenet5: 200 keys not in the network (conv1.weight, bn1.weight, …), "
+        "10 keys missing (features.0.weight, features.0.bias, …). "
         "It seems to be resnet32 with 100 classes: use --teacher resnet32"
     )
 
@@ -81,14 +81,14 @@ def test_every_network_is_recognised(name, input_shape):
 
 def test_weights_of_the_same_network_with_another_option():
     assert misfit("resnet18", on_meta("resnet18", stem="imagenet").state_dict()) == (
-        "w.pt does not fit resnet18: 1 key has another shape (conv1.weight (64, 3, 7, 7), not (64, 3, 3, 3)). "
+        "w.pt does not fit resnet18: 1 key of another shape (conv1.weight (64, 3, 7, 7), not (64, 3, 3, 3)). "
         "It seems to be resnet18 with 10 classes: use --set teacher.options.stem=imagenet"
     )
 
 
 def test_weights_of_the_same_network_for_other_images():
     assert misfit("lenet5", on_meta("lenet5", input_shape=(1, 28, 28)).state_dict()) == (
-        "w.pt does not fit lenet5: 2 keys have another shape (features.0.weight (6, 1, 5, 5), not (6, 3, 5, 5), "
+        "w.pt does not fit lenet5: 2 keys of another shape (features.0.weight (6, 1, 5, 5), not (6, 3, 5, 5), "
         "classifier.0.weight (120, 256), not (120, 400)). It seems to be lenet5 with 10 classes for images of 1×28×28."
     )
 
@@ -96,7 +96,7 @@ def test_weights_of_the_same_network_for_other_images():
 def test_no_network_is_suggested_for_weights_that_fit_none():
     tensors = {**on_meta("resnet56").state_dict(), "extra": torch.zeros(1)}
     assert misfit("resnet20", tensors) == (
-        "w.pt does not fit resnet20: 217 keys are not in the network (layer1.3.conv1.weight, layer1.3.bn1.weight, …). "
+        "w.pt does not fit resnet20: 217 keys not in the network (layer1.3.conv1.weight, layer1.3.bn1.weight, …). "
         "Name the network that they belong to: --teacher NAME"
     )
     assert misfit("torchvision:squeezenet1_0", {"a": torch.zeros(1)}).endswith(

@@ -113,16 +113,16 @@ def test_weights_of_another_sha256(tmp_path: Path) -> None:
     [
         (
             {"features.0.weight": torch.zeros(6, 1, 3, 3)},
-            "1 key has another shape (features.0.weight (6, 1, 3, 3), not (6, 1, 5, 5)). " + NAME,
+            "1 key of another shape (features.0.weight (6, 1, 3, 3), not (6, 1, 5, 5)). " + NAME,
         ),
-        ({"more\x1b": torch.zeros(1)}, "1 key is not in the network (more\x1b). " + NAME),
+        ({"more\x1b": torch.zeros(1)}, "1 key not in the network (more\x1b). " + NAME),
         (
             {"classifier.0.weight": torch.zeros(120, 16, dtype=torch.int64)},
-            "1 key holds no floating-point numbers (classifier.0.weight torch.int64). Save them as float32.",
+            "1 key without floating-point numbers (classifier.0.weight torch.int64). Save them as float32.",
         ),
         (
             {"classifier.0.weight": torch.zeros(120, 16, dtype=torch.complex64)},
-            "1 key holds no floating-point numbers (classifier.0.weight torch.complex64). Save them as float32.",
+            "1 key without floating-point numbers (classifier.0.weight torch.complex64). Save them as float32.",
         ),
     ],
 )
@@ -137,13 +137,13 @@ def test_shapes_of_no_network() -> None:
     """For weights that do not fit, tspipe looks for one of its networks with these channels and classes."""
     tensors = {"a": torch.empty(1, 2**40, 0, 1), "b": torch.empty(2**62, 0)}
     message = error_message(NetworkError, loading.check_fit, torch.nn.Flatten(), tensors, "lenet5", "w.pt")
-    assert message == f"w.pt does not fit lenet5: 2 keys are not in the network (a, b). {NAME}"
+    assert message == f"w.pt does not fit lenet5: 2 keys not in the network (a, b). {NAME}"
 
 
 def test_too_few_weights(tmp_path: Path) -> None:
     state = initial_weights()
     del state["classifier.4.bias"]
-    problem = "1 key of the network is not in the weights (classifier.4.bias)"
+    problem = "1 key missing (classifier.4.bias)"
     assert (
         error_message(NetworkError, load_teacher, tmp_path, state) == f"{SOURCE} does not fit lenet5: {problem}. {NAME}"
     )

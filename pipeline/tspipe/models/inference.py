@@ -1,10 +1,11 @@
 """Networks prepared for inference: frozen, batch norms folded into convolutions, channels-last."""
 
+import contextlib
 import copy
 from collections import Counter
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tspipe.models.feature_net import FeatureNet, split
@@ -20,20 +21,12 @@ def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], devi
     probe = probe_images(input_shape)
     network = split(module.eval().requires_grad_(False), name, probe)
     folded = FeatureNet(fold_batch_norms(network.backbone), network.head).eval()
-    if _same_features(network, folded, probe):
-        network = folded
+    with eval_mode(network):
+        expected = network(probe).features
+    with contextlib.suppress(Exception), eval_mode(folded):  # a folded part lacks attributes, as a Sequential's length
+        if (folded(probe).features - expected).abs().max() <= 1e-4 * expected.abs().max():
+            network = folded
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def _same_features(plain: FeatureNet, folded: FeatureNet, probe: Tensor) -> bool:
-    with eval_mode(plain):
-        expected = plain(probe).features
-    try:
-        with eval_mode(folded):
-            features = folded(probe).features
-    except Exception:  # its code may need attributes that a folded part lacks, as a Sequential's length
-        return False
-    return bool((features - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:

@@ -15,19 +15,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class NetworkSpec(NamedTuple):
-    """What determines a network without its weights.
-
-    Attributes:
-        name: as for `networks.build`.
-        num_classes: c.
-        input_shape: (C, H, W).
-        options: the network's options. An `input_shape` among them, as a cache's manifest has it, is ignored.
-    """
+    """What determines a network without its weights: the arguments of `networks.build`."""
 
     name: str
     num_classes: int
-    input_shape: tuple[int, int, int]
-    options: Mapping[str, Any]
+    input_shape: tuple[int, int, int]  # (C, H, W)
+    options: Mapping[str, Any]  # an `input_shape` among them, as a cache's manifest has it, is ignored
 
     def build(self) -> nn.Module:
         """Build the network with random weights."""
@@ -76,70 +69,53 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
 
     Raises NetworkError, which lists what does not fit, and names the network that the weights fit exactly, if any.
     """
-    expected, actual = _shapes(module.state_dict()), _shapes(tensors)
+    state = module.state_dict()
+    expected, actual = _shapes(state), _shapes(tensors)
     unexpected = [key for key in actual if key not in expected]
     missing = [key for key in expected if key not in actual and not key.endswith(_COUNTER)]
     reshaped = [key for key in expected if key in actual and actual[key] != expected[key]]
     if not (unexpected or missing or reshaped):
-        _check_dtypes(module, tensors, network, source)
+        floats = [key for key in tensors if state[key].is_floating_point()]  # of any precision; converted on loading
+        if wrong := [f"{key} {tensors[key].dtype}" for key in floats if not tensors[key].is_floating_point()]:
+            problem = _count(wrong, "without floating-point numbers")
+            raise NetworkError(f"{source} does not fit {network}: {problem}. Save them as float32.")
         return
-    if not (unexpected or missing) and (classes := _class_counts(reshaped, actual, expected)):
+    fine_tune = f"tspipe teacher --dataset NAME --weights {source}"
+    # Shapes that differ only in one first dimension, that of the last layers, are those of other classes.
+    same_rest = all(actual[key][1:] == expected[key][1:] for key in reshaped)
+    counts = {(*actual[key][:1], *expected[key][:1]) for key in reshaped}
+    if not (unexpected or missing) and same_rest and len(counts) == 1 and len(pair := counts.pop()) == 2:
         raise NetworkError(
-            f"{source} has {classes[0]} classes, the dataset has {classes[1]}. Give weights for these classes, or "
-            f"fine-tune them first: tspipe teacher --dataset NAME --weights {source}"
+            f"{source} has {pair[0]} classes, the dataset has {pair[1]}. Give weights for these classes, or "
+            f"fine-tune them first: {fine_tune}"
         )
-    if not unexpected and _can_be_completed(tensors, module, network):
+    completed = networks.complete(network, tensors, state) if not unexpected else None
+    if completed and _without_counters(_shapes(completed)) == _without_counters(expected):
         raise NetworkError(
             f"{source} holds only a part of {network} ({len(actual)} of {len(expected)} keys), enough to start "
-            f"training: tspipe teacher --dataset NAME --weights {source}"
+            f"training: {fine_tune}"
         )
     shapes = [f"{key} {actual[key]}, not {expected[key]}" for key in reshaped]
     problems = [
-        _count(unexpected, "is not in the network", "are not in the network"),
-        _count(missing, "of the network is not in the weights", "of the network are not in the weights"),
-        _count(shapes, "has another shape", "have another shape"),
+        _count(unexpected, "not in the network"),
+        _count(missing, "missing"),
+        _count(shapes, "of another shape"),
     ]
     remedy = _suggestion(tensors, network) or "Name the network that they belong to: --teacher NAME"
     raise NetworkError(f"{source} does not fit {network}: {', '.join(filter(None, problems))}. {remedy}")
 
 
-def _check_dtypes(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:
-    """Raise NetworkError for integer or complex weights. Other floating-point types are converted on loading."""
-    state = module.state_dict()
-    floats = [key for key in tensors if state[key].is_floating_point()]
-    if wrong := [f"{key} {tensors[key].dtype}" for key in floats if not tensors[key].is_floating_point()]:
-        problem = _count(wrong, "holds no floating-point numbers", "hold no floating-point numbers")
-        raise NetworkError(f"{source} does not fit {network}: {problem}. Save them as float32.")
-
-
-def _shapes(tensors: Mapping[str, Any]) -> Shapes:
-    return {key: tuple(value.shape) for key, value in tensors.items() if isinstance(value, Tensor)}
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def _without_counters(shapes: Shapes) -> Shapes:
     return {key: shape for key, shape in shapes.items() if not key.endswith(_COUNTER)}
 
 
-def _class_counts(reshaped: list[str], actual: Shapes, expected: Shapes) -> tuple[int, int] | None:
-    """Return the two numbers of classes, if the shapes differ only in one first dimension, that of the last layers."""
-    if any(actual[key][1:] != expected[key][1:] or not actual[key] for key in reshaped):
-        return None
-    pairs = {(actual[key][0], expected[key][0]) for key in reshaped}
-    return pairs.pop() if len(pairs) == 1 else None
-
-
-def _can_be_completed(tensors: Mapping[str, Tensor], module: nn.Module, network: str) -> bool:
-    """Return whether training can start from these weights, which are a part of the network."""
-    initial = module.state_dict()
-    completed = networks.complete(network, tensors, initial)
-    return completed is not None and _without_counters(_shapes(completed)) == _without_counters(_shapes(initial))
-
-
-def _count(keys: list[str], singular: str, plural: str) -> str:
-    if not keys:
-        return ""
+def _count(keys: list[str], problem: str) -> str:
     listed = ", ".join([*keys[:2], "…"] if len(keys) > 2 else keys)
-    return f"{len(keys)} {f'key {singular}' if len(keys) == 1 else f'keys {plural}'} ({listed})"
+    return f"{len(keys)} key{'s' * (len(keys) > 1)} {problem} ({listed})" if keys else ""
 
 
 def _suggestion(tensors: Mapping[str, Tensor], network: str) -> str:
@@ -152,20 +128,14 @@ def _suggestion(tensors: Mapping[str, Tensor], network: str) -> str:
         if not (0 < channels < 2**16 and 0 < classes < 2**24):
             return ""
         for side in _SIDES:
-            input_shape = (channels, side, side)
             with torch.device("meta"):
-                module = networks.build(name, classes, input_shape, options)
+                module = networks.build(name, classes, (channels, side, side), options)
             expected = _without_counters(_shapes(module.state_dict()))
             if expected.keys() != actual.keys():
                 break
             if expected == actual:
-                return f"It seems to be {name} with {classes} classes{_remedy(name, network, input_shape, options)}"
+                settings = " ".join(f"--set teacher.options.{option}={value}" for option, value in options.items())
+                remedy = f": use {settings}" if settings else f" for images of {channels}×{side}×{side}."
+                remedy = remedy if name == network else f": use --teacher {name}"
+                return f"It seems to be {name} with {classes} classes{remedy}"
     return ""
-
-
-def _remedy(name: str, network: str, input_shape: tuple[int, int, int], options: Mapping[str, Any]) -> str:
-    if name != network:
-        return f": use --teacher {name}"
-    if options:
-        return ": use " + " ".join(f"--set teacher.options.{option}={value}" for option, value in options.items())
-    return f" for images of {'×'.join(map(str, input_shape))}."

@@ -44,13 +44,10 @@ def build_teacher(
     spec = teacher_spec(cache, recipe, input_shape)
     check_input_shape(cache, input_shape)
     source = f"the teacher's weights in {cache.path.name}"
-    count = spec.count_parameters()
+    count, size = spec.count_parameters(), cache.dimensions.weights_bytes
     # Checked before the weights are read: a sparse file may claim any size.
-    if cache.dimensions.weights_bytes > _MAX_BYTES_PER_PARAMETER * count + 2**20:
-        raise NetworkError(
-            f"{source} take {cache.dimensions.weights_bytes:,} bytes, more than the {count:,} weights of {spec.name} "
-            "need."
-        )
+    if size > _MAX_BYTES_PER_PARAMETER * count + 2**20:
+        raise NetworkError(f"{source} take {size:,} bytes, more than the {count:,} weights of {spec.name} need.")
     tensors = weights.parse(data or cache.teacher_weights(), source)
     return load_network(spec, tensors, source)[0], spec.name
 
@@ -64,27 +61,21 @@ def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
         )
 
 
-def teacher_network(cache: Cache, recipe: Recipe) -> str:
-    """Return the name of the teacher's network: tspipe's or torchvision's, or a user's file that the recipe names.
+def teacher_spec(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> NetworkSpec:
+    """Return the network of the cache's teacher for images of this shape (C, H, W).
 
-    A file that only the cache names is never imported: the cache may come from anyone.
+    It is tspipe's or torchvision's, or a user's file that the recipe names. A file that only the cache names is never
+    imported: the cache may come from anyone.
     """
-    name: str = cache.manifest["teacher"]["network"]
-    requested = recipe.teacher.network
+    name, requested = cache.manifest["teacher"]["network"], recipe.teacher.network
     if plugins.is_file(requested) and networks.recorded_name(requested) == name:
-        return requested
-    if name not in networks.names() and not name.startswith("torchvision:"):
+        name = requested
+    elif name not in networks.names() and not name.startswith("torchvision:"):
         raise NetworkError(
             f"The teacher of {cache.path.name} is {name!r}, which is not one of tspipe's networks. "
             f"Name its file: --set teacher.network=./{name}.py"
         )
-    return name
-
-
-def teacher_spec(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> NetworkSpec:
-    """Return the network of the cache's teacher for images of this shape (C, H, W)."""
-    options = cache.manifest["teacher"]["options"]
-    return NetworkSpec(teacher_network(cache, recipe), len(cache.classes), input_shape, options)
+    return NetworkSpec(name, len(cache.classes), input_shape, cache.manifest["teacher"]["options"])
 
 
 def run_teacher(teacher: FeatureNet, images: Tensor) -> Output:

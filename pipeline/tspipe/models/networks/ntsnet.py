@@ -27,23 +27,14 @@ _MIN_SIDE = 16  # pixels; in smaller images the smallest anchors are empty
 
 
 class Outputs(NamedTuple):
-    """All outputs of NTS-Net for n images; d = 32 · width is the width of a ResNet's pooled features.
+    """All outputs of NTS-Net for n images; d = 32 · width is the width of a ResNet's pooled features."""
 
-    Attributes:
-        raw_logits: (n, c), from the image alone.
-        concat_logits: (n, c), from the concatenated features; the network's prediction.
-        part_logits: (n, parts, c), from each part alone.
-        scores: (n, parts), of the parts by the proposal net, in the order they were selected.
-        indices: (n, parts) int64, the parts' anchors.
-        features: (n, (concatenated + 1) · d), of the first parts, then of the image.
-    """
-
-    raw_logits: Tensor
-    concat_logits: Tensor
-    part_logits: Tensor
-    scores: Tensor
-    indices: Tensor
-    features: Tensor
+    raw_logits: Tensor  # (n, c), from the image alone
+    concat_logits: Tensor  # (n, c), from the concatenated features; the network's prediction
+    part_logits: Tensor  # (n, parts, c), from each part alone
+    scores: Tensor  # (n, parts), of the parts by the proposal net, in the order they were selected
+    indices: Tensor  # (n, parts) int64, the parts' anchors
+    features: Tensor  # (n, (concatenated + 1) · d), of the first parts, then of the image
 
 
 class NTSNet(nn.Module):
@@ -57,21 +48,34 @@ class NTSNet(nn.Module):
         channels, _, self.side = input_shape
         self.parts, self.concatenated = parts, concatenated
         self.pretrained_model = _Backbone(num_classes, channels, width)
-        features = 32 * width
-        self.proposal_net = _ProposalNet(features)
-        self.concat_net = nn.Linear(features * (concatenated + 1), num_classes)
-        self.partcls_net = nn.Linear(features, num_classes)
+        self.proposal_net = _ProposalNet(32 * width)
+        self.concat_net = nn.Linear(32 * width * (concatenated + 1), num_classes)
+        self.partcls_net = nn.Linear(32 * width, num_classes)
         # Not persistent: they follow from the side, and published checkpoints do not have these keys.
         self.register_buffer("anchors", regions.anchor_boxes(self.side), persistent=False)
         self.register_buffer("overlaps", regions.overlapping(self.anchors), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (n, c) of `concat_net`. Runs the backbone on the concatenated parts only."""
-        return self._run(images, self.concatenated).concat_logits
+        return self.outputs(images, self.concatenated).concat_logits
 
-    def outputs(self, images: Tensor) -> Outputs:
-        """Return all outputs, for all parts."""
-        return self._run(images, self.parts)
+    def outputs(self, images: Tensor, parts: int | None = None) -> Outputs:
+        """Return all outputs, for all parts, or for the first ones only."""
+        parts = parts or self.parts
+        raw_logits, maps, image_features = self.pretrained_model(images)
+        # Neither the maps nor the crops pass on a gradient: the proposal net learns from the ranking alone.
+        scores = self.proposal_net(maps.detach())
+        with torch.no_grad():
+            indices = regions.suppress(scores, self.overlaps, parts)
+            padded = F.pad(images, [self.side // 2] * 4)
+            crops = regions.crop(padded, self.anchors[indices], self.side // 2)
+            del padded  # frees 9.6 MB per image of side 448 before the backbone runs
+        part_features = self.pretrained_model(crops)[2].unflatten(0, (len(images), parts))
+        part_logits = self.partcls_net(part_features)
+        features = torch.cat([part_features[:, : self.concatenated].flatten(1), image_features], dim=1)
+        # Runs last, because `feature_net.split` cuts the network at the last Linear to run.
+        concat_logits = self.concat_net(features)
+        return Outputs(raw_logits, concat_logits, part_logits, scores.gather(1, indices), indices, features)
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the paper's losses for labels (n,) int64, as scalars to be summed.
@@ -88,22 +92,6 @@ class NTSNet(nn.Module):
             "parts": part_losses.mean(),
             "ranking": ranking_loss(outputs.scores, part_losses.detach()),
         }
-
-    def _run(self, images: Tensor, parts: int) -> Outputs:
-        raw_logits, maps, image_features = self.pretrained_model(images)
-        # Neither the maps nor the crops pass on a gradient: the proposal net learns from the ranking alone.
-        scores = self.proposal_net(maps.detach())
-        with torch.no_grad():
-            indices = regions.suppress(scores, self.overlaps, parts)
-            padded = F.pad(images, [self.side // 2] * 4)
-            crops = regions.crop(padded, self.anchors[indices], self.side // 2)
-            del padded  # frees 9.6 MB per image of side 448 before the backbone runs
-        part_features = self.pretrained_model(crops)[2].unflatten(0, (len(images), parts))
-        part_logits = self.partcls_net(part_features)
-        features = torch.cat([part_features[:, : self.concatenated].flatten(1), image_features], dim=1)
-        # Runs last, because `feature_net.split` cuts the network at the last Linear to run.
-        concat_logits = self.concat_net(features)
-        return Outputs(raw_logits, concat_logits, part_logits, scores.gather(1, indices), indices, features)
 
 
 class _Backbone(nn.Sequential):
@@ -200,10 +188,7 @@ def build(
 
 
 def adapt(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return NTS-Net's keys unchanged; prefix a ResNet-50's, as in torchvision's ImageNet weights, with the backbone's.
-
-    No options follow from the keys.
-    """
+    """Return NTS-Net's keys unchanged; prefix those of a ResNet-50, such as torchvision's, with the backbone's."""
     if "layer1.0.conv3.weight" in state:
         return {f"{_BACKBONE}.{key}": value for key, value in state.items()}, {}
     return dict(state), {}
