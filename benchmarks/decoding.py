@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pets import plan
 from tspipe.cache import SPLITS, CacheWriter, Dimensions, open_cache
 from tspipe.data.datasets import Images, open_dataset
-from tspipe.data.decode import read
-from tspipe.data.image_loader import ImageLoader, open_images
+from tspipe.data.image_loader import ImageLoader, open_images, read
 from tspipe.data.preprocess import Preprocess
 from tspipe.recipes.load import load
 from tspipe.utils.threads import available_cores

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import cub200_archive
 from tspipe.cache import open_cache
 from tspipe.data import datasets
-from tspipe.data.decode import read
+from tspipe.data.image_loader import read
 from tspipe.models import networks, weights
 from tspipe.models.networks import ntsnet
 from tspipe.recipes.load import load

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tspipe.cache import SPLITS, Cache
 from tspipe.data.datasets import Dataset, Images
-from tspipe.data.decode import read
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import DatasetError
 from tspipe.utils.device import batches_to_device, to_device
@@ -49,6 +48,15 @@ def read_ahead(work: Callable[[int], T], batches: Iterable[Sequence[int]], ahead
             yield [result for future in waiting.popleft() for result in future.result()]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read(images: Images, preprocess: Preprocess, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return image `index` as the dataset provides it, and preprocessed; an error names the image."""
+    original = images.read(index)
+    try:
+        return original, preprocess.apply(original)
+    except DatasetError as error:
+        raise DatasetError(f"{images.keys[index]}: {error}") from error
 
 
 def open_images(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Preprocess]:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.cache.manifest import as_plan
-from tspipe.data import decode
 from tspipe.data.datasets import Dataset, Images
-from tspipe.data.image_loader import open_images
+from tspipe.data.image_loader import open_images, read
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.experiments.baselines import as_way
@@ -75,7 +74,7 @@ def measure(trainer: Trainer, timer: Timer) -> dict[str, tuple[list[float], list
 
 
 def _decode(rows: range, images: Images, preprocess: Preprocess) -> Tensor:
-    return torch.from_numpy(np.stack([decode.read(images, preprocess, row)[1] for row in rows]))
+    return torch.from_numpy(np.stack([read(images, preprocess, row)[1] for row in rows]))
 
 
 def _in_memory(dataset: Dataset, pixels: Tensor) -> Dataset:

@@ -12,8 +12,7 @@ from torch import Tensor
 from tspipe.cache import Manifest
 from tspipe.cache.layout import digest
 from tspipe.data.datasets import Dataset, Images
-from tspipe.data.decode import read
-from tspipe.data.image_loader import check_sizes, read_ahead
+from tspipe.data.image_loader import check_sizes, read, read_ahead
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
 from tspipe.data.views import block_views

@@ -16,8 +16,7 @@ from tspipe.cache import SPLITS, Cache, match
 from tspipe.cache.repair import Repair
 from tspipe.cache.verify import Damage, explain
 from tspipe.data.datasets import Dataset, open_dataset
-from tspipe.data.decode import read
-from tspipe.data.image_loader import input_shape, open_images
+from tspipe.data.image_loader import input_shape, open_images, read
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch

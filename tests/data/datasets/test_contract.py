@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tspipe.data import datasets
-from tspipe.data.datasets import Images, open_dataset
-from tspipe.data.datasets._contract import check_images
+from tspipe.data.datasets import Images, check_images, open_dataset
 from tspipe.errors import DatasetError
 
 NAMES = datasets.names()
@@ -97,7 +96,7 @@ SOUND = Images(np.array([0, 1]), ["a", "b"], ["cat", "dog"], lambda _: np.zeros(
 
 
 def test_a_sound_split_is_unchanged():
-    checked = check_images(SOUND, "mine", "train")
+    checked = check_images(SOUND, "mine, split train")
     assert (checked.labels is SOUND.labels, checked.keys is SOUND.keys, checked.classes is SOUND.classes) == (True,) * 3
     np.testing.assert_array_equal(checked.read(1), SOUND.read(1))
 
@@ -132,7 +131,7 @@ def test_a_sound_split_is_unchanged():
 )
 def test_a_split_that_breaks_the_contract(changes, message):
     with pytest.raises(DatasetError) as refused:
-        check_images(replace(SOUND, **changes), "mine", "test")
+        check_images(replace(SOUND, **changes), "mine, split test")
     assert str(refused.value) == f"mine, split test: {message}"
 
 
@@ -147,7 +146,7 @@ def test_a_split_that_breaks_the_contract(changes, message):
 )
 def test_an_image_that_breaks_the_contract(image, description):
     with pytest.raises(DatasetError) as refused:
-        check_images(replace(SOUND, read=lambda _: image), "mine", "train").read(1)
+        check_images(replace(SOUND, read=lambda _: image), "mine, split train").read(1)
     assert str(refused.value) == (
         f"mine, split train: read(1) returns {description}. Return a uint8 array of shape (H, W, C)."
     )

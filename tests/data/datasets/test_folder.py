@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tspipe.data.datasets import folder, open_dataset
-from tspipe.data.datasets._files import decode
+from tspipe.data.decode import decode
 from tspipe.errors import DatasetError
 
 LAYOUT = "The layout is train/CLASS/IMAGE and test/CLASS/IMAGE."

@@ -4,11 +4,12 @@ A dataset's file defines `load(root, split) -> Images` for the splits `train` an
 it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; nothing downloads unless asked.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,15 +117,63 @@ def open_dataset(spec: str, data: Path | None = None, *, download: bool = False)
     Raises DatasetError: unknown name, missing folder (with where it was looked for and how to get it), unsound files,
     or splits that break the contract of `Images`.
     """
-    from tspipe.data.datasets._contract import check_images
-
     reference = parse(spec, data)
-    root = data or reference.folder or Path("data") / stem(reference.name)
-    if download and hasattr(reference.module, "download"):  # without one, `load` says where to get what is missing
-        reference.module.download(root)
+    module, root = reference.module, data or reference.folder or Path("data") / stem(reference.name)
+    if download and hasattr(module, "download"):  # without one, `load` says where to get what is missing
+        module.download(root)
     train, test = (
-        check_images(reference.module.load(root, split), reference.name, split) for split in ("train", "test")
+        check_images(module.load(root, split), f"{reference.name}, split {split}") for split in ("train", "test")
     )
     if list(train.classes) != list(test.classes):
         raise DatasetError(f"{root}: train and test do not have the same classes.")
-    return Dataset(reference.name, getattr(reference.module, "LICENSE", ""), train, test)
+    return Dataset(reference.name, getattr(module, "LICENSE", ""), train, test)
+
+
+def check_images(images: Any, where: str) -> Images:
+    """Return a split whose `read` checks each image; raise DatasetError if it breaks the contract of `Images`.
+
+    Args:
+        images: what a dataset's `load` returned.
+        where: the dataset and the split, for messages.
+    """
+    if not isinstance(images, Images):
+        raise DatasetError(f"{where}: load returns {type(images).__name__}. Return tspipe.data.datasets.Images.")
+    _check_names(where, "classes", images.classes)
+    labels: Any = images.labels
+    if not (isinstance(labels, np.ndarray) and labels.dtype == np.int64 and labels.ndim == 1 and labels.size):
+        raise DatasetError(f"{where}: labels are {_describe(labels)}. Return an int64 array of shape (N,), N > 0.")
+    outside = np.flatnonzero((labels < 0) | (labels >= len(images.classes)))
+    if outside.size:
+        raise DatasetError(
+            f"{where}: label {labels[outside[0]]} of image {outside[0]} is no index into "
+            f"{len(images.classes)} classes. Return labels from 0 to {len(images.classes) - 1}."
+        )
+    if len(images.keys) != len(labels):
+        raise DatasetError(f"{where}: {len(images.keys)} keys for {len(labels)} labels. Return one key per image.")
+    _check_names(where, "keys", images.keys)
+
+    def read(index: int) -> Pixels:
+        pixels: Any = images.read(index)
+        if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size):
+            raise DatasetError(
+                f"{where}: read({index}) returns {_describe(pixels)}. Return a uint8 array of shape (H, W, C)."
+            )
+        return pixels
+
+    return replace(images, read=read)
+
+
+def _check_names(where: str, field: str, names: Any) -> None:
+    """Check the keys or the classes: str, and each of them once."""
+    if not len(names):
+        raise DatasetError(f"{where}: there are no {field}. Return at least one.")
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise DatasetError(f"{where}: {field}[{index}] is {name!r}. Return a sequence of str.")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise DatasetError(f"{where}: {name!r} occurs {count} times in {field}. Return each once.")
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__

@@ -1,12 +1,15 @@
 """Published archives of datasets: locating, checking against published checksums, and downloading."""
 
+import gzip
 import hashlib
 import shlex
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from tspipe.errors import DatasetError
 
+_LARGEST = 256 << 20  # no published file is larger, so a .gz that would be is not unpacked to its end
 FETCH = "Give its folder (--data FOLDER) or fetch it (--download)."
 
 
@@ -31,21 +34,18 @@ def find(title: str, root: Path, files: Iterable[str], instructions: str, archiv
     raise DatasetError(f"There is no {title} in {root}: looked for {', '.join(files)}. {instructions}")
 
 
-def read(path: Path) -> bytes:
-    """Return a file's bytes; raise DatasetError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as problem:
-        raise DatasetError(f"{path} cannot be read: {problem.strerror}.") from problem
+def read(path: Path, md5: str | None = None) -> bytes:
+    """Return the bytes of a file, or those that a .gz contains.
 
-
-def check(path: Path, data: bytes, md5: str) -> bytes:
-    """Return `data`, which was read from `path`; raise DatasetError unless its MD5 is `md5`.
-
-    Publishers state MD5. It suffices, since a forgery needs a second preimage, not a collision.
+    Raises DatasetError if it cannot be read, or if its MD5 is not `md5`. Publishers state MD5; it suffices, since a
+    forgery needs a second preimage, not a collision.
     """
-    actual_md5 = hashlib.md5(data).hexdigest()
-    if actual_md5 != md5:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(_LARGEST)
+    except (OSError, EOFError, zlib.error) as problem:
+        raise DatasetError(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}.") from problem
+    if md5 and (actual_md5 := hashlib.md5(data).hexdigest()) != md5:
         raise DatasetError(
             f"{path} is not the published file: its MD5 is {actual_md5}, that of the published one {md5}. "
             "Remove it and fetch it again (--download)."

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from tspipe.data.datasets import Images, Pixels, _archive
-from tspipe.data.datasets._files import decode
+from tspipe.data.decode import decode
 from tspipe.errors import DatasetError
 
 SOURCE = "https://data.caltech.edu/records/65de6-vp158"

@@ -1,7 +1,6 @@
-"""Handwritten digits, 8×8 grey, from scikit-learn's own package: real data that needs no download.
+"""Handwritten digits of 13 people, 8×8 grey, from the scikit-learn package: real data that needs no download.
 
-1,797 images of 13 people (the test part of the UCI set). The first 1,000 are the training split, the other 797 the
-test split.
+They are the 1,797 images of the test part of the UCI dataset; the first 1,000 are used for training, 797 for testing.
 """
 
 from functools import cache
@@ -21,7 +20,7 @@ TRAIN = 1000
 
 
 def load(root: Path, split: str) -> Images:
-    """Both splits come with scikit-learn; `root` is not used. Images are (8, 8, 1) uint8."""
+    """Return images (8, 8, 1) uint8; `root` is not used."""
     array, labels = _all()
     part = slice(None, TRAIN) if split == "train" else slice(TRAIN, None)
     return from_array(array[part], labels[part], [str(digit) for digit in range(10)])
@@ -34,5 +33,5 @@ def _all() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as problem:
         raise DatasetError("The digits come with scikit-learn: pip install 'tspipe[digits]'") from problem
     bunch = load_digits()
-    # Published values are 0 to 16; spread over 0 to 255 so that they are pixels like any other.
+    # Published values are 0 to 16; pixels are 0 to 255.
     return np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None], bunch.target

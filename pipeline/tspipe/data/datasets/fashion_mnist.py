@@ -1,9 +1,7 @@
 """Fashion-MNIST: 70,000 grey images of 28×28 in 10 classes of clothing, 60,000 for training and 10,000 for testing."""
 
-import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +20,8 @@ CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
 
-GZ_MD5 = {  # as published (and in torchvision.datasets.FashionMNIST)
-    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-}
-# Of what those unpack to, and this is checked: one table serves both forms, and a file that somebody has packed
-# again (Debian's dataset-fashion-mnist) is the same data.
+# Of their contents. These are checked, so that unpacked files are accepted too, and files that were packed again, such
+# as those of Debian's dataset-fashion-mnist.
 MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -37,11 +29,10 @@ MD5 = {
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
 FOLDERS = [".", "raw", "FashionMNIST/raw"]  # the last is where torchvision puts the files
-_LARGEST = 64 << 20  # no file unpacks to more, so a gz that would is not unpacked to its end
 
 
 def load(root: Path, split: str) -> Images:
-    """Images (N, 28, 28, 1) uint8 from the four idx files, .gz or unpacked, in `root` or where torchvision puts them.
+    """Return images (N, 28, 28, 1) uint8 from the four idx files, .gz or unpacked, in `root` or torchvision's folder.
 
     Raises DatasetError: missing, or a file that is not as published.
     """
@@ -62,25 +53,12 @@ def download(root: Path) -> None:
 
 
 def _read(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
-    """One idx file: two zeros, 8 for unsigned bytes, the number of dimensions, their sizes big-endian, the bytes."""
-    path = folder / f"{name}.gz"
-    if path.exists():
-        data = _unzip(path)
-    else:
-        path = folder / name
-        data = _archive.read(path)
-    _archive.check(path, data, MD5[name])
+    """Read an idx file: two zeros, 8 for unsigned bytes, the number of dimensions, their big-endian sizes, bytes."""
+    packed = folder / f"{name}.gz"
+    path = packed if packed.exists() else folder / name
+    data = _archive.read(path, MD5[name])
     start = 4 + 4 * dimensions
     shape = struct.unpack_from(f">{dimensions}I", data, 4) if len(data) >= start else ()
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != start + math.prod(shape):
         raise DatasetError(f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions.")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # writeable, as torch wants it
-
-
-def _unzip(path: Path) -> bytes:
-    try:
-        with gzip.open(path) as file:
-            return file.read(_LARGEST)
-    except (OSError, EOFError, zlib.error) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise DatasetError(f"{path} cannot be unpacked: {reason}.") from problem

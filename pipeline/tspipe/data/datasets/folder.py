@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from tspipe.data.datasets import Images, Pixels
-from tspipe.data.datasets._files import decode
+from tspipe.data.decode import decode
 from tspipe.errors import DatasetError
 
 SOURCE = "a folder of your own"
