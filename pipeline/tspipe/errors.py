@@ -1,23 +1,7 @@
 """The exceptions of tspipe.
 
-TspipeError
-├── CacheError
-│   ├── NotACache         not a tspipe cache, or not one that is safe to read
-│   ├── CacheDamaged      bytes differ from those written
-│   ├── CacheIncomplete   the writer has not finished
-│   ├── CacheMismatch     a valid cache, but of other data, preprocessing or teacher
-│   ├── CacheBusy         another process is writing it
-│   └── RemoteError       a remote file cannot be reached (defined in cache/remote.py)
-├── DatasetError          images or labels missing, unreadable, or not as published
-├── NetworkError          an architecture or its weights
-├── OutOfMemory           a batch that does not fit, and one that does
-├── OtherProcessFailed    another process of the job, which reports its own error
-├── RecipeError           a recipe, a flag or an override
-├── ReportError           a run folder that cannot be reported
-└── TrainingError         a loss that is not finite
-
-Every message says what is wrong, where, and what to do about it, in a sentence
-or two. The command line prints it unchanged.
+Every message says what is wrong, where, and what to do about it, in a sentence or two. The command line prints it
+unchanged. `RemoteError`, a CacheError, is in cache/remote.py.
 """
 
 
@@ -71,11 +55,10 @@ class OutOfMemory(TspipeError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether PyTorch or Python ran out of memory; on the CPU, PyTorch raises a plain RuntimeError."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, by name, to avoid importing torch
-        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("out of memory", "can't allocate memory")
     )
 
 

@@ -7,14 +7,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from tspipe.errors import OtherProcessFailed, RecipeError
-from tspipe.utils.heartbeat import Heartbeat
+from tspipe.errors import RecipeError
+from tspipe.utils.heartbeat import Heartbeat, lost_peer
 
 T = TypeVar("T")
 _TORCHRUN_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -37,14 +37,14 @@ class Group:
     def broadcast(self, value: T) -> T:
         """Return rank 0's value; the values of other ranks are ignored."""
         values: list[Any] = [value]
-        self._run_collective(lambda dist: dist.broadcast_object_list(values))
+        self._run_collective(lambda: dist.broadcast_object_list(values))
         received: T = values[0]
         return received
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in the order of ranks, on every rank."""
         values: list[Any] = [value] * self.size
-        self._run_collective(lambda dist: dist.all_gather_object(values, value))
+        self._run_collective(lambda: dist.all_gather_object(values, value))
         return values
 
     def barrier(self) -> None:
@@ -90,17 +90,15 @@ class Group:
         if not self.rank:
             self.barrier()
 
-    def _run_collective(self, call: Callable[[Any], object]) -> None:
+    def _run_collective(self, call: Callable[[], object]) -> None:
         if _in_rank_zero_first.get():
             raise RuntimeError("A collective call inside rank_zero_first waits for itself. Move it out of the block.")
         if self.size == 1:
             return
-        import torch.distributed as dist
-
         with self.abort_on_lost_peer():
             if self.heartbeat:
                 self.heartbeat.meet()
-            call(dist)
+            call()
 
     @contextlib.contextmanager
     def abort_on_lost_peer(self) -> Iterator[None]:
@@ -108,14 +106,10 @@ class Group:
         try:
             yield
         except RuntimeError as problem:  # gloo and NCCL have no class of their own for it
-            import torch.distributed as dist
-
             lost = any(name in str(problem) for name in ("gloo", "NCCL", "Connection"))
             if not lost and not isinstance(problem, dist.DistError):
                 raise
-            raise OtherProcessFailed(
-                f"Rank {self.rank} stops: another process has failed, or cannot be reached."
-            ) from problem
+            raise lost_peer(self.rank) from problem
 
 
 ALONE = Group()
@@ -123,8 +117,6 @@ ALONE = Group()
 
 @lru_cache
 def _nccl_group() -> Any:
-    import torch.distributed as dist
-
     return dist.new_group(backend="nccl", timeout=_COLLECTIVE_TIMEOUT)
 
 
@@ -135,17 +127,15 @@ def group() -> Iterator[Group]:
     It carries small objects over gloo; gradients on GPUs have an NCCL group of their own. A normal exit waits for all
     ranks.
     """
-    # Some clusters set WORLD_SIZE without torchrun and without an address.
+    # Some clusters set WORLD_SIZE without an address.
     if not os.environ.keys() >= _TORCHRUN_VARIABLES or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", timeout=_COLLECTIVE_TIMEOUT)
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size, failed = dist.get_rank(), dist.get_world_size(), True
     heartbeat = Heartbeat(_connect, rank, size)
-    joined, failed = Group(rank, size, heartbeat), True
     try:
+        joined = Group(rank, size, heartbeat)
         yield joined
         joined.barrier()  # the store lives in rank 0, so it leaves last
         failed = False
@@ -156,7 +146,7 @@ def group() -> Iterator[Group]:
 
 def _connect() -> Any:
     """Return a connection to the store of `init_process_group`, with a prefix for its keys."""
-    dist: Any = import_module("torch.distributed")  # PyTorch's stubs do not export the stores
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
-    return dist.PrefixStore(f"tspipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    stores: Any = dist  # PyTorch's stubs do not export the stores
+    store = stores.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
+    return stores.PrefixStore(f"tspipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -49,22 +49,17 @@ class Heartbeat:
         self._thread.join()
         if not failed:
             return
+        failures, deadline = [f"failed/{rank}" for rank in range(self.size)], time.monotonic() + _FAREWELL_SECONDS
         with contextlib.suppress(RuntimeError):  # of a store whose process has ended, which the others notice
-            self._store.set(f"failed/{self.rank}", "")
-            deadline = time.monotonic() + _FAREWELL_SECONDS
-            while not self.rank and time.monotonic() < deadline and not self._store.check(self._failures()):
+            self._store.set(failures[self.rank], "")
+            while not self.rank and time.monotonic() < deadline and not self._store.check(failures):
                 time.sleep(_LONGEST_PAUSE)
 
-    def _failures(self) -> list[str]:
-        return [f"failed/{rank}" for rank in range(self.size)]
-
     def _beat(self, store: Any) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the store's process has ended, which the next `meet` reports
             store.add(f"beat/{self.rank}", 1)
             while not self._stopped.wait(BEAT_SECONDS):
                 store.add(f"beat/{self.rank}", 1)
-        except RuntimeError:  # the store's process has ended, which the next `meet` reports
-            return
 
     def _wait(self, key: str, rank: int) -> None:
         beat, since, pause = 0, time.monotonic(), 0.0005
@@ -72,6 +67,11 @@ class Heartbeat:
             if (latest := self._store.add(f"beat/{rank}", 0)) != beat:
                 beat, since = latest, time.monotonic()
             if self._store.check([f"failed/{rank}"]) or time.monotonic() - since > LOST_AFTER_SECONDS:
-                raise OtherProcessFailed(f"Rank {self.rank} stops: another process has failed, or cannot be reached.")
+                raise lost_peer(self.rank)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def lost_peer(rank: int) -> OtherProcessFailed:
+    """Return the error of a rank whose peer has failed."""
+    return OtherProcessFailed(f"Rank {rank} stops: another process has failed, or cannot be reached.")
