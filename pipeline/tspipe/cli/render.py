@@ -5,14 +5,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from tspipe.cache import SPLITS, Cache, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
 from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.errors import CacheError
-from tspipe.utils.console import format_bytes, printable, stdout_console
+from tspipe.utils.console import format_bytes, plain_table, printable, stdout_console
 
 if TYPE_CHECKING:
     from tspipe.cache.transfer import Peek  # imported only where a command reads a URL
@@ -24,9 +23,8 @@ def show_cache(cache: "Cache | Peek") -> None:
     """Print a cache's facts on one screen."""
     manifest = cache.manifest
     dataset, teacher, features = manifest["dataset"], manifest["teacher"], manifest["features"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = plain_table(("", ""))
+    table.show_header, table.columns[0].style, table.columns[0].no_wrap = False, "bold", True
     for name, value in {
         "file": f"{cache.name}, {format_bytes(cache.size)}",
         "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
@@ -49,11 +47,8 @@ def show_cache(cache: "Cache | Peek") -> None:
 
 def show_caches(folder: Path) -> None:
     """Print the caches in a folder and below it, a line each, and the files that cannot be opened."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("name", "id", "dataset", "teacher"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "id")
-    for heading in ("test %", "images", "d", "dtype", "size"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table(("name", "id", "dataset", "teacher"), ("test %", "images", "d", "dtype", "size"))
+    table.columns[1].no_wrap, table.padding = True, (0, 1, 0, 0)
     if not folder.is_dir():
         raise CacheError(f"{folder} is not a folder. Name the folder of the caches: tspipe list caches FOLDER")
     problems: list[str] = []
@@ -80,10 +75,7 @@ def show_caches(folder: Path) -> None:
 
 def show_diff(difference: Diff) -> None:
     """Print how two caches, A and B, differ."""
-    out = stdout_console()
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "A", "B"):
-        table.add_column(heading, overflow="fold")
+    out, table = stdout_console(), plain_table(("", "A", "B"))
     for name, one, two in difference.fields:
         table.add_row(*(Text(printable(text, 100)) for text in (name, _value(one), _value(two))))
     if table.row_count:
@@ -97,10 +89,7 @@ def show_diff(difference: Diff) -> None:
 
 def show_bench(result: dict[str, Any]) -> None:
     """Print the JSON result of `tspipe bench`: a table, the machine, and advice."""
-    out, table = stdout_console(), Table(box=None, pad_edge=False)
-    table.add_column("")
-    for heading in ("beside", "tspipe", "ratio", "(quartiles)", "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    out, table = stdout_console(), plain_table(("",), ("beside", "tspipe", "ratio", "(quartiles)", "n"))
     for line in result["lines"]:
         spread = "({lower} to {upper})".format(**{end: _ratio(line[end]) for end in ("lower", "upper")})
         times = (_seconds(line[way]) for way in ("floor", "ours"))

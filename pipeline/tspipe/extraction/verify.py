@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
 
 from tspipe.cache import SPLITS, Cache, match
 from tspipe.cache.repair import Repair
@@ -27,7 +26,7 @@ from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_spec
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
-from tspipe.utils.console import stdout_console
+from tspipe.utils.console import plain_table, stdout_console
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.progress import progress
 
@@ -154,9 +153,7 @@ def _pixel_reader(split: str, cache: Cache, dataset: Dataset, preprocess: Prepro
 
 def show(agreement: Agreement) -> None:
     """Print the agreement as a table; raise CacheMismatch if any image differs by more than rounding."""
-    table, count = Table(box=None, pad_edge=False), len(agreement.changed)
-    for heading in ("difference", "largest", "mean", "largest, relative"):
-        table.add_column(heading, justify="left" if heading == "difference" else "right")
+    table, count = plain_table(("difference",), ("largest", "mean", "largest, relative")), len(agreement.changed)
     for name, part in (("features", agreement.features), ("logits", agreement.logits)):
         largest, scale = part.largest.max(), part.scale.max()
         relative = largest / scale if scale else 0.0

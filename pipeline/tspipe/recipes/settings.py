@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tspipe.recipes.schema import Optimisation, Recipe
+from tspipe.utils.console import plain_table
 
 _TYPES = {"boolean": "true or false", "null": "none", "object": "table"}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -46,9 +47,7 @@ def settings_markdown() -> str:
 
 def settings_table() -> Table:
     """Return all settings as a table for a terminal."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("setting", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table(("setting", "default", "meaning"))
     for setting in settings():
         table.add_row(Text(setting.name), Text(setting.default), Text(setting.description))
     return table

@@ -1,8 +1,10 @@
 """Text for people: safe for a terminal, in readable units."""
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -30,6 +32,16 @@ def stdout_console() -> Console:
     """Return a console on standard output, 80 columns wide if that is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=80)
+
+
+def plain_table(texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+    """Return a table without lines, with these headings: texts may be folded, numbers are to the right."""
+    table = Table(box=None, pad_edge=False)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def format_bytes(count: int) -> str:

@@ -51,17 +51,14 @@ def progress(what: str, total: int, unit: str, done: int = 0, visible: bool = Tr
 @contextlib.contextmanager
 def byte_progress(what: str, total: Callable[[], int | None]) -> Iterator[Callable[[int], None]]:
     """Show progress in bytes; yield `advance(count)`. `total` is called when the first bytes are read or sent."""
-    done = displayed = 0
     with contextlib.ExitStack() as stack:
         show: Advance | None = None
 
         def advance(count: int) -> None:
-            nonlocal show, done, displayed
+            nonlocal show
             if show is None:
                 show = stack.enter_context(progress(what, math.ceil((total() or 0) / _MIB), "MiB"))
-            done += count
-            show(done // _MIB - displayed, what)
-            displayed = done // _MIB
+            show(count / _MIB, what)
 
         yield advance
 
