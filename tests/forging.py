@@ -9,7 +9,7 @@ import h5py
 import pytest
 
 from tspipe.cache import open_cache
-from tspipe.cache.inspect import checksum_names, identify
+from tspipe.cache.checksums import checksum_names, identify
 from tspipe.errors import CacheError, NotACache
 
 Change = Callable[[Path], None]

@@ -91,10 +91,10 @@ def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> 
 
 def spoil(path: Path, *places: tuple[str, int]) -> None:
     """Flip a bit in these rows of these datasets."""
-    regions = inspect(path, identified=False).regions
+    columns = inspect(path, identified=False).columns
     with path.open("r+b") as file:
         for name, row in places:
-            where = regions[name].offset + row * (regions[name].nbytes // regions[name].shape[0])
+            where = columns[name].offset + row * columns[name].row_bytes
             file.seek(where)
             byte = file.read(1)[0]
             file.seek(where)

@@ -47,7 +47,7 @@ def test_torchrun_writes_the_file_of_one_process(tspipe: Callable[..., Result], 
     other = zygote.run(*command, "--weights", weights, "--out", out, "--set=compute.batch_size=3", ranks=2)
     assert other.code == 1
     assert sum("Error" in line for line in other.lines) == 1
-    assert "two.h5isanothercache:compute.batch_sizeis64thereand3here." in other.error
+    assert "two.h5isanothercache:compute.batch_sizeis64,not3." in other.error
     assert sum(line.startswith("Teacher lenet5") for line in other.lines) == 1
 
 
@@ -104,7 +104,7 @@ def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CacheMismatch) as refused:
         stage._write_part(job, Group(1, 2))
     assert str(refused.value) == (
-        "Rank 1 would write another cache than rank 0: compute.device is 'cuda' there and 'cpu' here. "
+        "Rank 1 would write another cache than rank 0: compute.device is 'cpu', not 'cuda'. "
         "All machines of a job need the same data, settings and kind of device."
     )
 

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # in pytest its configuration does this
 from forging import DATASPACE, DATATYPE, LAYOUT, message
 from pets import plan, write
 from tspipe.cache import Cache, open_cache
-from tspipe.cache.inspect import checksum_names, identify
+from tspipe.cache.checksums import checksum_names, identify
 from tspipe.cli.render import show_cache
 from tspipe.errors import CacheError, NetworkError
 from tspipe.models import weights

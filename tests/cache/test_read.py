@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tspipe.cache import Cache, read
+from tspipe.cache import Cache
+from tspipe.cache import column as columns
 
 pread = os.pread
 
@@ -39,8 +40,8 @@ def test_row_by_row_it_is_the_same(digits: Cache, monkeypatch: pytest.MonkeyPatc
     for column in (digits.train.features, digits.train.keys):
         whole = column.take(rows)
         reads.clear()
-        monkeypatch.setattr(read, "_SPAN", 0)
-        monkeypatch.setattr(read.os, "pread", lambda *of: reads.append(of[2]) or pread(*of))
+        monkeypatch.setattr(columns, "_SPAN", 0)
+        monkeypatch.setattr(columns.os, "pread", lambda *of: reads.append(of[2]) or pread(*of))
         apart = column.take(rows)
         assert reads == [column.offset + row * column.row_bytes for row in rows]
         np.testing.assert_array_equal(apart, whole)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from pets import plan, write
 from tspipe.cache import SPLITS, open_cache
-from tspipe.cache.inspect import Region, checksum_names, identify, inspect
+from tspipe.cache.checksums import block_checksums, checksum_names, fingerprint, identify
+from tspipe.cache.column import Column
+from tspipe.cache.inspect import inspect
 from tspipe.cache.manifest import Manifest, encode_manifest
-from tspipe.cache.read import Column
 from tspipe.cache.verify import explain, find_damage
-from tspipe.cache.write import block_checksums, fingerprint
 from tspipe.errors import CacheError
 
 WEIGHTS = b"in place of weights"
@@ -47,8 +47,8 @@ def flip(path: Path, position: int, mask: int = 1) -> None:
     path.write_bytes(data)
 
 
-def region(path: Path, name: str) -> Region:
-    return inspect(path, identified=False).regions[name]
+def region(path: Path, name: str) -> Column:
+    return inspect(path, identified=False).columns[name]
 
 
 def put(path: Path, name: str, row: int, data: bytes) -> None:
@@ -124,7 +124,7 @@ def test_a_flip_anywhere_is_reported_or_changes_nothing(
 @pytest.fixture(scope="module")
 def used(sound: Path) -> list[int]:
     """The positions of HDF5's own bytes, most of which are free space, near one that is not zero."""
-    whole = sound.read_bytes()[: inspect(sound).regions["manifest"].offset]
+    whole = sound.read_bytes()[: inspect(sound).columns["manifest"].offset]
     return sorted({j for i, byte in enumerate(whole) if byte for j in range(max(0, i - 8), i + 9)})
 
 
@@ -161,8 +161,8 @@ def assert_reported_or_unchanged(path: Path, sound: Path) -> None:
 
 def fit(path: Path, change: Callable[[Manifest], object] = lambda manifest: None) -> None:
     """Make the checksums, the manifest and the id fit the rows, as a writer with a fault would."""
-    structure = inspect(path, identified=False)
-    columns = {name: Column(path, region) for name, region in structure.regions.items()}
+    structure = inspect(path, identified=False, writable=True)
+    columns = structure.columns
     for split in structure.dimensions.sections:
         for block in range(structure.dimensions.blocks(split)):
             put(path, f"{split}_checksums", block, block_checksums(columns, structure.dimensions, split, block))

@@ -132,8 +132,8 @@ def test_another_plan_is_refused_with_what_differs(tmp_path: Path) -> None:
     with pytest.raises(CacheMismatch) as refused:
         write(path, plan({"train": 11, "test": 3}, dtype="<f4"))
     assert str(refused.value) == (
-        f"{path}.part was begun with another plan: dataset.rows.train is 10 there and 11 here; "
-        "features.dtype is '<f2' there and '<f4' here. Use the same settings to resume it, or delete it to "
+        f"{path}.part was begun with another plan: dataset.rows.train is 10, not 11; "
+        "features.dtype is '<f2', not '<f4'. Use the same settings to resume it, or delete it to "
         "start again."
     )
     write(path, plan({"train": 10, "test": 3}))  # the part file was not touched

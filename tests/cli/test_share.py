@@ -251,7 +251,7 @@ def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) 
     assert tspipe("verify", "cache/with.h5", "photos", "--data", "--teacher", "9").code == 0
     result = tspipe(*[part for part in command if part != "--images"], "--out", "cache/with.h5")
     assert result.error == (
-        "cache/with.h5 is another cache: images is True there and False here. Move it away, replace it (tspipe cache "
+        "cache/with.h5 is another cache: images is True, not False. Move it away, replace it (tspipe cache "
         "--force) or write another (--out)."
     )
 

@@ -71,8 +71,8 @@ def test_another_cache_of_the_name_is_replaced_only_with_force(digits: Cache, te
     with pytest.raises(CacheMismatch) as refused:
         extract(requested)
     assert str(refused.value) == (
-        f"{path} is another cache: compute.batch_size is 64 there and 32 here; features.dtype is '<f2' there and "
-        "'<f4' here. Move it away, replace it (tspipe cache --force) or write another (--out)."
+        f"{path} is another cache: compute.batch_size is 64, not 32; features.dtype is '<f2', not '<f4'. "
+        "Move it away, replace it (tspipe cache --force) or write another (--out)."
     )
     assert open_cache(path).id == digits.id
     assert extract(replace(requested, force=True)).train.features.dtype == np.dtype("<f4")

@@ -90,7 +90,7 @@ def test_damaged_weights_are_put_back_from_their_file(tspipe: Tspipe, copy: Path
 
 
 def test_a_manifest_cannot_be_put_back(tspipe: Tspipe, copy: Path) -> None:
-    offset = inspect(copy).regions["manifest"].offset
+    offset = inspect(copy).columns["manifest"].offset
     data = bytearray(copy.read_bytes())
     at = data.index(b'"weights_sha256":"', offset) + 20
     data[at] = ord("0") if data[at] != ord("0") else ord("1")

@@ -159,7 +159,7 @@ def test_a_run_with_the_pool_is_another_run(run: RunFolder, pool: Cache, tmp_pat
     with pytest.raises(RecipeError) as refused:
         train_students(stage_two(pool, run.path, "random_source=live"))
     assert str(refused.value) == (
-        f"{run.path} is the folder of another run: random_source is 'pool' there and 'live' here. Choose another --out."
+        f"{run.path} is the folder of another run: random_source is 'pool', not 'live'. Choose another --out."
     )
 
 

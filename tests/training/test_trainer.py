@@ -288,9 +288,7 @@ def test_another_dataset_is_refused(digits: Cache, tmp_path: Path, monkeypatch: 
 def test_the_folder_of_another_run_is_refused(run: RunFolder, digits: Cache) -> None:
     with pytest.raises(RecipeError) as refused:
         train_students(config(digits, run.path, "seeds=2", "epochs=3"))
-    assert str(refused.value) == (
-        f"{run.path} is the folder of another run: epochs is 2 there and 3 here. Choose another --out."
-    )
+    assert str(refused.value) == (f"{run.path} is the folder of another run: epochs is 2, not 3. Choose another --out.")
 
 
 def test_a_student_for_other_images_is_refused(digits: Cache, tmp_path: Path) -> None:

@@ -17,9 +17,15 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     host = socket.gethostname()
-    kept = [f".x.{host}.{os.getppid()}", ".x.elsewhere.1", f".x.{host}.notes"]
-    for name in (*kept, f".x.{host}.{process.pid}"):
+    token = "0123456789abcdef"
+    kept = [
+        f".x.{os.getppid()}@{host}.{token}.tmp",
+        f".x.1@elsewhere.{token}.tmp",
+        f".x.{process.pid}@{host}.notes.tmp",
+    ]
+    for name in (*kept, f".y.json.{process.pid}@{host}.{token}.tmp", f".x.2@elsewhere.{token}.tmp"):
         (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / f".x.2@elsewhere.{token}.tmp", (0, 0))
     write_whole(tmp_path / "x", b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "x"])
     assert (tmp_path / "x").read_bytes() == b"whole"

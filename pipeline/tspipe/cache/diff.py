@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tspipe.cache.column import Column
 from tspipe.cache.layout import SPLITS
 from tspipe.cache.manifest import differing_fields
-from tspipe.cache.read import Cache, Column, Pool
+from tspipe.cache.read import Cache, Pool
 
 _ROWS = 4096  # compared at once
 

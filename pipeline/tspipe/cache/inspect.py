@@ -5,10 +5,8 @@ or run filters. Therefore every HDF5 feature that the format does not use is ref
 then read by offset, without HDF5.
 """
 
-import hashlib
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from tspipe.cache.checksums import checksum_names, identify
+from tspipe.cache.column import Column, OpenFile
 from tspipe.cache.layout import FORMAT, ID_BYTES, MANIFEST_BYTES, SPLITS, VERSION, Dimensions
 from tspipe.cache.manifest import Manifest, decode_manifest
 from tspipe.cache.object_headers import DAMAGED, SUPERBLOCK_BYTES, check_superblock
@@ -30,40 +30,23 @@ _HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, Overflow
 
 
 @dataclass(frozen=True)
-class Region:
-    """The location of a dataset's bytes in the file."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        """The length in bytes; Python integers do not overflow, whatever the shape."""
-        size = self.dtype.itemsize
-        for extent in self.shape:
-            size *= extent
-        return size
-
-
-@dataclass(frozen=True)
 class Structure:
-    """The structure of a checked file."""
+    """The structure of a checked file, and its datasets by name."""
 
     manifest: Manifest
     dimensions: Dimensions
-    regions: dict[str, Region]
+    columns: dict[str, Column]
 
 
-def inspect(path: Path, *, finished: bool = True, identified: bool = True) -> Structure:
-    """Check a file's structure against the format and locate its datasets. Reads no rows.
+def inspect(path: Path, *, finished: bool = True, identified: bool = True, writable: bool = False) -> Structure:
+    """Open a file, check its structure against the format and locate its datasets. Reads no rows.
 
     Raises NotACache, naming the file and the rule that it breaks; CacheIncomplete if the id is still zero;
     CacheDamaged if the id does not match the manifest and checksums. `finished=False` is for a writer that resumes its
-    own part file, `identified=False` for finding the damage that makes the id wrong.
+    part file, `identified=False` for finding the damage that makes the id wrong, `writable` for `Column.write`.
     """
     try:
-        return _inspect(path, finished, identified)
+        return _inspect(OpenFile(path, writable=writable), finished, identified)
     except (NotACache, CacheIncomplete, CacheDamaged) as problem:
         raise type(problem)(f"{path}: {problem}") from problem.__cause__
     except FileNotFoundError:
@@ -72,34 +55,35 @@ def inspect(path: Path, *, finished: bool = True, identified: bool = True) -> St
         raise NotACache(f"{path}: cannot be read ({problem.strerror or problem}).") from problem
 
 
-def _inspect(path: Path, finished: bool, identified: bool) -> Structure:
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait for its other end
+def _inspect(file: OpenFile, finished: bool, identified: bool) -> Structure:
+    status = os.fstat(file.descriptor)
+    if not stat.S_ISREG(status.st_mode):
         raise NotACache("it is not a regular file, so not a tspipe cache.")
-    with path.open("rb") as raw:
-        size = os.fstat(raw.fileno()).st_size
-        check_superblock(raw.fileno(), path, size)
-        regions = _read_structure(path)
-        _check_offsets(regions, size)
-        if finished and not any(_bytes(raw.fileno(), regions, "id", ID_BYTES)):
-            raise CacheIncomplete("it is not finished. Run the command that makes it again to resume it.")
-        manifest = decode_manifest(_bytes(raw.fileno(), regions, "manifest", MANIFEST_BYTES), finished=finished)
-        dimensions = _dimensions(manifest, regions)
-        _check_shapes(dimensions, regions)
-        if finished and identified:
-            _check_id(raw.fileno(), regions)
-    return Structure(manifest, dimensions, regions)
+    check_superblock(file.descriptor, status.st_size)
+    columns = _read_structure(file)
+    _check_offsets(columns, status.st_size)
+    if finished and not any(_bytes(columns, "id", ID_BYTES)):
+        raise CacheIncomplete("it is not finished. Run the command that makes it again to resume it.")
+    manifest = _bytes(columns, "manifest", MANIFEST_BYTES)
+    decoded = decode_manifest(manifest, finished=finished)
+    dimensions = _dimensions(decoded, columns)
+    _check_shapes(dimensions, columns)
+    if finished and identified:
+        checksums = [columns[name].load().tobytes() for name in checksum_names(columns)]
+        if _bytes(columns, "id", ID_BYTES) != identify(manifest, checksums):
+            raise CacheDamaged("its id does not match its manifest and checksums. Get the file again.")
+    return Structure(decoded, dimensions, columns)
 
 
-def _read_structure(path: Path) -> dict[str, Region]:
+def _read_structure(file: OpenFile) -> dict[str, Column]:
     try:
-        file = h5py.File(path, "r", locking=False)
+        hdf5 = h5py.File(f"/dev/fd/{file.descriptor}", "r", locking=False)  # the same file, whatever has its name now
     except (OSError, RuntimeError, ValueError) as problem:
         raise NotACache("it is truncated or not a valid HDF5 file.") from problem
-    with file:
+    with hdf5:
         try:
-            _check_attributes(file)
-            return _regions(file)
+            _check_attributes(hdf5)
+            return _columns(hdf5, file)
         except _HDF5_ERRORS as problem:
             raise NotACache(DAMAGED) from problem
 
@@ -125,30 +109,30 @@ def _check_attributes(file: h5py.File) -> None:
         )
 
 
-def _regions(file: h5py.File) -> dict[str, Region]:
+def _columns(hdf5: h5py.File, file: OpenFile) -> dict[str, Column]:
     names: list[bytes] = []
-    file.id.links.iterate(names.append)  # names only: following a link would open what it points to
-    regions = {}
+    hdf5.id.links.iterate(names.append)  # names only: following a link would open what it points to
+    columns = {}
     for name in names:
         label = _printable(name)
         if names.count(name) > 1:
             raise NotACache(f"it holds {label!r} twice.")
         try:
-            regions[label] = _region(file, name)
+            columns[label] = _column(hdf5, file, name)
         except _HDF5_ERRORS as problem:
             raise NotACache(f"{label!r} is damaged, or extends beyond the end of the file.") from problem
-    return regions
+    return columns
 
 
 def _printable(name: bytes) -> str:
     return name.decode("ascii", "backslashreplace")[:100]
 
 
-def _region(file: h5py.File, name: bytes) -> Region:
+def _column(hdf5: h5py.File, file: OpenFile, name: bytes) -> Column:
     label = repr(_printable(name))
-    if file.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+    if hdf5.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
         raise NotACache(f"{label} is a soft or external link; only hard links are allowed.")
-    dataset = h5py.h5o.open(file.id, name)  # not get_info, which walks the trees of what it is asked about
+    dataset = h5py.h5o.open(hdf5.id, name)  # not get_info, which walks the trees of what it is asked about
     if not isinstance(dataset, h5py.h5d.DatasetID):
         raise NotACache(f"{label} is not a dataset.")
     plan = dataset.get_create_plist()
@@ -165,14 +149,14 @@ def _region(file: h5py.File, name: bytes) -> Region:
     if space.get_simple_extent_type() != h5py.h5s.SIMPLE or space.get_simple_extent_dims(True) != shape:
         raise NotACache(f"{label} has no fixed shape.")
     offset = dataset.get_offset()
-    region = Region(-1 if offset is None else offset, shape, _dtype(dataset.get_type(), label))
-    if offset is None or dataset.get_storage_size() != region.nbytes:
+    column = Column(file, -1 if offset is None else offset, shape, _dtype(dataset.get_type(), label))
+    if offset is None or dataset.get_storage_size() != column.nbytes:
         raise NotACache(f"{label} has storage of the wrong size.")
-    return region
+    return column
 
 
 def _dtype(kind: Any, label: str) -> np.dtype[Any]:
-    """The numpy dtype an HDF5 type equals exactly; big-endian, padded or variable-length ones equal none."""
+    """Return the numpy dtype that equals an HDF5 type; big-endian, padded or variable-length types equal none."""
     candidates = ["u1", "<i2", "<i8", "<f2", "<f4"]
     if kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str() and kind.get_size() <= _MAX_NAME_BYTES:
         candidates = [f"S{kind.get_size()}"]
@@ -182,81 +166,61 @@ def _dtype(kind: Any, label: str) -> np.dtype[Any]:
     raise NotACache(f"{label} has a type that the format does not allow.")
 
 
-def _check_offsets(regions: dict[str, Region], size: int) -> None:
+def _check_offsets(columns: dict[str, Column], size: int) -> None:
     before, end = "the HDF5 superblock", SUPERBLOCK_BYTES
-    for name, region in sorted(regions.items(), key=lambda item: item[1].offset):
-        if region.offset < end:
+    for name, column in sorted(columns.items(), key=lambda item: item[1].offset):
+        if column.offset < end:
             raise NotACache(f"{name!r} overlaps {before}.")
-        before, end = repr(name), region.offset + region.nbytes
+        before, end = repr(name), column.offset + column.nbytes
         if end > size:
             raise NotACache(f"{name!r} extends beyond the end of the file.")
 
 
-def _dimensions(manifest: Manifest, regions: dict[str, Region]) -> Dimensions:
-    """The sizes the manifest states, with those that only the datasets tell."""
-
-    def of(name: str) -> Region:
-        if name not in regions:
-            raise NotACache(f"the dataset {name!r} is missing.")
-        return regions[name]
-
-    images = regions.get("train_images")
-    if images and manifest["views"] and manifest["preprocess"]["crop"]:
+def _dimensions(manifest: Manifest, columns: dict[str, Column]) -> Dimensions:
+    """Return the sizes in the manifest, with those that only the datasets have."""
+    for name in ("classes", *(f"{split}_keys" for split in SPLITS)):
+        _require(columns, name)
+    images, weights = columns.get("train_images"), columns.get("teacher_weights")
+    if images is not None and manifest["views"] and manifest["preprocess"]["crop"]:
         raise NotACache("its images are cropped, and so cannot be used for its views.")
-    weights = regions.get("teacher_weights")
     return Dimensions(
         rows={split: manifest["dataset"]["rows"][split] for split in SPLITS},
         width=manifest["features"]["width"],
         classes=manifest["dataset"]["classes"],
         feature_dtype=manifest["features"]["dtype"],
         block_rows=manifest["block_rows"],
-        class_bytes=of("classes").dtype.itemsize,
-        key_bytes={split: of(f"{split}_keys").dtype.itemsize for split in SPLITS},
+        class_bytes=columns["classes"].dtype.itemsize,
+        key_bytes={split: columns[f"{split}_keys"].dtype.itemsize for split in SPLITS},
         weights_bytes=0 if weights is None else weights.nbytes,
         views=manifest["views"] and manifest["views"]["count"],
-        image_shape=images.shape[1:] if images and len(images.shape) == 4 else None,
+        image_shape=images.shape[1:] if images is not None and len(images.shape) == 4 else None,
         random_rows=manifest["random"] and manifest["random"]["rows"],
     )
 
 
-def _check_shapes(dimensions: Dimensions, regions: dict[str, Region]) -> None:
+def _check_shapes(dimensions: Dimensions, columns: dict[str, Column]) -> None:
     expected = dimensions.datasets()
-    if missing := [name for name in expected if name not in regions]:
-        raise NotACache(f"the dataset {missing[0]!r} is missing.")
-    if extra := sorted(regions.keys() - expected.keys()):
+    for name in expected:
+        _require(columns, name)
+    if extra := sorted(columns.keys() - expected.keys()):
         raise NotACache(f"it holds {extra[0]!r}, which is not in the format.")
     for name, (dtype, shape) in expected.items():
-        region = regions[name]
-        if (region.dtype, region.shape) != (dtype, shape):
-            raise NotACache(f"{name!r} is {region.dtype.str} {region.shape}; its manifest says {dtype.str} {shape}.")
-        if name.rpartition("_")[2] in _LOADED_AT_ONCE and region.nbytes > _MAX_LOADED_BYTES:
-            raise NotACache(f"{name!r} has {region.nbytes:,} bytes; the format allows {_MAX_LOADED_BYTES:,}.")
+        column = columns[name]
+        if (column.dtype, column.shape) != (dtype, shape):
+            raise NotACache(f"{name!r} is {column.dtype.str} {column.shape}; its manifest says {dtype.str} {shape}.")
+        if name.rpartition("_")[2] in _LOADED_AT_ONCE and column.nbytes > _MAX_LOADED_BYTES:
+            raise NotACache(f"{name!r} has {column.nbytes:,} bytes; the format allows {_MAX_LOADED_BYTES:,}.")
 
 
-def _bytes(descriptor: int, regions: dict[str, Region], name: str, length: int | None = None) -> bytes:
-    region = regions.get(name)
-    if region is None:
+def _require(columns: dict[str, Column], name: str) -> Column:
+    if name not in columns:
         raise NotACache(f"the dataset {name!r} is missing.")
-    if length is not None and region.nbytes != length:
-        raise NotACache(f"{name!r} has {region.nbytes:,} bytes, not {length:,}.")
-    return os.pread(descriptor, region.nbytes, region.offset)
+    return columns[name]
 
 
-def _check_id(descriptor: int, regions: dict[str, Region]) -> None:
-    checksums = [_bytes(descriptor, regions, name) for name in checksum_names(regions)]
-    if _bytes(descriptor, regions, "id", ID_BYTES) != identify(_bytes(descriptor, regions, "manifest"), checksums):
-        raise CacheDamaged("its id does not match its manifest and checksums. Get the file again.")
-
-
-def checksum_names(names: Iterable[str]) -> list[str]:
-    """Return those of `names` that are checksum datasets, in file order."""
-    names = set(names)
-    return [name for name in (f"{split}_checksums" for split in (*SPLITS, "random")) if name in names]
-
-
-def identify(manifest: bytes, checksums: Iterable[bytes]) -> bytes:
-    """Return a cache's id, 64 hex digits: SHA-256 over the manifest's 65,536 bytes and all checksums in file order."""
-    digest = hashlib.sha256(manifest)
-    for part in checksums:
-        digest.update(part)
-    return digest.hexdigest().encode("ascii")
+def _bytes(columns: dict[str, Column], name: str, length: int) -> bytes:
+    """Return the bytes of a dataset that must have this length."""
+    column = _require(columns, name)
+    if column.nbytes != length:
+        raise NotACache(f"{name!r} has {column.nbytes:,} bytes, not {length:,}.")
+    return column.load().tobytes()

@@ -3,14 +3,19 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from tspipe.cache.layout import MANIFEST_BYTES, SPLITS
 from tspipe.errors import CacheError, NotACache
 
 Manifest = dict[str, Any]
+
+_LARGEST = 2**48  # far above any real count; products of two counts are checked against the file size
+_LARGEST_SIDE = 4096  # pixels
+_LARGEST_OPTION = 65536
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}(?<!\.py)"  # neither a path nor a Python file
+_SHA256 = r"[0-9a-f]{64}"
 
 
 def as_plan(manifest: Manifest) -> Manifest:
@@ -31,6 +36,16 @@ def differing_fields(first: Any, second: Any, path: str = "") -> Iterator[tuple[
         yield path, first, second
 
 
+def describe_differences(actual: Any, expected: Any) -> str:
+    """Return the first three fields in which two manifests or configs differ, as text; empty if they are equal."""
+    fields = list(differing_fields(actual, expected))[:3]
+    return "; ".join(f"{name} is {_format(one)}, not {_format(two)}" for name, one, two in fields)
+
+
+def _format(value: Any) -> str:
+    return f"({', '.join(f'{k} {v}' for k, v in value.items())})" if isinstance(value, dict) else repr(value)
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Encode a manifest as 65,536 bytes: canonical JSON (sorted keys, no spaces, ASCII), padded with NUL."""
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
@@ -42,145 +57,133 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(data: bytes, *, finished: bool = True) -> Manifest:
     """Parse and check a manifest; that of an unfinished file may have null in the fields set at the end.
 
-    Raises NotACache if the text is not canonical JSON or breaks the schema.
+    Raises NotACache if the text is not canonical JSON or a field is missing, unknown or out of range.
     """
-    text = data.rstrip(b"\0")
     try:
-        manifest = json.loads(text)
-        _check(manifest, _SCHEMA, "manifest", finished)
+        manifest = json.loads(data.rstrip(b"\0"))
+        _check(manifest, finished)
     except (ValueError, RecursionError) as problem:
         raise NotACache("its manifest is not JSON.") from problem
-    _check_consistency(manifest)
     # Each manifest has exactly one encoding: duplicate keys, other number formats and trailing bytes are refused.
     if encode_manifest(manifest) != data:
         raise NotACache("its manifest is not canonical JSON.")
     return dict(manifest)
 
 
-# ── The manifest's schema ────────────────────────────────────────────────────────────────────────────────────────
-# A schema is a dict (exactly these fields) or a predicate that accepts or rejects a value.
+class _Section:
+    """An object in the manifest with exactly these fields; every check raises NotACache naming the field."""
 
-Check = Callable[[Any], bool]
-_LARGEST_SIDE = 4096  # pixels
-_LARGEST_OPTION = 65536
-_LARGEST = 2**48  # far above any real count; products of two counts are checked against the file size
+    def __init__(self, value: Any, where: str, *fields: str):
+        self.value, self.where = value, where
+        if not isinstance(value, dict):
+            raise NotACache(f"{where} is not an object.")
+        if missing := sorted(set(fields) - value.keys()):
+            raise NotACache(f"{where} lacks the field {missing[0]!r}.")
+        if unknown := sorted(value.keys() - set(fields)):
+            raise NotACache(f"{where} has an unknown field {unknown[0][:60]!r}.")
+
+    def section(self, field: str, *fields: str) -> "_Section":
+        return _Section(self.value[field], f"{self.where}.{field}", *fields)
+
+    def require(self, field: str, valid: bool) -> None:
+        if not valid:
+            raise NotACache(f"{self.where}.{field} cannot be {json.dumps(self.value[field])[:60]}.")
+
+    def integers(self, low: int, high: int, *fields: str) -> None:
+        for field in fields:
+            self.require(field, _is_integer(self.value[field], low, high))
+
+    def text(self, field: str, pattern: str) -> None:
+        self.require(field, isinstance(self.value[field], str) and bool(re.fullmatch(pattern, self.value[field])))
+
+    def numbers(self, field: str, above: float) -> None:
+        values = self.value[field]
+        self.require(
+            field,
+            isinstance(values, list)
+            and 1 <= len(values) <= 16
+            and all(type(v) in (int, float) and math.isfinite(v) and above < v < 1e6 for v in values),
+        )
 
 
-@dataclass(frozen=True)
-class _Optional:
-    """A field that may be null; with `only_unfinished`, only in an unfinished file."""
+def _check(manifest: Any, finished: bool) -> None:
+    sections = ("compute", "dataset", "features", "preprocess", "random", "teacher", "views")
+    top = _Section(manifest, "manifest", "block_rows", *sections)
+    top.integers(1, 2**24, "block_rows")
 
-    schema: Any
-    only_unfinished: bool = False
+    compute = top.section("compute", "batch_size", "device", "precision")
+    compute.integers(1, 2**24, "batch_size")
+    compute.text("device", "cpu|cuda|mps|xpu")
+    compute.text("precision", "float32|bfloat16")
+
+    dataset = top.section("dataset", "classes", "fingerprint", "license", "name", "rows")
+    dataset.integers(1, 2**20, "classes")
+    if finished or dataset.value["fingerprint"] is not None:
+        dataset.text("fingerprint", _SHA256)
+    dataset.text("license", "(?s).{0,1000}")
+    dataset.text("name", f"(folder:)?{_NAME}")
+    rows = dataset.section("rows", *SPLITS)
+    rows.integers(1, _LARGEST, "test", "train")
+
+    features = top.section("features", "dtype", "width")
+    features.text("dtype", "<f2|<f4")
+    features.integers(1, 2**18, "width")
+    _check_preprocess(top.section("preprocess", "crop", "interpolation", "mean", "resize", "std"))
+
+    if manifest["random"] is not None:
+        pool = top.section("random", "generator", "rows", "seed")
+        pool.text("generator", _NAME)
+        pool.integers(1, _LARGEST, "rows")
+        pool.integers(0, 2**63 - 1, "seed")
+
+    teacher = top.section("teacher", "correct", "file_sha256", "network", "options", "weights_sha256")
+    if finished or teacher.value["correct"] is not None:
+        correct = teacher.section("correct", *SPLITS)
+        for split in ("test", "train"):
+            correct.integers(0, _LARGEST, split)
+            if correct.value[split] > rows.value[split]:
+                raise NotACache(f"{correct.where}.{split} is {correct.value[split]} of {rows.value[split]} images.")
+    teacher.text("file_sha256", _SHA256)
+    teacher.text("network", f"(torchvision:)?{_NAME}")
+    teacher.require("options", _are_options(teacher.value["options"]))
+    teacher.text("weights_sha256", _SHA256)
+
+    if manifest["views"] is not None:
+        views = top.section("views", "count", "flip", "seed", "shift")
+        views.integers(2, 2**16, "count")
+        views.require("flip", isinstance(views.value["flip"], bool))
+        views.integers(0, 2**63 - 1, "seed")
+        views.integers(0, 2**14, "shift")
+        if not (views.value["shift"] or views.value["flip"]):
+            raise NotACache("manifest.views has neither a shift nor a flip.")
 
 
-def _integer(low: int, high: int = _LARGEST) -> Check:
-    return lambda value: type(value) is int and low <= value <= high
+def _check_preprocess(preprocess: _Section) -> None:
+    crop, resize = preprocess.value["crop"], preprocess.value["resize"]
+    preprocess.require("crop", crop is None or _is_integer(crop, 1, _LARGEST_SIDE))
+    preprocess.text("interpolation", "nearest|bilinear|bicubic")
+    preprocess.numbers("mean", above=-1e6)
+    is_size = isinstance(resize, list) and len(resize) == 2 and all(_is_integer(v, 1, _LARGEST_SIDE) for v in resize)
+    preprocess.require("resize", resize is None or is_size)
+    preprocess.numbers("std", above=0)
+    if len(preprocess.value["mean"]) != len(preprocess.value["std"]):
+        raise NotACache("manifest.preprocess has a mean and a std of different lengths.")
 
 
-def _text(pattern: str) -> Check:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+def _is_integer(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
 
 
-def _numbers(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and 1 <= len(value) <= 16
-        and all(type(v) in (int, float) and math.isfinite(v) and abs(v) < 1e6 for v in value)
+def _are_options(value: Any) -> bool:
+    """Return whether all are scalars or short lists of scalars, bounded so that no network built from them is huge."""
+    if not isinstance(value, dict) or len(value) > 64:
+        return False
+    return all(
+        all(map(_is_scalar, v)) and len(v) <= 16 if isinstance(v, list) else _is_scalar(v) for v in value.values()
     )
 
 
-def _scalar(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     if isinstance(value, int | float):
         return abs(value) <= _LARGEST_OPTION  # neither NaN nor infinite
     return value is None or (isinstance(value, str) and len(value) <= 200)
-
-
-def _options(value: Any) -> bool:
-    """Accept scalars and short lists of scalars, bounded so that no network built from them is huge."""
-    if not isinstance(value, dict) or len(value) > 64:
-        return False
-    return all(all(map(_scalar, v)) and len(v) <= 16 if isinstance(v, list) else _scalar(v) for v in value.values())
-
-
-def _size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_integer(1, _LARGEST_SIDE)(v) for v in value)
-
-
-def _positive(value: Any) -> bool:
-    return _numbers(value) and all(v > 0 for v in value)
-
-
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}(?<!\.py)"  # neither a path nor a Python file
-_sha256 = _text(r"[0-9a-f]{64}")
-_any_text = _text(r"(?s).{0,1000}")
-
-_SCHEMA: dict[str, Any] = {
-    "block_rows": _integer(1, 2**24),
-    "compute": {
-        "batch_size": _integer(1, 2**24),
-        "device": _text(r"cpu|cuda|mps|xpu"),
-        "precision": _text(r"float32|bfloat16"),
-    },
-    "dataset": {
-        "classes": _integer(1, 2**20),
-        "fingerprint": _Optional(_sha256, only_unfinished=True),
-        "license": _any_text,
-        "name": _text(f"(folder:)?{_NAME}"),
-        "rows": {"test": _integer(1), "train": _integer(1)},
-    },
-    "features": {"dtype": _text(r"<f2|<f4"), "width": _integer(1, 2**18)},
-    "preprocess": {
-        "crop": _Optional(_integer(1, _LARGEST_SIDE)),
-        "interpolation": _text(r"nearest|bilinear|bicubic"),
-        "mean": _numbers,
-        "resize": _Optional(_size),
-        "std": _positive,
-    },
-    "random": _Optional({"generator": _text(_NAME), "rows": _integer(1), "seed": _integer(0, 2**63 - 1)}),
-    "teacher": {
-        "correct": _Optional({"test": _integer(0), "train": _integer(0)}, only_unfinished=True),
-        "file_sha256": _sha256,
-        "network": _text(f"(torchvision:)?{_NAME}"),
-        "options": _options,
-        "weights_sha256": _sha256,
-    },
-    "views": _Optional(
-        {
-            "count": _integer(2, 2**16),
-            "flip": lambda value: isinstance(value, bool),
-            "seed": _integer(0, 2**63 - 1),
-            "shift": _integer(0, 2**14),
-        }
-    ),
-}
-
-
-def _check(value: Any, schema: Any, where: str, finished: bool) -> None:
-    if isinstance(schema, _Optional):
-        if value is None and not (finished and schema.only_unfinished):
-            return
-        schema = schema.schema
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            raise NotACache(f"{where} is not an object.")
-        if missing := sorted(schema.keys() - value.keys()):
-            raise NotACache(f"{where} lacks the field {missing[0]!r}.")
-        if extra := sorted(value.keys() - schema.keys()):
-            raise NotACache(f"{where} has an unknown field {extra[0][:60]!r}.")
-        for key, inner in schema.items():
-            _check(value[key], inner, f"{where}.{key}", finished)
-    elif not schema(value):
-        raise NotACache(f"{where} cannot be {json.dumps(value)[:60]}.")
-
-
-def _check_consistency(manifest: Manifest) -> None:
-    """Check the rules that involve more than one field."""
-    correct, rows, preprocess = manifest["teacher"]["correct"], manifest["dataset"]["rows"], manifest["preprocess"]
-    for split in SPLITS if correct else ():
-        if correct[split] > rows[split]:
-            raise NotACache(f"manifest.teacher.correct.{split} is {correct[split]} of {rows[split]} images.")
-    if len(preprocess["mean"]) != len(preprocess["std"]):
-        raise NotACache("manifest.preprocess has a mean and a std of different lengths.")
-    if (views := manifest["views"]) and not (views["shift"] or views["flip"]):
-        raise NotACache("manifest.views has neither a shift nor a flip.")

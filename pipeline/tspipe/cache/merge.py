@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tspipe.cache.checksums import block_checksums
 from tspipe.cache.inspect import inspect
 from tspipe.cache.manifest import as_plan
-from tspipe.cache.read import Column
-from tspipe.cache.write import CacheWriter, block_checksums
+from tspipe.cache.write import CacheWriter
 from tspipe.errors import NotACache
 
 _PATIENCE = 120.0  # seconds; blocks in files that do not appear by then are computed again
@@ -29,11 +29,9 @@ def absorb(writer: CacheWriter, ranks: int = 1) -> None:
     beginning = writer.part.name + "-"
     _wait_for([writer.part.with_name(f"{beginning}{rank}") for rank in range(1, ranks)])
     for path in sorted(writer.part.parent.glob(f"{glob.escape(beginning)}*")):
-        rank, _, rest = path.name.removeprefix(beginning).partition(".")
-        if rank.isdigit() and rest in ("", "skeleton"):
-            if not rest:
-                _take(writer, path)
-                writer.sync()
+        if path.name.removeprefix(beginning).isdigit():
+            _take(writer, path)
+            writer.sync()
             path.unlink(missing_ok=True)
 
 
@@ -52,14 +50,12 @@ def _take(writer: CacheWriter, path: Path) -> None:
         return
     if (as_plan(structure.manifest), structure.dimensions) != (writer.plan, writer.dimensions):
         return
-    columns = {name: Column(path, region) for name, region in structure.regions.items()}
-    for split in structure.dimensions.sections:
+    columns, sizes = structure.columns, structure.dimensions
+    for split in sizes.sections:
         stored = columns[f"{split}_checksums"].load()
         for block in np.flatnonzero(stored.any(axis=(1, 2))).tolist():
-            if stored[block].tobytes() == block_checksums(columns, structure.dimensions, split, block):
-                images = structure.dimensions.block(split, block)
-                rows = {
-                    name: columns[f"{split}_{name}"][structure.dimensions.column_rows(split, name, images)]
-                    for name in structure.dimensions.columns(split)
-                }
+            if stored[block].tobytes() == block_checksums(columns, sizes, split, block):
+                images = sizes.block(split, block)
+                names = sizes.columns(split)
+                rows = {name: columns[f"{split}_{name}"][sizes.column_rows(split, name, images)] for name in names}
                 writer.write_block(split, block, rows)

@@ -6,7 +6,6 @@ HDF5 follows trees and shared messages wherever they lead. A reference cycle ove
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import h5py
 
@@ -25,11 +24,11 @@ _MAX_DATASETS = 64
 _NOT_PLAIN = "its HDF5 structure uses features that the format does not allow."
 
 
-def check_superblock(descriptor: int, path: Path, size: int) -> None:
+def check_superblock(descriptor: int, size: int) -> None:
     """Check the superblock, the file size it records, and all object headers; raise NotACache if one is invalid."""
     head = os.pread(descriptor, SUPERBLOCK_BYTES, 0)
     if not head.startswith(_SIGNATURE):
-        if h5py.is_hdf5(path):
+        if h5py.is_hdf5(f"/dev/fd/{descriptor}"):
             raise NotACache("it begins with an HDF5 user block, which is not allowed.")
         raise NotACache("it is not an HDF5 file, so not a tspipe cache.")
     if len(head) < SUPERBLOCK_BYTES:
@@ -47,14 +46,11 @@ def check_superblock(descriptor: int, path: Path, size: int) -> None:
 
 
 def _check_objects(descriptor: int, head: bytes) -> None:
-    (
-        """Check that the file has no reference cycles.
+    """Check that the file has no reference cycles.
 
     All names must be in one tree node, which has room for every dataset of the format, and no object may share a
     message with another. New-style groups, which external links require, have more trees and are refused.
     """
-        ""
-    )
     root, names = struct.unpack_from("<Q", head, 64)[0], head[80:96]
     for message, data in _messages(descriptor, root):
         if message not in (_NIL, _ATTRIBUTE, _CONTINUATION) and (message, data) != (_SYMBOL_TABLE, names):

@@ -1,144 +1,19 @@
-"""Reads a feature cache: columns by offset, without HDF5 and without torch."""
+"""Opens a feature cache for reading; rows are read by offset, without HDF5 and without torch."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from tspipe.cache.inspect import Region, Structure, inspect
+from tspipe.cache.column import Column
+from tspipe.cache.inspect import Structure, inspect
 from tspipe.cache.layout import SPLITS, Dimensions
 from tspipe.cache.manifest import Manifest
 from tspipe.errors import CacheDamaged, CacheError
-
-_AHEAD = getattr(os, "posix_fadvise", None)  # absent on macOS, where the system decides about reading ahead
-_PAGE, _SPAN = 4096, 2**26  # bytes; the largest range read at once to select rows from
-
-Stamp = tuple[int, int, int]
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    """Return what changes when a file is replaced or written to: inode, size, modification time (ns)."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class Column(Sequence[Any]):
-    """One dataset of the file as an array-like: `column[i]`, `column[3:7]`, `column[[5, 2]]`, `numpy.asarray(column)`.
-
-    It holds (path, offset, shape, dtype) and a stamp that detects a replaced file. It opens the file on first use in
-    each process, so it is cheap to pickle and works in data-loader workers, however they are started. Rows are copies.
-    """
-
-    def __init__(self, path: Path, region: Region, stamp: Stamp | None = None):
-        self.path, self.offset, self.shape, self.dtype = path, region.offset, region.shape, region.dtype
-        self.row_shape = self.shape[1:]
-        self.row_bytes = region.nbytes // max(1, self.shape[0])
-        self._stamp = stamp
-        self._file: tuple[int, int] | None = None  # (process, descriptor)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the column in bytes."""
-        return len(self) * self.row_bytes
-
-    def __getitem__(self, index: int | slice | ArrayLike) -> Any:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step == 1:
-                return self._contiguous(start, max(start, stop))
-            return self.take(np.arange(start, stop, step))
-        if isinstance(index, int | np.integer):  # not SupportsIndex: arrays have __index__ too
-            return self.take(np.array([index]))[0]
-        rows = np.asarray(index)
-        return self.take(rows if rows.size else rows.astype(np.int64))  # numpy reads [] as floats
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self.load(), dtype=dtype)
-
-    def load(self) -> NDArray[Any]:
-        """Read all rows at once."""
-        return self._contiguous(0, len(self))
-
-    def take(self, rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
-        """Return the rows with these indices (n,), in this order; negative indices count from the end.
-
-        Each row is read separately, unless they are so dense that reading the whole range is faster.
-        """
-        if rows.dtype == bool:
-            rows = np.flatnonzero(rows)
-        if rows.ndim == 1 and len(rows) and rows.min() < 0:
-            rows = np.where(rows < 0, rows + len(self), rows)
-        first, stop = _ends(rows)
-        if rows.ndim != 1 or first < 0 or stop > len(self):
-            raise IndexError(f"row indices must be one-dimensional and below {len(self)}")
-        if self._dense(first, stop, len(rows)):
-            return np.take(self._contiguous(first, stop), rows - first, axis=0)
-        descriptor, size = self._descriptor(), self.row_bytes
-        offsets = (rows.astype(np.int64, copy=False) * size + self.offset).tolist()
-        # pread is twice as fast as preadv, including the copy.
-        joined = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
-        if len(joined) == len(rows) * size:
-            return np.frombuffer(joined, self.dtype).reshape(len(rows), *self.row_shape)
-        out = np.empty((len(rows), *self.row_shape), self.dtype)
-        for i, offset in enumerate(offsets):  # some reads were short
-            self._read(descriptor, _buffer(out[i]), offset)
-        return out
-
-    def advise(self, rows: NDArray[np.integer[Any]]) -> None:
-        """Announce to the system that these rows are needed soon, so that it reads them in the background."""
-        if _AHEAD is None:
-            return
-        descriptor, span = self._descriptor(), _ends(rows)
-        for first, stop in [span] if self._dense(*span, len(rows)) else [(row, row + 1) for row in rows.tolist()]:
-            offset, count = self.offset + first * self.row_bytes, (stop - first) * self.row_bytes
-            _AHEAD(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
-
-    def _dense(self, first: int, stop: int, count: int) -> bool:
-        """Return whether rows are on average less than a page apart, so that every page is read anyway."""
-        return (stop - first) * self.row_bytes <= min(_PAGE * count, _SPAN)
-
-    def _contiguous(self, start: int, stop: int) -> NDArray[Any]:
-        out = np.empty((stop - start, *self.row_shape), self.dtype)
-        if out.size:
-            self._read(self._descriptor(), _buffer(out), self.offset + start * self.row_bytes)
-        return out
-
-    def _read(self, descriptor: int, buffer: memoryview, offset: int) -> None:
-        while buffer:
-            done = os.preadv(descriptor, [buffer], offset)
-            if done == 0:
-                raise CacheDamaged(f"{self.path} was truncated while it was read. Get the file again.")
-            buffer, offset = buffer[done:], offset + done
-
-    def _descriptor(self) -> int:
-        if self._file is None or self._file[0] != os.getpid():
-            try:
-                self._file = os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as problem:
-                raise CacheError(f"{self.path} can no longer be read ({problem.strerror}).") from problem
-            if self._stamp is not None and _stamp(os.fstat(self._file[1])) != self._stamp:
-                raise CacheError(f"{self.path} was replaced while it was in use. Run the command again.")
-        return self._file[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
-
-    def __del__(self) -> None:
-        file = getattr(self, "_file", None)
-        if file is not None and file[0] == os.getpid():
-            os.close(file[1])
-
-
-def _ends(rows: NDArray[np.integer[Any]]) -> tuple[int, int]:
-    """Return the first of these rows and the one after the last."""
-    return (int(rows.min()), int(rows.max()) + 1) if rows.size else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -153,6 +28,12 @@ class Split:
     checksums: Column  # (blocks, columns, 32) uint8
     views: Column | None = None  # (n·V, 3) int16: dy, dx, flip
     images: Column | None = None  # (n, H, W, C) uint8
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Column], split: str) -> "Split":
+        """Return the split made of the columns `<split>_…`."""
+        parts = {name.removeprefix(f"{split}_"): part for name, part in columns.items() if name.startswith(f"{split}_")}
+        return cls(labels=parts.pop("labels").load(), **parts)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -225,10 +106,10 @@ class Cache:
 def open_cache(path: str | os.PathLike[str]) -> Cache:
     """Open and check a finished cache. Reads the manifest, the checksums, the classes and the labels, no other rows.
 
-    Raises NotACache, CacheIncomplete or CacheDamaged.
+    The file is opened once: if another one takes its name, this one stays in use. Raises NotACache, CacheIncomplete or
+    CacheDamaged; later reads raise CacheError if the file itself is written to.
     """
-    path = Path(path)
-    cache = assemble(path, inspect(path))
+    cache = assemble(inspect(Path(path)))
     for split in SPLITS:
         labels = cache.split(split).labels
         if not (labels.min() >= 0 and labels.max() < len(cache.classes)):
@@ -236,36 +117,19 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
     return cache
 
 
-def assemble(path: Path, structure: Structure, *, watched: bool = True) -> Cache:
-    """Return a Cache of this structure, without checking labels; `watched` refuses to read once the file changes."""
-    path = path.absolute()  # columns open it later, perhaps from another working directory
-    stamp = _stamp(path.stat()) if watched else None
-    columns = {name: Column(path, region, stamp) for name, region in structure.regions.items()}
-    splits = {split: split_columns(columns, split) for split in SPLITS}
+def assemble(structure: Structure) -> Cache:
+    """Return a Cache of this structure, without checking labels."""
+    columns = structure.columns
     return Cache(
-        path=path,
+        path=columns["id"].file.path,
         id=columns["id"].load().tobytes().decode("ascii"),
         manifest=structure.manifest,
         dimensions=structure.dimensions,
         classes=[name.decode("utf-8", "replace") for name in columns["classes"].load().tolist()],
-        train=splits["train"],
-        test=splits["test"],
-        random=_pool(columns),
+        train=Split.of(columns, "train"),
+        test=Split.of(columns, "test"),
+        random=Pool(*(columns[f"random_{name}"] for name in ("features", "logits", "checksums")))
+        if "random_features" in columns
+        else None,
         _weights=columns.get("teacher_weights"),
     )
-
-
-def split_columns(columns: dict[str, Column], split: str) -> Split:
-    """Return a split's columns, selected by name."""
-    own = {name.removeprefix(f"{split}_"): column for name, column in columns.items() if name.startswith(f"{split}_")}
-    return Split(labels=own.pop("labels").load(), **own)
-
-
-def _pool(columns: dict[str, Column]) -> Pool | None:
-    names = [f"random_{column}" for column in ("features", "logits", "checksums")]
-    return Pool(*(columns[name] for name in names)) if names[0] in columns else None
-
-
-def _buffer(array: NDArray[Any]) -> memoryview:
-    """Return an array's memory, to read into."""
-    return memoryview(array.view(np.uint8).reshape(-1).data) if array.size else memoryview(b"")

@@ -1,7 +1,6 @@
 """Restores the original bytes of a damaged cache, and writes no others."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tspipe.cache.checksums import fingerprint
 from tspipe.cache.inspect import inspect
-from tspipe.cache.read import Column, assemble
+from tspipe.cache.read import assemble
 from tspipe.cache.verify import Damage
-from tspipe.cache.write import fingerprint
 from tspipe.errors import CacheBusy, CacheError
-from tspipe.utils.files import lock, write_at, writing
+from tspipe.utils.files import lock, writing
 
 
 class Repair:
@@ -33,12 +32,9 @@ class Repair:
     def __enter__(self) -> Self:
         with self._stack, writing(self.path, CacheError):
             self._stack.enter_context(lock(self.path, CacheBusy))
-            structure = inspect(self.path, identified=False)
-            self.cache, self._sizes = assemble(self.path, structure, watched=False), structure.dimensions
-            self._columns = {name: Column(self.path, region) for name, region in structure.regions.items()}
-            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-            self._stack.callback(os.close, self._file)
-            self._stack.callback(os.fsync, self._file)
+            structure = inspect(self.path, identified=False, writable=True)
+            self.cache, self._columns = assemble(structure), structure.columns
+            self._stack.callback(self._columns["id"].file.sync)
             self._stack = self._stack.pop_all()
         return self
 
@@ -48,7 +44,7 @@ class Repair:
     def known(self, damage: Damage) -> None:
         """Restore checksums or the id, whose bytes follow from the other rows."""
         assert damage.data is not None
-        self._write(damage.dataset, damage.rows.start, damage.data)
+        self._columns[damage.dataset].write(damage.rows.start, damage.data)
 
     def classes(self, names: Sequence[str]) -> bool:
         """Restore the class names; return whether they match the fingerprint."""
@@ -57,31 +53,28 @@ class Repair:
         described: str = self.cache.manifest["dataset"]["fingerprint"]
         fits = data.shape == column.shape and fingerprint(data.tobytes(), self._columns) == described
         if fits:
-            self._write("classes", 0, data.tobytes())
+            column.write(0, data.tobytes())
         return fits
 
     def weights(self, data: bytes) -> bool:
         """Restore the teacher's weights; return whether they match the manifest's SHA-256."""
-        expected: str = self.cache.manifest["teacher"]["weights_sha256"]
-        fits = len(data) == self._columns["teacher_weights"].nbytes and hashlib.sha256(data).hexdigest() == expected
+        column, expected = self._columns["teacher_weights"], self.cache.manifest["teacher"]["weights_sha256"]
+        fits: bool = len(data) == column.nbytes and hashlib.sha256(data).hexdigest() == expected
         if fits:
-            self._write("teacher_weights", 0, data)
+            column.write(0, data)
         return fits
 
     def block(self, split: str, block: int, columns: Mapping[str, NDArray[Any]]) -> list[str]:
         """Restore these columns of a block; return those that do not match their checksums."""
-        images, wrong = self._sizes.block(split, block), []
+        sizes, wrong = self.cache.dimensions, []
         stored = self._columns[f"{split}_checksums"][block]
-        for i, name in enumerate(self._sizes.columns(split)):
+        for i, name in enumerate(sizes.columns(split)):
             if name not in columns:
                 continue
-            data = np.ascontiguousarray(columns[name], self._columns[f"{split}_{name}"].dtype).tobytes()
+            column = self._columns[f"{split}_{name}"]
+            data = np.ascontiguousarray(columns[name], column.dtype).tobytes()
             if hashlib.sha256(data).digest() == stored[i].tobytes():
-                self._write(f"{split}_{name}", self._sizes.column_rows(split, name, images).start, data)
+                column.write(sizes.column_rows(split, name, sizes.block(split, block)).start, data)
             else:
                 wrong.append(name)
         return wrong
-
-    def _write(self, name: str, row: int, data: bytes) -> None:
-        column = self._columns[name]
-        write_at(self._file, data, column.offset + row * column.row_bytes)

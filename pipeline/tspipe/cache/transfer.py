@@ -16,9 +16,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tspipe.cache.inspect import Region, checksum_names, inspect
+from tspipe.cache.checksums import checksum_names
+from tspipe.cache.column import Column
+from tspipe.cache.inspect import inspect
 from tspipe.cache.manifest import Manifest
-from tspipe.cache.read import Cache, Column, open_cache
+from tspipe.cache.read import Cache, open_cache
 from tspipe.cache.remote import (
     Advance,
     ReadPiece,
@@ -215,19 +217,18 @@ def peek(url: str) -> Peek:
             with _local_errors(sparse):
                 sparse.write_bytes(head)
                 os.truncate(sparse, size)
-            structure = inspect(sparse, identified=False)
-            identified = _complete(sparse, structure.regions, read, requests=3 if remote.web else 2)
-            if identified:
-                inspect(sparse)
-            names = structure.regions["classes"]
+            columns = inspect(sparse, identified=False).columns
+            identified = _complete(sparse, columns, read, requests=3 if remote.web else 2)
+            structure = inspect(sparse, identified=identified)
+            columns, names = structure.columns, structure.columns["classes"]
             return Peek(
                 name=sparse.name,
                 size=size,
-                id=Column(sparse, structure.regions["id"]).load().tobytes().decode("ascii", "replace"),
-                classes=_texts(Column(sparse, names)[: max(0, len(head) - names.offset) // names.dtype.itemsize]),
+                id=columns["id"].load().tobytes().decode("ascii", "replace"),
+                classes=_texts(names[: max(0, len(head) - names.offset) // names.dtype.itemsize]),
                 manifest=structure.manifest,
-                has_images="train_images" in structure.regions,
-                has_teacher="teacher_weights" in structure.regions,
+                has_images="train_images" in columns,
+                has_teacher="teacher_weights" in columns,
                 identified=identified,
             )
 
@@ -335,16 +336,16 @@ def _check(part: Path, sha256: str, stated: str | None, shown: str) -> None:
         raise
 
 
-def _complete(sparse: Path, regions: dict[str, Region], read: ReadPiece, requests: int) -> bool:
+def _complete(sparse: Path, columns: dict[str, Column], read: ReadPiece, requests: int) -> bool:
     """Fetch the checksums that are not in the head, unless they are too many; return whether all are present."""
-    left = [regions[name] for name in checksum_names(regions)]
-    left = [region for region in left if region.offset + region.nbytes > _HEAD]
-    if len(left) > requests or sum(region.nbytes for region in left) > _PEEK - _HEAD:
+    left = [columns[name] for name in checksum_names(columns)]
+    left = [column for column in left if column.offset + column.nbytes > _HEAD]
+    if len(left) > requests or sum(column.nbytes for column in left) > _PEEK - _HEAD:
         return False
     with _local_errors(sparse), sparse.open("r+b") as file:
-        for region in left:
-            file.seek(region.offset)
-            file.write(read(region.offset, region.offset + region.nbytes)[0])
+        for column in left:
+            file.seek(column.offset)
+            file.write(read(column.offset, column.offset + column.nbytes)[0])
     return True
 
 

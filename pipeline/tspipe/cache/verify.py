@@ -6,18 +6,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.inspect import Structure, checksum_names, identify, inspect
+from tspipe.cache.checksums import checksum_names, count_correct, fingerprint, identify, sha256_of
+from tspipe.cache.inspect import Structure, inspect
 from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
-from tspipe.cache.read import Column
-from tspipe.cache.write import correct, fingerprint
 from tspipe.errors import CacheIncomplete
 
-_PIECE = 2**20  # bytes per read
 _WINDOW = 64  # blocks per batch of threads
 _ID_ITSELF = 8  # of 64 digits: an id that differs in so few is itself damaged; another file's differs in about 60
 
@@ -76,7 +73,7 @@ class _Verification:
     def __init__(self, path: Path, advance: Advance):
         structure = _structure(path)
         self.manifest, self.sizes, self.advance = structure.manifest, structure.dimensions, advance
-        self.columns = {name: Column(path, region) for name, region in structure.regions.items()}
+        self.columns = structure.columns
 
     def damage(self) -> list[Damage]:
         strange: list[Damage] = []
@@ -140,7 +137,7 @@ class _Verification:
         for name in names:
             column, rows = self.columns[f"{split}_{name}"], self.sizes.column_rows(split, name, images)
             digest = hashlib.sha256()
-            for start, piece in _pieces(column, rows.start, rows.stop):
+            for start, piece in column.pieces(rows.start, rows.stop):
                 digest.update(piece.data)
                 count += piece.nbytes
                 if piece.dtype.kind == "f" and (beyond := _not_finite(piece)).any():
@@ -164,12 +161,9 @@ class _Verification:
 
     def _beside_checksums(self, damaged: set[str]) -> Iterator[Damage]:
         """Yield damage that only the manifest reveals: in weights, classes, and the teacher's correct predictions."""
-        if (weights := self.columns.get("teacher_weights")) is not None:
-            digest = hashlib.sha256()
-            for _, piece in _pieces(weights, 0, len(weights)):
-                digest.update(piece.data)
-            if digest.hexdigest() != self.manifest["teacher"]["weights_sha256"]:
-                yield Damage("teacher_weights", range(len(weights)))
+        weights = self.columns.get("teacher_weights")
+        if weights is not None and sha256_of(weights).hex() != self.manifest["teacher"]["weights_sha256"]:
+            yield Damage("teacher_weights", range(len(weights)))
         described = {f"{split}_{column}" for split in SPLITS for column in ("labels", "keys", "digests")}
         classes = self.columns["classes"].load()
         wrong = fingerprint(classes.tobytes(), self.columns) != self.manifest["dataset"]["fingerprint"]
@@ -181,7 +175,7 @@ class _Verification:
                 yield Damage(f"{split}_keys", range(len(keys)), "two images have the same key")
             if (
                 not damaged & {f"{split}_logits", f"{split}_labels"}
-                and correct(self.columns, self.sizes, split) != count
+                and count_correct(self.columns, self.sizes, split) != count
             ):
                 yield Damage(f"{split}_logits", range(self.sizes.images(split)), f"not {count:,} correct predictions")
 
@@ -210,10 +204,3 @@ def _not_finite(values: NDArray[np.floating]) -> NDArray[np.bool_]:
     exponent = 0x7C00 if values.itemsize == 2 else 0x7F800000
     bits = values.view(f"<u{values.itemsize}")
     return np.equal(np.bitwise_and(bits, exponent), exponent)  # type: ignore[no-any-return]
-
-
-def _pieces(column: Column, start: int, stop: int) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield rows `start` to `stop` in pieces, each with the number of its first row."""
-    step = max(1, _PIECE // max(1, column.row_bytes))
-    for first in range(start, stop, step):
-        yield first, column[first : min(first + step, stop)]

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
 from tspipe.cache.layout import FEATURE_DTYPES
-from tspipe.cache.manifest import as_plan
+from tspipe.cache.manifest import as_plan, describe_differences
 from tspipe.cache.merge import absorb
-from tspipe.cache.write import differing
 from tspipe.data import random_images, views
 from tspipe.data.datasets import Dataset, open_dataset, stem
 from tspipe.data.image_loader import input_shape
@@ -185,9 +184,9 @@ def _write_part(job: Job, group: Group) -> None:
     if announced is None:
         return
     plan, missing = announced
-    if differences := list(differing(plan, job.plan)):
+    if differences := describe_differences(job.plan, plan):
         raise CacheMismatch(
-            f"Rank {group.rank} would write another cache than rank 0: {'; '.join(differences[:3])}. "
+            f"Rank {group.rank} would write another cache than rank 0: {differences}. "
             "All machines of a job need the same data, settings and kind of device."
         )
     with job.writer(group.rank) as writer:
@@ -202,9 +201,9 @@ def _finished_cache(job: Job) -> Cache:
     path, dataset = job.config.out, job.dataset
     cache = open_cache(path)
     stored = {**as_plan(cache.manifest), "images": cache.has_images}
-    if differences := list(differing(stored, {**job.plan, "images": job.config.images})):
+    if differences := describe_differences(stored, {**job.plan, "images": job.config.images}):
         raise CacheMismatch(
-            f"{path} is another cache: {'; '.join(differences[:3])}. Move it away, replace it (tspipe cache --force) "
+            f"{path} is another cache: {differences}. Move it away, replace it (tspipe cache --force) "
             "or write another (--out)."
         )
     match.match_classes(str(path), cache.classes, dataset.train.classes)

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tspipe.cache.write import differing
+from tspipe.cache.manifest import describe_differences
 from tspipe.errors import RecipeError
 from tspipe.utils.files import write_whole, writing
 
@@ -102,8 +102,8 @@ def find_run(config: dict[str, Any], environment: dict[str, Any], stem: str, out
     if not (path / "config.json").exists():
         return run
     recorded = run.read_json("config.json")
-    if differences := list(differing(recorded["config"], config)):
-        raise RecipeError(f"{path} is the folder of another run: {'; '.join(differences[:3])}. Choose another --out.")
+    if differences := describe_differences(recorded["config"], config):
+        raise RecipeError(f"{path} is the folder of another run: {differences}. Choose another --out.")
     return RunFolder(path, config, recorded["environment"])
 
 

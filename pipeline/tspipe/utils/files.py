@@ -1,15 +1,20 @@
 """Atomic writes of files, and locks for folders that one process writes at a time."""
 
 import contextlib
-import errno
 import fcntl
-import glob
 import os
+import re
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tspipe.errors import TspipeError
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{16}\.tmp")  # process, host
+_DAY = 24 * 3600  # seconds
 
 
 @contextlib.contextmanager
@@ -26,32 +31,52 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it, so that it is complete or absent."""
-    prefix = f".{path.name}.{socket.gethostname()}."
-    temporary = path.with_name(f"{prefix}{os.getpid()}")
-    with writing(path):
-        _remove_abandoned(path.parent, prefix)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    with writing(path), new_file(path) as file:
+        file.write(data)
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Remove the temporary files of killed processes of this host."""
-    for file in folder.glob(f"{glob.escape(prefix)}*"):
-        process = file.name.removeprefix(prefix)
-        try:
-            if process.isdigit():
-                os.kill(int(process), 0)  # sends no signal, only checks that the process exists
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except OSError:  # the process exists and belongs to another user
-            continue
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new empty file that becomes `path` when the block ends, and is removed if the block raises.
+
+    Its temporary name is unpredictable and is not created through a link, so in a folder that is writable for all,
+    nobody can divert what is written. Files that killed processes have left in the folder are removed.
+    """
+    remove_abandoned(path.parent)
+    unique = f"{os.getpid()}@{socket.gethostname()}.{secrets.token_hex(8)}"
+    temporary = path.with_name(f".{path.name[:100]}.{unique}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o666)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of dead processes of this host, and those of other hosts after a day."""
+    for file in folder.iterdir():
+        if match := _TEMPORARY.fullmatch(file.name):
+            with contextlib.suppress(OSError):  # another process removes it too, or it is another user's
+                if _is_abandoned(file, int(match[1]), match[2]):
+                    file.unlink()
+
+
+def _is_abandoned(file: Path, process: int, host: str) -> bool:
+    if host != socket.gethostname():
+        return time.time() - file.lstat().st_mtime > _DAY
+    try:
+        os.kill(process, 0)  # sends no signal, only checks that the process exists
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # the process exists and belongs to another user
+        pass
+    return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -78,25 +103,32 @@ def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
     The operating system releases the lock when its process dies, so a stale file blocks no process.
     """
     name = path.with_name(path.name + ".lock")
+    # Only a new file is written to: in a folder that is writable for all, an existing one may be a planted link.
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
-        # O_NOFOLLOW: in a folder that is writable for all, another user may have created a link.
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor, new = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            try:
+                descriptor, new = os.open(name, flags), False
+            except FileNotFoundError:  # its holder has just removed it
+                continue
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as problem:
-                if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
+            except BlockingIOError:
                 holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
                 raise error(f"{path} is being written by {holder}. Wait for it to end, or stop it.") from None
-            # The last holder may have removed the file between the open and the lock; then a new file counts.
-            if name.exists() and os.path.samestat(os.fstat(descriptor), name.stat()):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                try:
-                    yield
-                finally:
-                    name.unlink(missing_ok=True)
-                return
+            if not (name.exists() and os.path.samestat(os.fstat(descriptor), name.stat())):
+                continue  # the last holder removed the file between the open and the lock
+            if not new:  # its holder has died
+                name.unlink()
+                continue
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            try:
+                yield
+            finally:
+                name.unlink(missing_ok=True)
+            return
         finally:
             os.close(descriptor)
