@@ -1,4 +1,4 @@
-"""What the tests share: one small teacher on the digits, its cache, and the command line in this process."""
+"""Fixtures of all tests: a small teacher on the digits, its cache, and the command line in this process."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; also for the processes they start
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in parallel, and so do the processes they start
 os.environ["COLUMNS"] = "80"
-# All tests but those of test_gpu.py are of a machine without a GPU.
+# All tests except those of test_gpu.py run as on a machine without a GPU.
 os.environ.update({} if os.environ.get("TSPIPE_TEST_GPU") else {"CUDA_VISIBLE_DEVICES": ""})
 
 import pytest
@@ -35,7 +35,7 @@ settings.load_profile("suite")
 
 
 class Result(NamedTuple):
-    """What a command left: its exit code, standard output and standard error."""
+    """The exit code, standard output and standard error of a command."""
 
     code: int
     out: str
@@ -43,12 +43,12 @@ class Result(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The text of the red panel, unwrapped to one line."""
+        """Return the text of the error panel as one line."""
         lines = [line.strip("│ ") for line in self.err.splitlines() if line.startswith("│")]
         return " ".join(lines)
 
     def says(self, sentence: str) -> bool:
-        """Whether that is the panel's text, wherever long paths were broken; one that ends in … is its beginning."""
+        """Return whether this is the panel's text, up to white space. A sentence that ends in … is a prefix of it."""
         error, expected = ("".join(text.split()) for text in (self.error, sentence))
         return error.startswith(expected[:-1]) if expected.endswith("…") else error == expected
 
@@ -73,7 +73,7 @@ def tspipe(
 
 
 class Run(NamedTuple):
-    """How a process ended, and what it printed."""
+    """Whether a process was killed, its exit code and the lines that it printed."""
 
     killed: bool
     code: int
@@ -81,50 +81,50 @@ class Run(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The text of the red panel, without the spaces, since long paths are broken anywhere."""
+        """Return the text of the error panel without white space, because long paths are wrapped anywhere."""
         return "".join("".join(line.strip("│ ").split()) for line in self.lines if line.startswith("│"))
 
 
 class Zygote:
-    """Runs commands as processes of their own; see zygote.py."""
+    """Runs commands in child processes; see zygote.py."""
 
     def __init__(self) -> None:
         program = [sys.executable, Path(__file__).with_name("zygote.py")]
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, *arguments: object, seconds: float | None = None, **conditions: object) -> Run:
-        """Run a command to its end, or kill it after `seconds`."""
+        """Run a command until it ends, or kill it after `seconds`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        order = {"arguments": list(map(str, arguments)), "seconds": seconds, **conditions}
-        print(json.dumps(order), file=self.process.stdin, flush=True)
+        request = {"arguments": list(map(str, arguments)), "seconds": seconds, **conditions}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         return Run(*json.loads(self.process.stdout.readline()))
 
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """Real processes that start in a tenth of a second."""
-    result = Zygote()
-    yield result
-    result.process.kill()
-    result.process.wait()
+    """Start real processes in a tenth of a second each."""
+    starter = Zygote()
+    yield starter
+    starter.process.kill()
+    starter.process.wait()
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LeNet-5 trained on the digits for three epochs."""
+    """Train a LeNet-5 on the digits for three epochs; return its weights file."""
     path = tmp_path_factory.mktemp("checkpoints") / "digits-lenet5.safetensors"
     return train_teacher(TeacherConfig(load.load("digits", TEACHER), out=path)).path
 
 
 @pytest.fixture(scope="session")
 def digits(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Its cache."""
+    """Write the cache of `teacher`."""
     path = tmp_path_factory.mktemp("cache") / "digits.h5"
     return extract(ExtractConfig(load.load("digits", TEACHER), weights.read(teacher), path))
 
 
 @pytest.fixture(scope="session")
 def pool(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """A cache of the same with a random pool."""
+    """Write a cache of `teacher` with a random pool."""
     return extract(pool_config(teacher, tmp_path_factory.mktemp("pool") / "digits.h5"))

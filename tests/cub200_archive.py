@@ -2,9 +2,8 @@
 
     python tests/cub200_archive.py FOLDER [IMAGES]
 
-writes 11,788 JPEGs (5,994 for training) of 200 classes into FOLDER/CUB_200_2011, as large as the real ones in pixels
-and bytes (1.1 GB). It is for rehearsals of cost, so no accuracy on it means anything. The same arguments give the same
-files.
+writes 11,788 JPEGs (5,994 for training) of 200 classes into FOLDER/CUB_200_2011, with as many pixels and bytes as the
+real ones (1.1 GB). It serves to measure costs; its accuracies are meaningless. The same arguments give the same files.
 """
 
 import sys
@@ -20,13 +19,13 @@ from PIL import Image
 IMAGES, TRAIN, CLASSES = 11788, 5994, 200
 _LONG, _SHORT = 500, (250, 500)  # pixels
 _GREY, _TURNED = 1500, 700  # each 1,500th image is grey, each 700th has an EXIF rotation
-_ORIENTATION, _ROTATED = 0x0112, 6  # EXIF's tag, and its value for one to be turned by a right angle
+_ORIENTATION, _ROTATED = 0x0112, 6  # EXIF's tag, and its value for a rotation by 90°
 
 
 def make(
     root: Path, images: int = IMAGES, classes: int = CLASSES, scale: float = 1, each: Callable[..., Any] = map
 ) -> Path:
-    """Write the archive into `root`, its images `scale` times as large; gives its folder. `each` is a map."""
+    """Write the archive into `root`, with images `scale` times as large, and return its folder. `each` is a map."""
     folder, train = root / "CUB_200_2011", round(images * TRAIN / IMAGES)
     labels = np.arange(images) * classes // images
     names = [f"{label + 1:03}.Bird_{label + 1:03}/Bird_{i + 1:05}.jpg" for i, label in enumerate(labels)]
@@ -48,7 +47,7 @@ def make(
 
 
 def _write(path: Path, number: int, label: int, scale: float) -> None:
-    """A blurred pattern in colours of its class, with grain enough that its JPEG takes a photograph's bytes."""
+    """Save a blurred pattern in its class's colours, with enough grain that the JPEG is as large as a photograph's."""
     draw = np.random.default_rng([1, number])
     shape = [round(scale * side) for side in draw.permutation([_LONG, draw.integers(*_SHORT)])]
     pattern = np.random.default_rng([2, label]).uniform(0, 255, (4, 4, 3)) + draw.normal(0, 40, (4, 4, 3))

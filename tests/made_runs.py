@@ -1,4 +1,4 @@
-"""Finished run folders written by hand, so that a test knows what they must come to."""
+"""Finished run folders with given metrics, so that a test knows the expected results."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ Accuracies = dict[str | tuple[str, str], list[list[float]]]  # by arm, or by arm
 
 
 def make_run(path: Path, accuracies: Accuracies, *, columns: dict[str, Any] | None = None, **summary: Any) -> RunFolder:
-    """A finished run of one student.
+    """Write a finished run of one student.
 
-    `columns` are further columns of each row; a list in one has a value for each epoch. `summary` goes into
-    summary.json, where `student` is the student's name and `labels` go to random_labels.json.
+    `columns` are additional columns; a list has a value for each epoch. `summary` is merged into summary.json, except
+    for `student`, the student's name, and `labels`, the content of random_labels.json.
     """
     seeds, epochs = len(next(iter(accuracies.values()))), len(next(iter(accuracies.values()))[0])
     student, labels = summary.pop("student", "lenet5"), summary.pop("labels", None)

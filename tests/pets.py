@@ -1,4 +1,4 @@
-"""A tiny cache, made of arithmetic: five features, two classes, and no teacher but in name."""
+"""A tiny cache computed by arithmetic: five features, two classes, and a teacher in name only."""
 
 from pathlib import Path
 
@@ -53,13 +53,13 @@ def dimensions(manifest: Manifest, weights: bytes = b"") -> Dimensions:
 
 
 def rows_of(split: str, images: range, width: int, views: int = 1) -> dict[str, np.ndarray]:
-    """The rows of these images, with so many views, by arithmetic that is the same everywhere and for ever."""
+    """Return the rows of these images, by arithmetic that gives the same values on every machine."""
     i = np.array(images)[:, None] + 100 * (*SPLITS, "random").index(split)
-    seen = (i + 7 * np.arange(views)).reshape(-1, 1)
+    inputs = (i + 7 * np.arange(views)).reshape(-1, 1)
     return {
-        "features": (37 * seen + 11 * np.arange(width)) % 101 / np.float32(8) - 6,
-        "logits": (53 * seen + 29 * np.arange(2)) % 89 / np.float32(16) - 2,
-        "views": np.stack([seen % 3 - 1, seen % 5 % 3 - 1, seen % 2], axis=1)[:, :, 0].astype(np.int16),
+        "features": (37 * inputs + 11 * np.arange(width)) % 101 / np.float32(8) - 6,
+        "logits": (53 * inputs + 29 * np.arange(2)) % 89 / np.float32(16) - 2,
+        "views": np.stack([inputs % 3 - 1, inputs % 5 % 3 - 1, inputs % 2], axis=1)[:, :, 0].astype(np.int16),
         "labels": i[:, 0] * 5 % 7 % 2,
         "keys": np.array([f"{split[:2]}{n}".encode() for n in images]),
         "digests": (i * np.arange(1, 9) * 19 % 251).astype(np.uint8),
@@ -67,7 +67,7 @@ def rows_of(split: str, images: range, width: int, views: int = 1) -> dict[str, 
 
 
 def write(path: Path, manifest: Manifest, weights: bytes = b"", stop_after: int | None = None) -> list[tuple[str, int]]:
-    """Write a cache, or only the next `stop_after` blocks of it; the blocks that were written."""
+    """Write a cache, or only its next `stop_after` blocks; return the blocks that were written."""
     sizes = dimensions(manifest, weights)
     done = []
     with CacheWriter(path, manifest, sizes, CLASSES, weights) as writer:

@@ -28,7 +28,7 @@ TEACHER = [
 
 
 def make_folder(root: Path, train: int = 8, test: int = 4) -> Path:
-    """Two classes, a and b, of random colour images of 16×16 in the layout of `folder`."""
+    """Write random 16×16 colour images of two classes, a and b, in the layout of the dataset `folder`."""
     draw = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for name in ("a", "b"):
@@ -40,7 +40,7 @@ def make_folder(root: Path, train: int = 8, test: int = 4) -> Path:
 
 
 def small(folder: Path, *settings: str) -> ExtractConfig:
-    """16 and 8 images in blocks of 4, and an untrained LeNet-5."""
+    """Return the configuration of stage one for 16 and 8 images in blocks of 4, and an untrained LeNet-5."""
     if not folder.exists():
         make_folder(folder)
         torch.manual_seed(0)
@@ -52,21 +52,21 @@ def small(folder: Path, *settings: str) -> ExtractConfig:
 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[int]:
-    """Have Ctrl-C come in place of these of all learners' steps, counted from 1; gives the list of steps so far."""
-    step, selected = learner.Learner.step, list[int]()
+    """Raise KeyboardInterrupt in place of these steps of the learners, counted from 1; return the list of steps."""
+    step, steps = learner.Learner.step, list[int]()
 
-    def stopping(this: learner.Learner, batch: batches.Batch, number: int) -> None:
-        selected.append(number)
-        if len(selected) in numbers:
+    def interrupted_step(this: learner.Learner, batch: batches.Batch, number: int) -> None:
+        steps.append(number)
+        if len(steps) in numbers:
             raise KeyboardInterrupt
         step(this, batch, number)
 
-    monkeypatch.setattr(learner.Learner, "step", stopping)
-    return selected
+    monkeypatch.setattr(learner.Learner, "step", interrupted_step)
+    return steps
 
 
 def untouched(path: Path) -> tuple[int, int, int]:
-    """What stays while nobody writes to a file; that it was read changes other times."""
+    """Return what changes when a file is written to or replaced, but not when it is read."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -75,13 +75,13 @@ POOL_ROWS = 40  # in blocks of 16, 16 and 8
 
 
 def pool_config(teacher: Path, out: Path, *overrides: str, rows: int = POOL_ROWS) -> ExtractConfig:
-    """The digits with a random pool."""
+    """Return the configuration of stage one for the digits with a random pool."""
     settings = [*TEACHER, "compute.block_rows=16", *overrides]
     return ExtractConfig(load.load("digits", settings), weights.read(teacher), out, random_pool=rows)
 
 
 def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Image `row` of a pool from the words of the Mersenne Twister, as cache/README.md says."""
+    """Return an image of a pool from the words of the Mersenne Twister, as cache/README.md specifies."""
     block, before = divmod(row, block_rows)
     twister = np.random.MT19937(np.random.SeedSequence([seed, zlib.crc32(b"random pool"), 0, block]))
     size = int(np.prod(shape))
@@ -90,7 +90,7 @@ def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> 
 
 
 def spoil(path: Path, *places: tuple[str, int]) -> None:
-    """Flip a bit in these rows of these datasets."""
+    """Flip a bit in each of these rows, given as (dataset, row)."""
     columns = inspect(path, identified=False).columns
     with path.open("r+b") as file:
         for name, row in places:

@@ -27,7 +27,7 @@ ORDER = [
 
 
 def imports(path: Path) -> set[str]:
-    """The modules a file imports, dotted; also those imported inside functions."""
+    """Return the dotted names that a file imports, inside functions as well."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -104,7 +104,7 @@ def test_help_does_not_import_torch() -> None:
     assert result.stdout.splitlines()[-1] == "False False"
 
 
-def test_sizes_keep_it_readable() -> None:
+def test_files_and_functions_are_short() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text()
         assert source.count("\n") <= 400, path
@@ -114,7 +114,7 @@ def test_sizes_keep_it_readable() -> None:
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
 
 
-def test_info_of_a_file_imports_nothing_that_fetches(digits: Cache) -> None:
+def test_info_of_a_local_file_imports_no_transfer_code(digits: Cache) -> None:
     program = (
         "import gc, sys; from tspipe.cli.app import main\n"
         "sys.argv[:] = ['tspipe', 'info', sys.argv[1]]\n"

@@ -1,4 +1,4 @@
-"""Table 3's chain on a small archive in the published layout: NTS-Net, narrow; its cache; MobileNetV2, taught by it."""
+"""Table 3 on a small archive in the published layout: a narrow NTS-Net, its cache, a MobileNetV2 student."""
 
 import csv
 import hashlib
@@ -34,7 +34,7 @@ STUDENT = ["--epochs", "1", "--set=batch_size=6"]
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 images of 3 classes and many sizes; the first is grey, the second has an EXIF rotation."""
+    """Write 36 images of 3 classes and many sizes; the first is grey, the second has an EXIF rotation."""
     root = tmp_path_factory.mktemp("birds")
     cub200_archive.make(root, images=36, classes=3, scale=0.2)
     return root
@@ -42,7 +42,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as the network's authors publish theirs, of narrow maps: nested, from DataParallel."""
+    """Save a narrow network as its authors publish theirs: nested, with the prefix of DataParallel."""
     torch.manual_seed(0)
     network = networks.build("ntsnet", 3, (3, 32, 32), {"width": 2})
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
@@ -52,12 +52,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(run: str) -> list[dict[str, str]]:
-    """A run's metrics, without times."""
+    """Return a run's metrics without times."""
     table = csv.DictReader(Path(run, "metrics.csv").read_text().splitlines())
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in table]
 
 
-def test_the_archive_has_what_birds_have(archive: Path) -> None:
+def test_the_archive_has_grey_and_rotated_images_of_many_sizes(archive: Path) -> None:
     train, test = (datasets.open_dataset("cub200", archive).split(split) for split in ("train", "test"))
     assert (len(train), len(test), len(train.classes)) == (18, 18, 3)
     files = [archive / "CUB_200_2011/images" / key for split in (train, test) for key in split.keys]
@@ -67,12 +67,12 @@ def test_the_archive_has_what_birds_have(archive: Path) -> None:
     assert len({Image.open(path).size for path in pictures}) > 10
 
 
-def test_the_whole_chain(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
+def test_both_stages(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     data = ["--dataset", "cub200", "--data", archive]
     trained = tspipe("teacher", *data, *SMALL, *NARROW, "--set=teacher.pretrained=false")
     assert (trained.code, trained.error) == (0, "")
 
-    # The checkpoint in checkpoints/ says how wide it is and how images are cropped.
+    # The checkpoint in checkpoints/ records the width and how images are cropped.
     made = tspipe("cache", *data, "--train-teacher", "--images", *COMPUTE)
     assert (made.code, made.error) == (0, "")
     checkpoint = Path("checkpoints/cub200-ntsnet.safetensors")
@@ -87,7 +87,7 @@ def test_the_whole_chain(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     assert cache.dimensions.width == WIDTH
     assert cache.train.images is not None and cache.train.images.shape == (18, 32, 32, 3)
 
-    # With its pixels in the file, neither a comparison with the teacher nor a student needs a dataset; noise images
+    # The pixels are in the file, so neither a comparison with the teacher nor a student needs a dataset. Random images
     # pass live through NTS-Net.
     assert made.out.endswith("Next: tspipe student --cache cache/cub200.h5\n")
     compared = tspipe("verify", "cache/cub200.h5", "--teacher", "4")
@@ -95,21 +95,21 @@ def test_the_whole_chain(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
     arms = ["--compare", "--random-images", "2"]
     alone = tspipe("student", "--cache", "cache/cub200.h5", *STUDENT, *arms, "--out", "runs/held")
     assert (alone.code, alone.error) == (0, "")
-    result = rows("runs/held")
-    assert [row["arm"] for row in result] == ["alone", "alone, own schedule", "taught", "taught + random"]
-    assert all(row["student"] == "mobilenet_v2" for row in result)
-    assert all(math.isfinite(float(row["mse"])) and float(row["mse"]) > 0 for row in result if "taught" in row["arm"])
+    metrics = rows("runs/held")
+    assert [row["arm"] for row in metrics] == ["alone", "alone, own schedule", "taught", "taught + random"]
+    assert all(row["student"] == "mobilenet_v2" for row in metrics)
+    assert all(math.isfinite(float(row["mse"])) and float(row["mse"]) > 0 for row in metrics if "taught" in row["arm"])
 
 
 def test_pixels_in_the_cache_are_those_on_the_disk(tspipe: Tspipe, archive: Path, published: Path) -> None:
     data = ["--dataset", "cub200", "--data", archive, "--weights", published, *SMALL, *NARROW[:1], *COMPUTE]
     tables = []
-    for name, kept, where in (("held", ["--images"], []), ("read", [], ["--data", archive])):
-        assert tspipe("cache", *data, *kept, "--out", f"{name}.h5").code == 0
-        for memory in ("100MB", "1KB"):  # with room for the pixels, and decoded again in each epoch
+    for name, images, data_folder in (("held", ["--images"], []), ("read", [], ["--data", archive])):
+        assert tspipe("cache", *data, *images, "--out", f"{name}.h5").code == 0
+        for memory in ("100MB", "1KB"):  # held in memory, and decoded again in each epoch
             out = ["--out", f"{name}-{memory}", f"--set=memory={memory}"]
             student = ["--cache", f"{name}.h5", "--student", "lenet5", *STUDENT, "--random-images", "0"]
-            ran = tspipe("student", *student, *where, *out)
+            ran = tspipe("student", *student, *data_folder, *out)
             assert (ran.code, ran.error) == (0, "")
             tables.append(rows(f"{name}-{memory}"))
     assert all(table == tables[0] for table in tables)
@@ -123,23 +123,23 @@ def test_a_published_checkpoint(tspipe: Tspipe, archive: Path, published: Path) 
     cache = open_cache(Path("cache/cub200.h5"))
     assert cache.manifest["teacher"]["file_sha256"] == hashlib.sha256(published.read_bytes()).hexdigest()
 
-    # The features are those of the plain network, image by image.
+    # The features are those of the plain network.
     network = networks.build("ntsnet", 3, (3, 32, 32), {"width": 2}).eval()
     network.load_state_dict(weights.read(published).tensors)
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
     images = datasets.open_dataset("cub200", archive).test
     pixels = np.stack([preprocess.apply(images.read(i)) for i in range(len(images))])
     with torch.no_grad():
-        result = network.outputs(preprocess.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        outputs = network.outputs(preprocess.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
     features, logits = np.asarray(cache.test.features, np.float32), np.asarray(cache.test.logits)
-    scale = result.features.abs().max().item()
-    np.testing.assert_allclose(features, result.features.numpy(), atol=1e-3 * scale)
+    scale = outputs.features.abs().max().item()
+    np.testing.assert_allclose(features, outputs.features.numpy(), atol=1e-3 * scale)
     np.testing.assert_allclose(
-        logits, result.concat_logits.numpy(), atol=1e-3 * result.concat_logits.abs().max().item()
+        logits, outputs.concat_logits.numpy(), atol=1e-3 * outputs.concat_logits.abs().max().item()
     )
 
 
-def test_a_file_put_into_checkpoints(tspipe: Tspipe, archive: Path, published: Path) -> None:
+def test_a_file_in_checkpoints_is_used(tspipe: Tspipe, archive: Path, published: Path) -> None:
     Path("checkpoints").mkdir()
     shutil.copy(published, "checkpoints/cub200-ntsnet.ckpt")
     made = tspipe("cache", "--dataset", "cub200", "--data", archive, "--train-teacher", *SMALL, *NARROW[:1], *COMPUTE)
@@ -147,12 +147,12 @@ def test_a_file_put_into_checkpoints(tspipe: Tspipe, archive: Path, published: P
     assert made.out.startswith("Teacher ntsnet with the weights checkpoints/cub200-ntsnet.ckpt (SHA-256 ")
 
 
-def test_without_weights_it_says_where_to_get_them(tspipe: Tspipe, archive: Path) -> None:
+def test_without_weights_the_message_says_where_to_get_them(tspipe: Tspipe, archive: Path) -> None:
     refused = tspipe("cache", "--dataset", "cub200", "--data", archive, "--train-teacher", *SMALL, *NARROW[:1])
     assert refused.code == 1
     assert not Path("checkpoints").exists()
-    recipe_ = load.load("cub200", ["teacher.options.width=2", "preprocess.resize=[40,40]", "preprocess.crop=32"])
-    count = train_teacher._flops_per_image(recipe_, datasets.open_dataset("cub200", archive).train) * 18 * 140
+    recipe = load.load("cub200", ["teacher.options.width=2", "preprocess.resize=[40,40]", "preprocess.crop=32"])
+    count = train_teacher._flops_per_image(recipe, datasets.open_dataset("cub200", archive).train) * 18 * 140
     assert 1e10 < count < 1e13
     assert refused.says(
         "There are no weights for ntsnet on cub200: checkpoints/cub200-ntsnet.safetensors does not exist. They "
@@ -166,16 +166,16 @@ def test_without_weights_it_says_where_to_get_them(tspipe: Tspipe, archive: Path
 
 
 def test_the_cost_of_training_at_full_size() -> None:
-    """Against a count by hand: 4.09e9 multiply-adds of a ResNet-50 at 224×224, the image counting four times."""
-    chosen = load.load("cub200")
+    """Compare with an estimate: 4.09e9 multiply-adds of a ResNet-50 at 224×224, of which the image takes four."""
+    recipe = load.load("cub200")
     one = np.zeros((448, 448, 3), np.uint8)
     images = datasets.from_array(one[None], np.array([0]), [str(i) for i in range(200)])
-    by_hand = 3 * 2 * 4.09e9 * (4 + 6)
-    assert train_teacher._flops_per_image(chosen, images) == pytest.approx(by_hand, rel=0.02)
+    estimate = 3 * 2 * 4.09e9 * (4 + 6)
+    assert train_teacher._flops_per_image(recipe, images) == pytest.approx(estimate, rel=0.02)
 
 
 def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
-    """Any file with a backbone's weights; the heads are new."""
+    """Training starts from any file with a backbone's weights; the heads are new."""
     torch.manual_seed(1)
     complete = networks.build("ntsnet", 1000, (3, 32, 32), {"width": 2})
     backbone = complete.pretrained_model.state_dict()
@@ -183,9 +183,9 @@ def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path
     data = ["--dataset", "cub200", "--data", archive, *SMALL, *NARROW]
     trained = tspipe("teacher", *data, "--weights", tmp_path / "resnet50.pth", "--set=teacher.lr=1e-9")
     assert (trained.code, trained.error) == (0, "")
-    result = weights.read(Path("checkpoints/cub200-ntsnet.safetensors")).tensors
-    torch.testing.assert_close(result["pretrained_model.conv1.weight"], backbone["conv1.weight"], rtol=0, atol=1e-5)
-    assert result["pretrained_model.fc.weight"].shape == (3, 64)
+    tensors = weights.read(Path("checkpoints/cub200-ntsnet.safetensors")).tensors
+    torch.testing.assert_close(tensors["pretrained_model.conv1.weight"], backbone["conv1.weight"], rtol=0, atol=1e-5)
+    assert tensors["pretrained_model.fc.weight"].shape == (3, 64)
     refused = tspipe("cache", *data, "--weights", tmp_path / "resnet50.pth")
     assert refused.says(
         f"{tmp_path}/resnet50.pth holds only a part of ntsnet (320 of 336 keys), enough to start training: tspipe "
@@ -193,7 +193,7 @@ def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path
     )
 
 
-def test_first_weights_that_are_not_there(tspipe: Tspipe, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pretrained_weights(tspipe: Tspipe, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", "hub")
     refused = tspipe("teacher", "--dataset", "cub200", "--data", archive)
     assert refused.says(
@@ -217,7 +217,7 @@ def test_first_weights_that_are_not_there(tspipe: Tspipe, archive: Path, monkeyp
     )
 
 
-def test_first_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "w.pth")
     digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
@@ -231,8 +231,8 @@ def test_first_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("torch.hub.download_url_to_file", fetch)
     for download in (True, True, False):
-        result = weights.pretrained("W", "net", download=download)
-        assert (result.sha256, list(result.tensors)) == (digest, ["conv1.weight"])
+        pretrained = weights.pretrained("W", "net", download=download)
+        assert (pretrained.sha256, list(pretrained.tensors)) == (digest, ["conv1.weight"])
     assert fetched == [entry.url]
 
 
@@ -253,7 +253,7 @@ def test_a_truncated_jpeg_is_named(tspipe: Tspipe, archive: Path, published: Pat
 def test_dropout_always_on_gives_the_same_file_again(
     tspipe: Tspipe, archive: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The option for features as the paper's own code made them: half of them zero, drawn from the block's stream."""
+    """`always_dropout` makes features as the paper's code did: half of them are zero, drawn from the block's stream."""
     always = ["--dataset", "cub200", "--data", archive, "--weights", published, *SMALL, *NARROW[:1], *COMPUTE]
     always += ["--set=teacher.options.always_dropout=true"]
     assert tspipe("cache", *always, "--out", "a.h5").code == 0
@@ -261,7 +261,7 @@ def test_dropout_always_on_gives_the_same_file_again(
     assert cache.manifest["teacher"]["options"]["always_dropout"] is True
     assert (cache.train.features.load() == 0).mean() > 0.45
 
-    # Its rows can be computed again, since each block has its own numbers; other rows cannot be compared with.
+    # Rows can be computed again, because each block has its own random stream; a sample of rows cannot be compared.
     spoiled = bytearray(Path("a.h5").read_bytes())
     column = cache.test.features
     spoiled[column.offset + 9 * column.row_bytes] ^= 1
@@ -275,12 +275,12 @@ def test_dropout_always_on_gives_the_same_file_again(
     )
     monkeypatch.setattr(metrics_log, "_LABELLED", 4)
     student = ["--student", "lenet5", *STUDENT, "--random-images", "2"]
-    run_teacher = tspipe("student", "--cache", "a.h5", "--data", archive, *student)
-    assert (run_teacher.code, run_teacher.error) == (0, "")
+    trained = tspipe("student", "--cache", "a.h5", "--data", archive, *student)
+    assert (trained.code, trained.error) == (0, "")
 
 
-def test_killed_training_goes_on(zygote: Zygote, archive: Path, tmp_path: Path) -> None:
-    """NTS-Net's losses, dropout and random crops are drawn again as they were."""
+def test_killed_training_resumes(zygote: Zygote, archive: Path, tmp_path: Path) -> None:
+    """NTS-Net's losses, dropout and random crops are the same after a kill."""
     start = ["teacher", "--dataset", "cub200", "--data", archive, *SMALL, *NARROW, "--set=teacher.pretrained=false"]
     start += ["--set=checkpoint_seconds=0", "--set=teacher.options.parts=2", "--set=teacher.options.concatenated=1"]
     complete, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
@@ -289,20 +289,20 @@ def test_killed_training_goes_on(zygote: Zygote, archive: Path, tmp_path: Path) 
     for _ in range(2):
         run = zygote.run(*start, "--out", killed, seconds=draw.uniform(0.5, 2))
         assert run.killed or run.code == 0, run.lines
-        if result := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0).load():
-            positions.append((result[1]["epoch"], result[1]["batch"]))
+        if saved := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0).load():
+            positions.append((saved[1]["epoch"], saved[1]["batch"]))
     assert positions == sorted(positions)
     assert zygote.run(*start, "--out", killed).code == 0
     assert killed.read_bytes() == complete.read_bytes()
 
 
-def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_of_another_width(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = networks.build("ntsnet", 3, (3, 32, 32), {"width": 3}).pretrained_model.state_dict()
     given = weights.Weights(backbone, {}, "0" * 64, "resnet50-0676ba61.pth")
     monkeypatch.setattr(weights, "pretrained", lambda name, network, download: given)
-    chosen = load.load("cub200", [setting.removeprefix("--set=") for setting in [*SMALL, *NARROW]])
+    recipe = load.load("cub200", [setting.removeprefix("--set=") for setting in [*SMALL, *NARROW]])
     with pytest.raises(NetworkError) as refused:
-        train_teacher.train_teacher(train_teacher.TeacherConfig(chosen, archive, out=tmp_path / "x.safetensors"))
+        train_teacher.train_teacher(train_teacher.TeacherConfig(recipe, archive, out=tmp_path / "x.safetensors"))
     assert str(refused.value) == (
         "resnet50-0676ba61.pth, from which the training of ntsnet starts, does not fit the network as it is "
         "built here. Start from random weights: --set teacher.pretrained=false"
@@ -310,10 +310,10 @@ def test_first_weights_for_another_width(archive: Path, tmp_path: Path, monkeypa
 
 
 def test_random_crops(archive: Path) -> None:
-    chosen = load.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
+    recipe = load.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
     y, x = torch.meshgrid(torch.arange(40), torch.arange(41), indexing="ij")
     images = torch.stack([y, x]).to(torch.uint8)[None].repeat(500, 1, 1, 1)
-    crops = train_teacher._augment(images, chosen, epoch=0, batch=0)
+    crops = train_teacher._augment(images, recipe, epoch=0, batch=0)
     assert crops.shape == (500, 2, 32, 32)
     corners = {tuple(crop[:, 0, 0].tolist()) for crop in crops}
     assert {y for y, _ in corners} == set(range(9))
@@ -321,5 +321,5 @@ def test_random_crops(archive: Path) -> None:
     for crop in crops:
         top, left = crop[:, 0, 0].tolist()
         assert torch.equal(crop, images[0, :, top : top + 32, left : left + 32])
-    assert torch.equal(train_teacher._augment(images, chosen, epoch=0, batch=0), crops)
-    assert not torch.equal(train_teacher._augment(images, chosen, epoch=1, batch=0), crops)
+    assert torch.equal(train_teacher._augment(images, recipe, epoch=0, batch=0), crops)
+    assert not torch.equal(train_teacher._augment(images, recipe, epoch=1, batch=0), crops)

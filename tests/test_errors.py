@@ -1,4 +1,4 @@
-"""Which errors mean that memory ran out."""
+"""The errors that mean that memory ran out."""
 
 import pytest
 import torch

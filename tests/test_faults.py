@@ -1,4 +1,4 @@
-"""A disk that is full or forbidden is one sentence; what is there already stays usable, and the command goes on."""
+"""A full or forbidden disk gives one sentence; what is on it stays usable, and the same command resumes."""
 
 import contextlib
 import os
@@ -17,20 +17,20 @@ KEPT = "Whatisalreadythereiskept:runthesamecommandagainwhenthisisputright."
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
+    """Mount a file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a tmpfs here")
+        pytest.skip("mounting a tmpfs is not permitted")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
 @contextlib.contextmanager
 def filled(folder: Path, left: int) -> Iterator[None]:
-    """Leave only so many bytes free."""
+    """Fill the file system of a folder, except for `left` bytes."""
     filler = folder / "filler"
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     filler.write_bytes(bytes(free - left))
@@ -69,8 +69,8 @@ def test_stage_one_at_a_limit_on_files(zygote: Zygote, digits: Cache, teacher: P
     assert out.read_bytes() == digits.path.read_bytes()
 
 
-def test_a_limit_that_comes_when_half_is_written(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
-    """The room was reserved, and still a write fails, as on a network disk whose quota shrank."""
+def test_a_limit_that_is_reached_in_the_middle(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
+    """A write fails although its space was reserved, as on a network disk whose quota was reduced."""
     blocks = "compute.block_rows=16"
     complete, out = tmp_path / "whole.h5", tmp_path / "digits.h5"
     assert zygote.run(*stage_one(teacher, complete, blocks)).code == 0
@@ -85,7 +85,7 @@ def test_a_limit_that_comes_when_half_is_written(zygote: Zygote, teacher: Path, 
     rest = zygote.run(*stage_one(teacher, out, blocks))
     assert rest.code == 0
     done = {line for run in (begun, result) for line in run.lines if line.startswith("written")}
-    assert not done & set(rest.lines)  # nothing was computed twice
+    assert not done & set(rest.lines)  # no block is written twice
     assert out.read_bytes() == complete.read_bytes()
 
 
@@ -104,14 +104,14 @@ def test_stage_two_on_a_full_disk(zygote: Zygote, digits: Cache, small_disk: Pat
     assert (out / student).read_bytes() == (complete / student).read_bytes()
 
 
-def test_a_folder_one_may_not_write_to(zygote: Zygote, digits: Cache, teacher: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder(zygote: Zygote, digits: Cache, teacher: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
-    for arguments, what in (
+    for arguments, name in (
         (stage_one(teacher, locked / "digits.h5"), "digits.h5.part"),
         (stage_two(digits.path, locked / "run"), "run"),
     ):
         run = zygote.run(*arguments, obey=True)
         assert run.code == 1
-        assert run.error == f"{locked}/{what}cannotbewritten:Permissiondenied.{KEPT}"
+        assert run.error == f"{locked}/{name}cannotbewritten:Permissiondenied.{KEPT}"
     assert list(locked.iterdir()) == []

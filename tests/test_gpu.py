@@ -1,4 +1,4 @@
-"""What only a GPU shows: make test-gpu. (TSPIPE_TEST_GPU=cpu tries the tests themselves.)"""
+"""Tests that need a GPU: make test-gpu. (TSPIPE_TEST_GPU=cpu runs them on a CPU, to test the tests.)"""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import open_trainer, train_students
 
-pytestmark = pytest.mark.skipif(not GPU, reason="wants a GPU: make test-gpu")
+pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU: make test-gpu")
 ARMS = (ALONE, TAUGHT, RANDOM)
 SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
 
@@ -31,8 +31,8 @@ def config(cache: Cache, out: Path | None, *settings: str) -> StudentConfig:
 
 
 @contextlib.contextmanager
-def never_waiting() -> Iterator[None]:
-    """Anything inside that waits for the GPU raises."""
+def no_synchronisation() -> Iterator[None]:
+    """Make everything that waits for the GPU raise."""
     if GPU == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -70,11 +70,11 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(source: str, pool: Cache, tmp
         torch.device(str(GPU)),
     )
     learners, batches = trainer.learners(0), trainer.batches
-    for _ in trainer.steps(learners, batches, Position()):  # the first epoch loads kernels and fills what is kept
+    for _ in trainer.steps(learners, batches, Position()):  # the first epoch loads kernels and fills buffers
         pass
     steps = trainer.steps(learners, batches, Position(epoch=1))
-    next(steps)  # the order of an epoch goes over at its beginning
-    with never_waiting():
+    next(steps)  # the order of the images is copied when an epoch starts
+    with no_synchronisation():
         assert len(list(steps)) == 9
 
 
@@ -86,9 +86,9 @@ def test_the_same_inputs_give_the_same_cache(teacher: Path, tmp_path: Path) -> N
     assert one == two
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_batch_norm_is_of_the_whole_batch(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """Split by two processes, SyncBatchNorm gives what one process's batch norm gives."""
+    """SyncBatchNorm in two processes gives the statistics of batch norm in one."""
     settings = [f"--set={setting}" for setting in (*SMALL, "epochs=1", "device=cuda")]
     for name, ranks in (("one", None), ("two", 2)):
         command = ["student", "--cache", digits.path, "--student", "resnet20", "--out", tmp_path / name, *settings]

@@ -1,6 +1,6 @@
-"""Killed at random moments, many times in a row, both stages end with what they would have ended with.
+"""Both stages, killed at random moments many times in a row, end with the same result as without a kill.
 
-TSPIPE_KILLS=1000 in the environment kills each of them that often.
+TSPIPE_KILLS=1000 in the environment sets the number of kills.
 """
 
 import os
@@ -22,9 +22,9 @@ KILLS = int(os.environ.get("TSPIPE_KILLS", "8"))
 
 
 def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
-    """A file that is done is removed and begun again, so that kills fall everywhere, also into the end.
+    """A finished file is removed and written again, so that kills fall everywhere, even at the end.
 
-    Each start is of another number of processes: none of torchrun's, one, two or three.
+    Each start has a random number of processes: one without torchrun, or one, two or three with it.
     """
     settings = [*TEACHER, "compute.block_rows=16"]
     arguments = load.load("digits", settings)
@@ -43,15 +43,15 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
         kills, processes = kills + run.killed, processes + run.killed * (ranks or 1)
         assert run.killed or run.code == 0, run.lines
         computed = [line for line in run.lines if line.startswith("computed ")]
-        assert len(set(computed)) == len(computed)  # nor by two processes
+        assert len(set(computed)) == len(computed)  # not by two processes either
         parts += any(tmp_path.glob("digits.h5.part-?"))
-        for what, block in (line.split(" ", 1) for line in run.lines if line.startswith(("computed ", "written "))):
-            if what == "computed":
+        for event, block in (line.split(" ", 1) for line in run.lines if line.startswith(("computed ", "written "))):
+            if event == "computed":
                 assert block not in before  # a block is never computed again after its checksum was written
             else:
                 written.add(block)
         before = set(written)
-        if out.exists():  # also where the kill came after the last step
+        if out.exists():  # also if the kill came after the last step
             assert out.read_bytes() == complete.path.read_bytes()
             assert written <= blocks
             assert len(blocks - written) <= processes  # a kill may come between a checksum and its line
@@ -71,7 +71,7 @@ SMALL = ["epochs=2", "seeds=2", "random_images=8", "batch_size=100", "checkpoint
 
 
 def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """A run that is done is removed and begun again, so that no kill comes after the end."""
+    """A finished run is removed and started again, so that no kill comes after its end."""
 
     def arguments(out: Path) -> list[object]:
         settings = [f"--set={setting}" for setting in SMALL]
@@ -91,9 +91,9 @@ def test_stage_two(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
             runs, before = runs + 1, (0, 0, 0)
             continue
         kills += run.killed
-        if result := checkpoint.Checkpointer(killed / "checkpoint.safetensors", 0).load():
-            now = tuple(result[1][name] for name in ("seed", "epoch", "batch"))
-            assert now >= before  # nothing done is done again
+        if saved := checkpoint.Checkpointer(killed / "checkpoint.safetensors", 0).load():
+            now = tuple(saved[1][name] for name in ("seed", "epoch", "batch"))
+            assert now >= before  # a checkpoint never goes back
             before = now
     print(f"\nstage two: {kills} kills in {runs} runs, weights the same to the last bit")
 

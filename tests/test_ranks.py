@@ -1,4 +1,4 @@
-"""Stage one by several processes: the file of one, and one voice."""
+"""Stage one in several processes writes the same file as one process, and reports once."""
 
 import contextlib
 import subprocess
@@ -21,12 +21,12 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own in this folder."""
+    """Run Python in a folder, as a process of its own."""
     return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_torchrun_writes_the_file_of_one_process(tspipe: Callable[..., Result], zygote: Zygote, tmp_path: Path) -> None:
-    """It also trains the teacher that has no weights, once; and rank 0 speaks for all."""
+    """The missing teacher is trained once, and only rank 0 prints."""
     make_folder(tmp_path / "shapes")
     settings = ["teacher.epochs=1", "teacher.batch_size=8", "compute.block_rows=4"]
     command = ["cache", "--dataset", "folder:shapes", "--teacher", "lenet5", *(f"--set={s}" for s in settings)]
@@ -69,8 +69,8 @@ def test_no_teacher_is_trained_inside_rank_zero_first(
     assert trained == [Path("checkpoints/shapes-lenet5.safetensors")]
 
 
-def test_a_rank_that_fails_says_so_alone(zygote: Zygote, tmp_path: Path) -> None:
-    """There is no file then; what both ranks wrote is there for any number that comes next."""
+def test_one_failing_rank_reports_alone(zygote: Zygote, tmp_path: Path) -> None:
+    """No file is written; any number of processes can use the blocks that both ranks have written."""
     requested = small(tmp_path / "shapes")
     command = ["cache", "--dataset", requested.recipe.dataset, "--teacher", "lenet5", "--out", requested.out]
     command += ["--weights", tmp_path / "shapes/w.safetensors", "--set=compute.block_rows=4"]
@@ -109,8 +109,8 @@ def test_a_rank_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
-def test_progress_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has blocks 0 and 3 of 4, and 0 of 2: 12 of the 24 images stand for all."""
+def test_progress_counts_the_images_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's progress is scaled to the images of all ranks: each of 3 blocks of rank 0 counts as 8 images."""
     displayed: list[int] = []
 
     @contextlib.contextmanager
@@ -130,7 +130,7 @@ def test_progress_is_that_of_the_group(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_out_of_memory_on_one_of_many_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0's part file is begun, whatever this rank has written."""
+    """The message names rank 0's part file, which exists whatever this rank has written."""
 
     def hungry(*_: Any) -> None:
         raise OutOfMemory(4, 2)

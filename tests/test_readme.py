@@ -1,4 +1,4 @@
-"""The documentation is true: its Python blocks run, its commands parse, its links and names exist."""
+"""The documentation is correct: its Python blocks run, its commands parse, its links and names exist."""
 
 import ast
 import itertools
@@ -39,14 +39,14 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def commands(page: str) -> list[list[str]]:
-    """The arguments of every tspipe command on a page that is a line of its own, with or without torchrun."""
+    """Return the arguments of each tspipe command on a page that has a line of its own, with or without torchrun."""
     text = PAGES[page].replace("\\\n", " ")
     lines = re.findall(r"^(?: {4}|srun )(?:torchrun .*?-m )?tspipe (.*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
 def load_recipe(arguments: list[str]) -> None:
-    """Load the recipe that a command names, or cifar10's, with the command's --set."""
+    """Load the recipe that a command names, or cifar10, with the command's settings."""
     flags = dict(itertools.pairwise(arguments))
     settings = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
     names = {"strong": "cifar10,strong", "my.toml": "cifar10"}
@@ -101,11 +101,11 @@ def test_the_example_of_photos_works(tspipe: Callable) -> None:
     resnet18 = networks.build("torchvision:resnet18", 1000, (3, 32, 32))
     torch.save(resnet18.state_dict(), "resnet18-f37072fd.pth")
     smaller = ["--epochs", "1", "--set", "preprocess.resize=[36,36]", "--set", "preprocess.crop=32"]
-    smaller += ["--set", "teacher.batch_size=4"]
+    smaller += ["--set", "teacher.batch_size=8"]
     for name, *arguments in [command for command in commands("README.md") if "photos" in " ".join(command)]:
         extra = {
             "teacher": smaller,
-            "student": ["--epochs", "1", "--seeds", "1", "--random-images", "2", "--set", "batch_size=4"],
+            "student": ["--epochs", "1", "--seeds", "1", "--set", "batch_size=8"],
         }
         result = tspipe(name, *arguments, *extra.get(name, []))
         assert result.code == 0, result.err
@@ -113,7 +113,7 @@ def test_the_example_of_photos_works(tspipe: Callable) -> None:
 
 @pytest.mark.parametrize("run", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda run: run.name)
 def test_the_results_are_those_of_the_recorded_runs(run: Path) -> None:
-    """Every accuracy and every verdict of a run is in docs/results.md as its files give it."""
+    """Every accuracy and every verdict of a recorded run is on the page as computed from its files."""
     findings = read(open_run(run))
     page = " ".join(PAGES["docs/results.md"].split())
     for row in [*tables.accuracies(findings).rows, *tables.beside_paper(findings).rows]:
@@ -130,7 +130,7 @@ def test_the_page_of_recipes_is_generated_from_the_schema() -> None:
 
 
 def test_the_messages_quoted_are_in_the_source() -> None:
-    """Every message in docs/reliability.md consists of the package's strings, and of values in their places."""
+    """Every message in docs/reliability.md consists of strings of the package and inserted values."""
     nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
     texts = {node.value.strip() for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     messages = re.findall(r"^\|[^|]*\| `(.*)` \|$", PAGES["docs/reliability.md"], re.MULTILINE)
@@ -171,7 +171,7 @@ def test_make_teacher_cache_starts_a_process_for_each_gpu(gpus: str, start: str)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_link_targets_exist(page: str) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
         file, _, anchor = link.partition("#")
         target = (ROOT / page).parent / file if file else ROOT / page

@@ -1,4 +1,4 @@
-"""Stage two in several real processes over gloo: the result of one process, reported once.""" ""
+"""Stage two in several real processes over gloo gives the result of one process, and reports it once."""
 
 import csv
 from pathlib import Path
@@ -28,7 +28,7 @@ def students(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def assert_close(one: Path, two: Path) -> None:
-    """Check that students agree to 1e-5 and metrics accordingly.""" ""
+    """Check that students agree to 1e-5 and metrics accordingly."""
     for (name, tensors), (other, others) in zip(students(one).items(), students(two).items(), strict=True):
         assert name == other
         for key, value in tensors.items():
@@ -39,7 +39,7 @@ def assert_close(one: Path, two: Path) -> None:
         }
         for name, value in row.items():
             if isinstance(value, float):
-                near = 2e-3 if "accuracy" in name else 1e-4  # an image near a decision boundary may change sides
+                near = 2e-3 if "accuracy" in name else 1e-4  # an image near a decision boundary may change its class
                 assert other_row[name] == pytest.approx(value, abs=near), name
 
 
@@ -50,7 +50,7 @@ def metrics(folder: Path) -> list[dict[str, float | str]]:
 
 
 def test_two_processes_split_the_batches_of_one_learner(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """20 Adam steps of 100 + 7 images, which two processes cannot split evenly.""" ""
+    """20 Adam steps of 100 + 7 images, which two processes cannot split evenly."""
     one = train(zygote, digits, tmp_path / "one")
     two = train(zygote, digits, tmp_path / "two", ranks=2)
     assert (one.code, two.code) == (0, 0), "\n".join(two.lines)
@@ -73,7 +73,7 @@ def test_two_processes_split_the_random_images_of_a_pool(zygote: Zygote, pool: C
 
 
 def test_a_batch_of_fewer_images_than_processes(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """1,000 images in batches of 499 leave 2 for three processes: the third has none of them."""
+    """1,000 images in batches of 499 leave 2 for three processes, so one process has none."""
     arguments = ["--random-images=0", "--set=batch_size=499"]
     assert train(zygote, digits, tmp_path / "one", *arguments).code == 0
     three = train(zygote, digits, tmp_path / "three", *arguments, ranks=3)
@@ -93,7 +93,7 @@ def test_a_split_run_resumes_after_a_kill(zygote: Zygote, digits: Cache, tmp_pat
 
 
 def test_processes_share_the_learners_of_a_cohort(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
-    """Three arms in two processes, killed and finished by one process: equal students, rows in order.""" ""
+    """Three arms in two processes, killed and finished by one process: equal students, rows in order."""
     assert train(zygote, digits, tmp_path / "one", "--compare").code == 0
     two = train(zygote, digits, tmp_path / "two", "--compare", ranks=2)
     assert two.code == 0, two.lines
@@ -134,10 +134,10 @@ def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_p
         (4, "abc", ["abc"] * 4),
     ],
 )
-def test_how_learners_are_sharded(size: int, cohort: str, shares: list[str]) -> None:
-    """Rank 0 trains the last arm, because it counts the labels of its random images.""" ""
-    result = ["".join(choose_partition(Group(rank, size), len(cohort)).local_learners(cohort)) for rank in range(size)]
-    assert result == shares
+def test_learners_are_sharded(size: int, cohort: str, shares: list[str]) -> None:
+    """Rank 0 trains the last arm, because it counts the labels of its random images."""
+    names = ["".join(choose_partition(Group(rank, size), len(cohort)).local_learners(cohort)) for rank in range(size)]
+    assert names == shares
 
 
 def test_the_parts_of_a_split_batch_make_the_batch() -> None:

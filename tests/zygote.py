@@ -1,10 +1,14 @@
-"""Runs tspipe commands under adverse conditions: reads orders as lines of JSON, answers `[killed, code, lines]`.
+"""Run tspipe commands under adverse conditions: read requests as lines of JSON, answer `[killed, code, lines]`.
 
-A fork of this process, which has imported everything already, is a start in a tenth of a second instead of two.
-An order has `arguments`, and `seconds`, after which the command gets SIGKILL (null: never). It may have `after`: it
-then gets it upon a line that begins so; `limit`, the largest file in bytes (RLIMIT_FSIZE); and `obey`: then permissions
-hold for the superuser, too. With `ranks` the command is a job of several processes, as torchrun starts them, that are
-killed together; the answer is that of them all.
+A command is a fork of this process, which has already imported everything, so it starts in a tenth of a second instead
+of two. The fields of a request:
+
+    arguments  the command line
+    seconds    send SIGKILL after so many seconds (null: never)
+    after      send SIGKILL after the first line that starts with this text
+    limit      the size limit of files in bytes (RLIMIT_FSIZE)
+    obey       permissions also apply to the superuser
+    ranks      run as a torchrun job of so many processes, which are killed together and share one answer
 """
 
 import ctypes
@@ -21,7 +25,7 @@ from typing import Any
 
 
 def slowly() -> None:
-    """Have stage one say which blocks it computes and has written, and take its time, to be killed in."""
+    """Make stage one print the blocks that it computes and writes, and slow it down, so that kills fall in between."""
     from tspipe.cache import CacheWriter
     from tspipe.extraction import forward
 
@@ -53,8 +57,8 @@ def obey_permissions() -> None:
     assert libc.capset(header, sets) == 0
 
 
-def places(ranks: int) -> list[dict[str, str]]:
-    """What torchrun tells each process of a job of `ranks` of its place, in the environment."""
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """Return the environment variables that torchrun sets for each process of a job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -62,8 +66,10 @@ def places(ranks: int) -> list[dict[str, str]]:
     return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def start(place: dict[str, str], arguments: list[str], limit: int | None = None, obey: bool = False) -> tuple[int, int]:
-    """Start a command in a fork; its process, and the pipe into which it prints."""
+def start(
+    variables: dict[str, str], arguments: list[str], limit: int | None = None, obey: bool = False
+) -> tuple[int, int]:
+    """Start a command in a fork; return its process id and the pipe that it prints to."""
     from tspipe.cli.app import main
 
     reader, writer = os.pipe()
@@ -71,7 +77,7 @@ def start(place: dict[str, str], arguments: list[str], limit: int | None = None,
     if process:
         os.close(writer)
         return process, reader
-    os.environ.update(place)
+    os.environ.update(variables)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
     if limit is not None:
@@ -98,9 +104,9 @@ def main() -> None:
 
     slowly()
     for line in sys.stdin:
-        order = json.loads(line)
-        seconds, ranks, after = order.pop("seconds"), order.pop("ranks", None), order.pop("after", None)
-        started = [start(place, **order) for place in (places(ranks) if ranks else [{}])]
+        request = json.loads(line)
+        seconds, ranks, after = request.pop("seconds"), request.pop("ranks", None), request.pop("after", None)
+        started = [start(environment, **request) for environment in (rank_environments(ranks) if ranks else [{}])]
         if seconds is not None:
             time.sleep(seconds)
             for process, _ in started:

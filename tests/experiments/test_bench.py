@@ -1,4 +1,4 @@
-"""The benchmark: its comparisons, and that both sides of each do the same work.""" ""
+"""The benchmark: its comparisons, and that both sides of each do the same work."""
 
 import json
 import time
@@ -70,7 +70,7 @@ def open_bench(config: StudentConfig, folder: Path) -> Trainer:
 
 
 def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Path) -> None:
-    """Bare steps end with the same weights as training, so both sides do the same work.""" ""
+    """Bare steps end with the same weights as training, so both sides do the same work."""
     trainer = open_bench(config(digits), tmp_path)
     ours, bare = ([bench._learner(trainer, "lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
     source = trainer.batches

@@ -1,4 +1,4 @@
-"""Settings of stage two: several losses, a validation split, loss weights, TensorBoard, the random generator.""" ""
+"""Settings of stage two: several losses, a validation split, loss weights, TensorBoard, the random generator."""
 
 import shutil
 from pathlib import Path
@@ -31,7 +31,7 @@ def weights_of(run: RunFolder) -> dict[str, bytes]:
 
 
 def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:
-    """Each loss ends with the same weights as in a run of its own, and the student alone is trained once.""" ""
+    """Each loss ends with the same weights as in a run of its own, and the student alone is trained once."""
     both = train_students(config(digits, tmp_path / "both", 'loss=["ts", "kd", "vid"]'))
     assert [(row["arm"], row["loss"]) for row in both.rows()[:7]] == [
         (ALONE, "xent"), (TAUGHT, "ts"), (TAUGHT, "kd"), (TAUGHT, "vid"), (RANDOM, "ts"), (RANDOM, "kd"),
@@ -49,7 +49,7 @@ def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_compiled_students_learn_the_same(digits: Cache, tmp_path: Path) -> None:
-    """Weights are equal up to rounding, parameter names are unchanged, and the students were compiled.""" ""
+    """Weights are equal up to rounding, parameter names are unchanged, and the students were compiled."""
     tiny = tmp_path / "tiny.py"
     tiny.write_text(
         "from torch import nn\n\n\n"

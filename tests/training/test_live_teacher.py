@@ -1,4 +1,4 @@
-"""The live teacher runs ahead of the students, with the same results as in turn.""" ""
+"""The live teacher runs ahead of the students, with the same results as in turn."""
 
 import threading
 
@@ -16,7 +16,7 @@ GREY = Preprocess((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 class Backbone(nn.Module):
-    """Returns channel means; sets an event at each call.""" ""
+    """Returns channel means; sets an event at each call."""
 
     def __init__(self, *, draws: bool = False):
         super().__init__()
@@ -31,7 +31,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture(autouse=True)
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have one core more than PyTorch uses.""" ""
+    """Have one core more than PyTorch uses."""
     monkeypatch.setattr("tspipe.training.live_teacher.available_cores", lambda: torch.get_num_threads() + 1)
 
 

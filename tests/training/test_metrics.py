@@ -1,4 +1,4 @@
-"""Epoch metrics do not depend on how many steps are evaluated at once, or in how many processes.""" ""
+"""Epoch metrics do not depend on how many steps are evaluated at once, or in how many processes."""
 
 import math
 
@@ -12,7 +12,7 @@ STEPS = 150  # more than are evaluated at once
 
 
 def steps(first: int = 0, stop: int = STEPS) -> list[tuple[int, Tensor, float, Tensor, Tensor]]:
-    """Return step numbers, loss terms, weights, logits and labels.""" ""
+    """Return step numbers, loss terms, weights, logits and labels."""
     draw = torch.Generator().manual_seed(0)
     made = [
         (

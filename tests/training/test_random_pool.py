@@ -1,4 +1,4 @@
-"""Training with the random pool: stage one's pixels drawn again, with its targets and without the teacher.""" ""
+"""Training with the random pool: stage one's pixels drawn again, with its targets and without the teacher."""
 
 import zlib
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def test_drawing_ahead_does_not_change_the_batches(pool: Cache) -> None:
 def test_an_epoch_continues_where_the_previous_one_ended(
     pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch has 10 batches of 100 images, or 8 of 128 of which the last has 104.""" ""
+    """An epoch has 10 batches of 100 images, or 8 of 128 of which the last has 104."""
     for size, per_epoch in ((100, 10), (128, 8)):
         learnt: list[Target] = []
         step = learner.Learner.step
@@ -118,7 +118,7 @@ def test_label_counts_come_from_the_pool(run: RunFolder, pool: Cache) -> None:
 def test_an_interrupted_run_ends_with_the_same_students(
     run: RunFolder, pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two learners take 20 steps per epoch; interrupted within an epoch, at its end, and in the second seed.""" ""
+    """Two learners take 20 steps per epoch; interrupted within an epoch, at its end, and in the second seed."""
     run_config = stage_two(pool, tmp_path / "killed", "checkpoint_seconds=0")
     taken = interrupted_at(monkeypatch, 8, 21, 40, 64)
     for _ in range(4):

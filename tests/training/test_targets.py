@@ -11,7 +11,7 @@ from tspipe.training.targets import TargetLoader
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_slow_rows_are_announced_ahead(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first slow batch, each row is announced once, a few batches before it is read.""" ""
+    """After the first slow batch, each row is announced once, a few batches before it is read."""
     monkeypatch.setattr(targets_module, "READ_AHEAD", 3)
     monkeypatch.setattr(targets_module, "SLOW_ROW", -1 if slow else 1)
     monkeypatch.setattr(targets_module, "GATHER_BYTES", 1)

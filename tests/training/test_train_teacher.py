@@ -1,4 +1,4 @@
-"""Training a teacher: it survives kills, and never overwrites other weights.""" ""
+"""Training a teacher: it survives kills, and never overwrites other weights."""
 
 import random
 from dataclasses import replace

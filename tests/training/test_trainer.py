@@ -1,4 +1,4 @@
-"""Stage two: what a cohort shares, what a run folder holds, and when a run is refused.""" ""
+"""Stage two: what a cohort shares, what a run folder holds, and when a run is refused."""
 
 import json
 import platform
@@ -54,18 +54,18 @@ def weights_of(run: RunFolder) -> dict[str, bytes]:
 
 
 def metrics_of(run: RunFolder) -> list[dict[str, object]]:
-    """Return all metrics except the seconds.""" ""
+    """Return all metrics except the seconds."""
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
 
 
 @pytest.fixture(scope="module")
 def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Train three arms, two seeds, two epochs.""" ""
+    """Train three arms, two seeds, two epochs."""
     return train_students(config(digits, tmp_path_factory.mktemp("runs") / "run", "seeds=2"))
 
 
 def test_a_batch_reuses_memory(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most two batches are alive at a time: more memory makes a small step 2 % slower.""" ""
+    """At most two batches are alive at a time: more memory makes a small step 2 % slower."""
     made: list[weakref.ref[Tensor]] = []
     normalise = Preprocess.normalise
 
@@ -162,7 +162,7 @@ def test_a_finished_run_is_left_unchanged(run: RunFolder, digits: Cache) -> None
 
 
 def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
-    """Compare with one epoch of taught + random images, written in plain PyTorch.""" ""
+    """Compare with one epoch of taught + random images, written in plain PyTorch."""
     result = train_students(config(digits, tmp_path / "run", "epochs=1", arms=(RANDOM,)))
     preprocess = Preprocess.from_dict(digits.manifest["preprocess"])
     images = datasets.open_dataset("digits").train
@@ -222,7 +222,7 @@ def test_arms_are_selected_by_the_recipe() -> None:
 
 
 def test_the_student_alone_with_its_own_schedule(digits: Cache, tmp_path: Path) -> None:
-    """With the settings of the other arms, its weights are those of the student alone, bit for bit.""" ""
+    """With the settings of the other arms, its weights are those of the student alone, bit for bit."""
     both = (ALONE, OWN)
     same = train_students(config(digits, tmp_path / "same", "alone.lr=0.001", "lr=0.001", arms=both))
     other = train_students(config(digits, tmp_path / "other", "alone.lr=0.01", "lr=0.001", arms=both))
@@ -318,7 +318,7 @@ def test_training_from_a_cache_without_its_teacher(digits: Cache, tmp_path: Path
 
 
 def test_a_run_resumes_with_the_same_number_of_threads(digits: Cache, tmp_path: Path) -> None:
-    """Threads split sums, so another number of threads changes the weights.""" ""
+    """Threads split sums, so another number of threads changes the weights."""
     run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
         train_students(run_config)
@@ -340,7 +340,7 @@ def test_two_students_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> 
 
 
 def test_two_learners_of_one_name_are_refused(digits: Cache, tmp_path: Path) -> None:
-    """`taught` with a loss named random, and `taught + random` with the default loss.""" ""
+    """`taught` with a loss named random, and `taught + random` with the default loss."""
     user_file = tmp_path / "random.py"
     user_file.write_text(LOSS)
     with pytest.raises(RecipeError) as refused:
@@ -389,7 +389,7 @@ def test_a_loss_of_the_users_own(digits: Cache, tmp_path: Path) -> None:
 
 
 def test_changed_code_of_the_teacher_is_refused(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights in another network give features other than the cached ones.""" ""
+    """The same weights in another network give features other than the cached ones."""
     from torch import nn
 
     from tspipe.models.networks import lenet5
@@ -423,7 +423,7 @@ def test_a_run_does_not_resume_on_another_kind_of_device(digits: Cache, tmp_path
 def test_a_run_resumes_on_another_device_of_the_same_kind(
     digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each process of torchrun has a GPU of its own, and only the first has number 0.""" ""
+    """Each process of torchrun has a GPU of its own, and only the first has number 0."""
     run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         monkeypatch.setattr("tspipe.training.trainer.pick_device", lambda _, device=device: device)

@@ -1,4 +1,4 @@
-"""Views: students see the teacher's pixels, bit for bit, and other views are refused.""" ""
+"""Views: students see the teacher's pixels, bit for bit, and other views are refused."""
 
 import contextlib
 import random
@@ -112,7 +112,7 @@ def test_the_first_view_and_the_test_split_are_plain(cropped: Cache) -> None:
 
 
 class Noted:
-    """Records the images that the teacher and the students get.""" ""
+    """Records the images that the teacher and the students get."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.taught: list[torch.Tensor] = []
@@ -139,7 +139,7 @@ class Noted:
 def test_students_see_what_the_teacher_saw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], images: bool, limits: list[str]
 ) -> None:
-    """Pixels are equal in every arm, and the live teacher's output equals the cached one up to float32 rounding.""" ""
+    """Pixels are equal in every arm, and the live teacher's output equals the cached one up to float32 rounding."""
     noted, arms, folder = Noted(monkeypatch), (ALONE, TAUGHT, RANDOM), tmp_path / "shapes"
     cache = extract(replace(small(folder, *VIEWS, *settings, "compute.batch_size=5"), images=images))
     saw = torch.cat(noted.taught)
@@ -310,7 +310,7 @@ def test_fresh_views_are_refused_if_an_arm_is_taught(tmp_path: Path) -> None:
 
 
 def test_students_alone_may_have_fresh_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views are drawn again each epoch.""" ""
+    """Views are drawn again each epoch."""
     noted, folder = Noted(monkeypatch), tmp_path / "shapes"
     cache = extract(small(folder, *CROP))
     run = train_students(stage_two(cache, folder, "views.count=8", "views.shift=2", arms=(ALONE,)))
@@ -334,7 +334,7 @@ def images_of(folder: Path) -> list[Any]:
 
 
 def test_a_run_records_its_views(cropped: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted epoch resumes with the same views.""" ""
+    """An interrupted epoch resumes with the same views."""
     folder = cropped.path.parent / "shapes"
     run_config = replace(stage_two(cropped, folder, "checkpoint_seconds=0"), out=tmp_path / "killed")
     whole = train_students(replace(run_config, out=tmp_path / "whole"))
