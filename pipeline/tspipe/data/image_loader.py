@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tspipe.cache import SPLITS, Cache
+from tspipe.cache import Cache
 from tspipe.data.datasets import Dataset, Images
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import DatasetError
@@ -64,16 +64,15 @@ def open_images(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Pr
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
     if not cache.has_images:
         return local(), preprocess
-    stored = Dataset(cache.manifest["dataset"]["name"], "", *(_stored_images(cache, split) for split in SPLITS))
+
+    def images(split: str) -> Images:
+        rows = cache.split(split)
+        assert rows.images is not None
+        keys = [key.decode("utf-8", "replace") for key in rows.keys.load().tolist()]
+        return Images(rows.labels, keys, cache.classes, rows.images.__getitem__, rows.images)
+
+    stored = Dataset(cache.manifest["dataset"]["name"], "", images("train"), images("test"))
     return stored, replace(preprocess, resize=None, crop=None)
-
-
-def _stored_images(cache: Cache, split: str) -> Images:
-    """Return a split's images as the cache stores them, resized and cropped."""
-    rows = cache.split(split)
-    assert rows.images is not None
-    keys = [key.decode("utf-8", "replace") for key in rows.keys.load().tolist()]
-    return Images(rows.labels, keys, cache.classes, rows.images.__getitem__, rows.images)
 
 
 def input_shape(images: Images, preprocess: Preprocess) -> tuple[int, int, int]:
@@ -87,7 +86,8 @@ def check_sizes(sizes: Sequence[tuple[int, ...]], keys: Sequence[str]) -> None:
     for key, size in zip(keys, sizes, strict=True):
         if size != sizes[0]:
             raise DatasetError(
-                f"The images differ in size: {keys[0]} is {_format_size(sizes[0])}, {key} is {_format_size(size)}. "
+                f"The images differ in size: {keys[0]} is {'×'.join(map(str, sizes[0]))}, {key} is "
+                f"{'×'.join(map(str, size))}. "
                 "Give one size, for example --set preprocess.resize=[256,256]"
             )
 
@@ -179,7 +179,3 @@ class ImageLoader:
             keys, pixels = zip(*results, strict=True)
             check_sizes([image.shape[:2] for image in pixels], keys)
             yield np.stack(pixels)
-
-
-def _format_size(size: tuple[int, ...]) -> str:
-    return "×".join(map(str, size))

@@ -137,17 +137,15 @@ class Preprocess:
 
         is_uint8, (count, channels, height, width) = images.dtype == torch.uint8, (-1, *images.shape)[-4:]
         if images.ndim < 4 or not images.is_contiguous(memory_format=torch.channels_last):
-            scale, shift = (v[:, None, None] for v in self._line(1, is_uint8, images.device))
+            scale, shift = _scale_and_shift(self.mean, self.std, 1, is_uint8, images.device)
+            scale, shift = scale[:, None, None], shift[:, None, None]
             return images.to(torch.float32).mul(scale).sub_(shift)
         # A channels-last image is treated as one line of pixels: an inner loop over three channels is 4 × slower.
-        scale, shift = self._line(height * width, is_uint8, images.device)
+        scale, shift = _scale_and_shift(self.mean, self.std, height * width, is_uint8, images.device)
         lines = images.permute(0, 2, 3, 1).reshape(count, height * width * channels).to(torch.float32)
         # The float32 copy of bytes is overwritten in place, which takes half the time of allocating another.
         lines = (lines.mul_(scale) if is_uint8 else lines * scale).sub_(shift)
         return lines.view(count, height, width, channels).permute(0, 3, 1, 2)
-
-    def _line(self, pixels: int, is_uint8: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        return _scale_and_shift(self.mean, self.std, pixels, is_uint8, device)
 
 
 @lru_cache

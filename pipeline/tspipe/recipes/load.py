@@ -80,11 +80,8 @@ def recipe_for_cache(
 ) -> tuple[Recipe, Path]:
     """Return the recipe for a cache's dataset, preprocessing and views, and the default folder of the dataset.
 
-    Args:
-        file: the cache's name in an error.
-        recipe: a recipe's name; None for that of the dataset.
-        settings: values of `--set`.
-        flags: values of other flags by dotted field name.
+    Errors name the cache as `file`. Without `recipe`, it is that of the dataset. `settings` are `overrides` of `load`,
+    and `flags` are its flags.
     """
     dataset: str = manifest["dataset"]["name"]
     if recipe is None and dataset.partition(":")[0] not in datasets.names():

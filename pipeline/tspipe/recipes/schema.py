@@ -77,7 +77,7 @@ class Compute(Section):
 
 
 class Overrides(Section):
-    """Values that replace the recipe's; None keeps the recipe's."""
+    """Values that replace the recipe's. None keeps the recipe's value."""
 
     optimizer: Optimizer | None = None
     lr: Positive | None = None
@@ -164,19 +164,13 @@ class Recipe(Optimisation):
         raise ValueError("neither auto nor a number of 0 or more")
 
     @model_validator(mode="after")
-    def _known_students(self) -> Self:
-        known = {*plugin_names("models.networks"), *map(_recorded_network, self.student)}
-        for name in self.students:
-            if name not in known and not name.startswith("torchvision:"):
-                raise ValueError(unknown("student", name, known))
-        return self
-
-    @model_validator(mode="after")
-    def _known_losses(self) -> Self:
-        known = {*plugin_names("losses"), *(recorded_name("losses", name) for name in self.loss)}
-        for name in self.losses:
-            if name not in known:
-                raise ValueError(unknown("loss", name, known))
+    def _known_names(self) -> Self:
+        networks = {*plugin_names("models.networks"), *map(_recorded_network, self.student)}
+        losses = {*plugin_names("losses"), *(recorded_name("losses", name) for name in self.loss)}
+        for kind, names, known in (("student", self.students, networks), ("loss", self.losses, losses)):
+            for name in names:
+                if name not in known and not (kind == "student" and name.startswith("torchvision:")):
+                    raise ValueError(unknown(kind, name, known))
         return self
 
     def loss_options(self, loss: str) -> dict[str, Any]:

@@ -76,9 +76,8 @@ def _section(field: Any, sections: Mapping[str, Any]) -> Mapping[str, Any] | Non
 
 
 def _inherited(name: str) -> str:
-    """Return the description of the recipe's field that a field of `Overrides` replaces."""
-    field = Optimisation.model_fields.get(name.rpartition(".")[2])
-    return f"{field.description} None keeps the recipe's value." if field else ""
+    """Return the description of a field of `Overrides`, from the recipe's field that it replaces."""
+    return f"{Optimisation.model_fields[name.rpartition('.')[2]].description} None keeps the recipe's value."
 
 
 def _type(field: Mapping[str, Any]) -> str:
