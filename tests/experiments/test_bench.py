@@ -10,18 +10,13 @@ import pytest
 import torch
 
 from conftest import Result
-from shared import small
 from tspipe.cache import Cache
-from tspipe.experiments import bench, stage_one_bench, turns
+from tspipe.experiments import bench, turns
 from tspipe.experiments.baselines import as_way, bare_steps, joined
 from tspipe.experiments.turns import Timer, Way
-from tspipe.extraction.extract import extract
-from tspipe.models.feature_net import FeatureNet
-from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
 from tspipe.training.arms import RANDOM, TAUGHT
 from tspipe.training.config import StudentConfig
-from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import Trainer, open_trainer
 
@@ -29,7 +24,6 @@ LINES = [
     "lenet5 epoch / bare",
     "lenet5 epoch / live",
     "cohort of 2 / bare",
-    "stage one / bare",
 ]
 
 
@@ -116,47 +110,6 @@ def test_turns_are_short_and_of_one_length(
     assert times == {"slow": [3.25] * turns, "fast": [0.75] * turns}
     assert set(done[4:]) == {(3.25, slow), (0.75, fast)}
     assert {length for length, _ in done[4::2]} == {3.25, 0.75}, "neither is always the first"
-
-
-@pytest.mark.parametrize("images", [False, True])
-def test_files_are_decoded_also_for_a_cache_with_pixels(
-    images: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    extraction = replace(small(tmp_path / "shapes"), images=images)
-    cache = extract(extraction)
-    assert cache is not None
-    chosen = extraction.recipe.model_copy(update={"batch_size": 4, "random_images": 2})
-    local = StudentConfig(chosen, cache, data=extraction.data)
-    assert bench.bench(local, seconds=1).lines[-1].what == "stage one, files / bare"
-    assert "files" not in capsys.readouterr().err
-    (tmp_path / "shapes").rename(tmp_path / "elsewhere")
-    if images:
-        assert [line.what for line in bench.bench(local, seconds=1).lines] == LINES
-        message = (
-            f"Stage one is not timed from files. There is no train split in {tmp_path}/shapes: looked for "
-            f"{tmp_path}/shapes/train. The layout is train/CLASS/IMAGE and test/CLASS/IMAGE. "
-            "Name it with --data FOLDER."
-        )
-        assert "".join(capsys.readouterr().err.split()) == message.replace(" ", "")  # lines may end anywhere
-
-
-def test_stage_one_is_timed_in_float32(digits: Cache, tmp_path: Path) -> None:
-    """Stage one is float32 even if the live teacher computes in bfloat16."""
-    chosen, precisions = config(digits), set[torch.dtype]()
-    recipe = chosen.recipe.model_copy(update={"live_precision": "bfloat16"})
-    trainer = open_bench(replace(chosen, recipe=recipe), tmp_path)
-    assert isinstance(trainer.batches.random, LiveTeacher)
-    assert trainer.batches.random.teacher.precision == torch.bfloat16
-
-    def watched(*args: object) -> FeatureNet:
-        teacher = load_teacher(*args)  # type: ignore[arg-type]
-        teacher.register_forward_hook(lambda *_: precisions.add(teacher.precision))
-        return teacher
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_one_bench, "load_teacher", watched)
-        stage_one_bench.measure(trainer, Timer(torch.device("cpu"), 0.1))
-    assert precisions == {torch.float32}
 
 
 def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:

@@ -67,11 +67,11 @@ def test_a_killed_table_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run.finished
 
 
-def test_a_run_that_stage_two_had_finished_is_set_beside_the_paper(
+def test_a_run_that_stage_two_had_finished_is_record_paper_the_paper(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that was finished for other numbers of the paper; `tspipe student` knows of none."""
-    monkeypatch.setattr(job, "_set_beside", lambda *_: None)
+    monkeypatch.setattr(job, "_record_paper", lambda *_: None)
     (run,) = reproduce(replace(TABLE1, epochs=1))
     assert "paper" not in run.read_json("summary.json")
     monkeypatch.undo()
@@ -136,7 +136,7 @@ def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.Monk
     jobs = []
     monkeypatch.setattr(job, "_cache", lambda *_: digits.path)
     monkeypatch.setattr(job, "train_students", lambda table_config, _group: jobs.append(table_config))
-    monkeypatch.setattr(job, "_set_beside", lambda *_: None)
+    monkeypatch.setattr(job, "_record_paper", lambda *_: None)
     reproduce(TableConfig("table2", students=("lenet5",), epochs=3, seeds=2))
     assert [table_config.progress_offset for table_config in jobs] == [(0, 6000), (6000, 0)]
     assert [table_config.recipe.paper.title for table_config in jobs] == ["Table 2, CIFAR-10", "Table 2, CIFAR-100"]

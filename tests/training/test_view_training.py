@@ -383,4 +383,4 @@ def test_on_the_command_line(tspipe: Tspipe, tmp_path: Path) -> None:
 
 def test_the_benchmark_accepts_a_cache_with_views(cropped: Cache) -> None:
     result = bench.bench(replace(stage_two(cropped, cropped.path.parent / "shapes"), out=None), 0.1)
-    assert [line.what for line in result.lines][-2:] == ["stage one / bare", "stage one, files / bare"]
+    assert [line.what for line in result.lines][-1] == "cohort of 2 / bare"

@@ -96,10 +96,9 @@ def show_bench(result: dict[str, Any]) -> None:
         table.add_row(Text(printable(line["what"])), *times, _ratio(line["ratio"]), spread, str(line["n"]))
     out.print(table)
     out.print(
-        "\nEach line compares tspipe, named first, with a floor: an epoch with its test, the random images of a batch, "
-        "a batch of a cohort, an image in stage one. bare: the same steps and tests on tensors in memory, for a cohort "
-        "with one teacher pass, for stage one the teacher alone; live: with the teacher in the loop. Medians of n "
-        "turns; ratios are of one turn, with their quartiles."
+        "\nEach line compares tspipe with a floor: an epoch with its test, the random images of a batch, or a batch of "
+        "a cohort. bare: the same steps and tests on tensors in memory, for a cohort with one teacher pass; live: with "
+        "the teacher in the loop. Times are medians of n turns; a ratio is the median over turns, with its quartiles."
     )
     for name, value in result["facts"].items():
         out.print(Text(printable(f"{name}: {value:.3g}")))

@@ -111,6 +111,7 @@ def bench(
 ) -> None:
     """Measure what a cache saves on this machine."""
     import json
+    from dataclasses import asdict
 
     from tspipe.cache import open_cache
     from tspipe.cli.render import show_bench
@@ -121,7 +122,7 @@ def bench(
     opened = open_cache(local_path(cache))
     flags = {"student": student or None}
     chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
-    result = stage.bench(StudentConfig(chosen, opened, data=data or default_folder), seconds).as_json()
+    result = asdict(stage.bench(StudentConfig(chosen, opened, data=data or default_folder), seconds))
     if json_:
         print(json.dumps(result, indent=2))
     else:

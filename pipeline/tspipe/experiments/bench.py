@@ -5,18 +5,18 @@ a ratio; the result is their median with the quartiles.
 """
 
 import itertools
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tspipe.experiments import stage_one_bench
 from tspipe.experiments.baselines import as_way, bare_steps, bare_tests, joined, labelled
-from tspipe.experiments.turns import Timer, Way
+from tspipe.experiments.turns import Timer
 from tspipe.models import feature_net, networks
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.probe import probe_images
@@ -35,7 +35,7 @@ from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.memory import keep_freed_memory
 from tspipe.utils.progress import progress
 
-_PREPARED_BYTES = 2**30  # images that a floor has in memory: an epoch of CIFAR-10, larger than any processor's cache
+_PREPARED_BYTES = 2**30  # images that a floor has in memory: an epoch of CIFAR-10, more than a processor's cache holds
 _COHORT_BATCHES = 8  # batches with random images that the cohort's floor goes through again and again
 
 
@@ -54,17 +54,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Result:
-    """All comparisons on one machine."""
+    """All comparisons on one machine; times are in seconds."""
 
     cache: str
     environment: dict[str, Any]
     lines: list[Line]
     facts: dict[str, float]
     sentence: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON values; times are in seconds."""
-        return asdict(self)
 
 
 def bench(config: StudentConfig, seconds: float = 120) -> Result:
@@ -86,10 +82,10 @@ def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, fl
     students = trainer.config.recipe.student
     random = trainer.batches.random
     live = random if isinstance(random, LiveTeacher) else None
-    timer = Timer(trainer.device, seconds / (5 * len(students) + 8 if live else 4 * len(students)))
+    timer = Timer(trainer.device, seconds / (5 * len(students) + 4 if live else 4 * len(students)))
     lines: list[Line] = []
     facts: dict[str, float] = {}
-    with progress("bench", len(students) + (3 if live else 0), "parts") as advance:
+    with progress("bench", len(students) + (2 if live else 0), "parts") as advance:
         for student in students:
             lines += _student_lines(trainer, student, timer, facts)
             advance(1, f"bench, {networks.recorded_name(student)}")
@@ -98,18 +94,14 @@ def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, fl
             advance(1, "bench, random images")
             lines.append(_cohort_line(trainer, live, timer))
             advance(1, "bench, cohort")
-            times = stage_one_bench.measure(trainer, timer)
-            lines += [_line(f"stage one{source} / bare", *pair) for source, pair in times.items()]
-            advance(1, "bench, stage one")
     return lines, facts
 
 
 def _student_lines(trainer: Trainer, student: str, timer: Timer, facts: dict[str, float]) -> Iterator[Line]:
     """Compare an epoch of a taught student with bare steps and tests, and with a loop that has the teacher in it."""
     name, recipe, data = networks.recorded_name(student), trainer.config.recipe, trainer.batches.data
-    learner = _learner(
-        trainer, student, TAUGHT
-    )  # one for both sides: equal learners differ by 4 %, depending on their addresses in memory
+    # One learner for both sides: equal learners differ by 4 %, depending on their addresses in memory.
+    learner = _learner(trainer, student, TAUGHT)
     batches = replace(trainer.batches, random=None)
     part = slice(_prepared_batches(trainer, recipe.batch_size))
     prepared = [(batch.images, batch.target) for _, batch in batches.epoch(0, 0, part)]
@@ -151,10 +143,9 @@ def _test_seconds(trainer: Trainer, learner: Learner, timer: Timer) -> dict[str,
 
 def _random_image_lines(trainer: Trainer, live: LiveTeacher, timer: Timer, facts: dict[str, float]) -> Iterator[Line]:
     """Time the live teacher on a batch's random images and, if there is a pool, compare the pool with it."""
-    ways: dict[str, Way] = {"live": as_way(live.batch(0, 0, number) for number in itertools.count())}
+    ways = {"live": as_way(live.batch(0, 0, number) for number in itertools.count())}
     if trainer.config.cache.random is not None:
-        pool = RandomPool(trainer.config.cache, live.spec)
-        ways["pool"] = as_way(pool.batches(0, 0, range(2**20)))
+        ways["pool"] = as_way(RandomPool(trainer.config.cache, live.spec).batches(0, 0, range(2**20)))
     times = timer.turns(ways)
     facts["teacher: seconds of a pass over random images"] = statistics.median(times["live"])
     if "pool" in times:
@@ -167,14 +158,9 @@ def _cohort_line(trainer: Trainer, live: LiveTeacher, timer: Timer) -> Line:
     learners = [_learner(trainer, student, arm) for student in recipe.student for arm in (TAUGHT, RANDOM)]
     batches = [batch for _, batch in trainer.batches.epoch(0, 0, slice(_COHORT_BATCHES))]
     prepared = {TAUGHT: [(batch.images, batch.target) for batch in batches], RANDOM: list(map(joined, batches))}
-
-    def floor() -> Iterator[object]:
-        bare = [bare_steps(learner, itertools.cycle(prepared[learner.spec.arm])) for learner in learners]
-        for number in itertools.count():
-            live.batch(0, 0, number)
-            yield [next(steps) for steps in bare]
-
-    times = timer.turns({"floor": as_way(floor()), "ours": as_way(_endless_steps(trainer, learners, trainer.batches))})
+    bare = [bare_steps(learner, itertools.cycle(prepared[learner.spec.arm])) for learner in learners]
+    floor = as_way((live.batch(0, 0, number), *map(next, bare)) for number in itertools.count())
+    times = timer.turns({"floor": floor, "ours": as_way(_endless_steps(trainer, learners, trainer.batches))})
     return _line(f"cohort of {len(learners)} / bare", times["floor"], times["ours"])
 
 
@@ -201,15 +187,13 @@ def _plain_teacher(trainer: Trainer) -> FeatureNet:
 
 def _prepared_batches(trainer: Trainer, size: int) -> int:
     """Return how many batches of float32 images a floor has in memory."""
-    channels, height, width = trainer.batches.data.train.shape
-    return max(1, _PREPARED_BYTES // (4 * channels * height * width * size))
+    return max(1, _PREPARED_BYTES // (4 * math.prod(trainer.batches.data.train.shape) * size))
 
 
 def _line(what: str, floor: list[float], ours: list[float]) -> Line:
     ratios = [a / b for a, b in zip(ours, floor, strict=True)]
-    lower, _, upper = statistics.quantiles(ratios, n=4)
-    n = len(ratios)
-    return Line(what, statistics.median(floor), statistics.median(ours), statistics.median(ratios), lower, upper, n)
+    lower, median, upper = statistics.quantiles(ratios, n=4)
+    return Line(what, statistics.median(floor), statistics.median(ours), median, lower, upper, len(ratios))
 
 
 def _advice(config: StudentConfig, facts: dict[str, float]) -> str:

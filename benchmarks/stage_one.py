@@ -1,0 +1,133 @@
+"""Times stage one beside the bare teacher on decoded images: python benchmarks/stage_one.py CACHE [DATA [SECONDS]]
+
+Computes the rows of a cache's training images again, with the checksums and the writing, and prints the time per image
+beside that of the teacher alone. The images come from memory, decoded, and from their files, if they are on this
+machine in DATA; the floor for files decodes one image at a time.
+"""
+
+import itertools
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tspipe.cache import Cache, open_cache
+from tspipe.cache.layout import DTYPE_NAMES
+from tspipe.cache.manifest import as_plan
+from tspipe.data.datasets import Dataset, Images
+from tspipe.data.image_loader import open_images, read
+from tspipe.data.preprocess import Preprocess
+from tspipe.errors import CacheMismatch, DatasetError
+from tspipe.experiments.baselines import as_way
+from tspipe.experiments.turns import Timer, Way
+from tspipe.extraction import extract
+from tspipe.models.feature_net import FeatureNet
+from tspipe.models.teacher import load_teacher
+from tspipe.models.weights import Weights
+from tspipe.recipes.load import recipe_for_cache
+from tspipe.recipes.schema import Compute, Features, Recipe
+from tspipe.training.config import StudentConfig
+from tspipe.training.run_data import open_local_dataset
+from tspipe.utils.device import pick_device, use_full_precision
+from tspipe.utils.memory import keep_freed_memory
+
+BLOCKS = 4  # decoded blocks that are computed again and again
+
+
+def main(path: str, data: str | None = None, seconds: float = 60) -> None:
+    for source, (floor, ours) in measure(path, data, seconds).items():
+        ratios = [a / b for a, b in zip(ours, floor, strict=True)]
+        medians = (statistics.median(times) * 1e3 for times in (floor, ours))
+        line = "stage one{} / bare: {:.3g} ms beside {:.3g} ms, ratio {:.3g}, n {}"
+        print(line.format(source, *reversed(list(medians)), statistics.median(ratios), len(ratios)))
+
+
+def measure(path: str, data: str | None, seconds: float) -> dict[str, tuple[list[float], list[float]]]:
+    """The seconds per image of the floor and of stage one in each turn, by source: decoded images, files."""
+    cache = open_cache(path)
+    recipe, default_folder = recipe_for_cache(path, cache.manifest, None, None, {})
+    config = StudentConfig(recipe, cache, data=Path(data) if data else default_folder)
+    device = pick_device(recipe.device)
+    use_full_precision()
+    keep_freed_memory()
+    dataset, remaining = open_images(cache, lambda: open_local_dataset(config))
+    sizes = cache.dimensions
+    blocks = [sizes.block("train", number) for number in range(sizes.blocks("train"))]
+    decoded = [decode_rows(block, dataset.train, remaining) for block in blocks[:BLOCKS]]
+    _, height, width, channels = decoded[0].shape
+    teacher = load_teacher(cache, recipe, (channels, height, width), device)
+    batch_size = cache.manifest["compute"]["batch_size"]
+
+    @torch.inference_mode()
+    def bare(block: Tensor) -> None:
+        for batch in block.split(batch_size):
+            teacher(remaining.normalise(batch.to(device).permute(0, 3, 1, 2)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.h5"
+        arrays = in_memory(dataset, torch.cat(decoded))
+        job = stage_one_job(cache, recipe, teacher, arrays, replace(remaining, resize=None, crop=None), out)
+        with job.writer() as writer:
+
+            def write_blocks(job: extract.Job, count: int) -> Way:
+                numbers = itertools.cycle(range(count))
+                return lambda repeat: extract.write_rows(
+                    writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, lambda *_: None
+                )
+
+            ways = {
+                "ours": write_blocks(job, len(decoded)),
+                "floor": as_way(bare(block) for block in itertools.cycle(decoded)),
+            }
+            if files := open_files(config, dataset):  # all of them in turn: a few would stay in the processor's cache
+                steps = Preprocess.from_dict(cache.manifest["preprocess"])
+                one_by_one = (decode_rows(block, files, steps) for block in itertools.cycle(blocks))
+                job = stage_one_job(cache, recipe, teacher, replace(dataset, train=files), steps, out)
+                ways |= {"ours, files": write_blocks(job, len(blocks)), "floor, files": as_way(map(bare, one_by_one))}
+            times = Timer(device, seconds / len(ways)).turns(ways)
+    per_image = {way: [seconds / len(blocks[0]) for seconds in turns] for way, turns in times.items()}
+    sources = [source for source in ("", ", files") if f"ours{source}" in ways]
+    return {source: (per_image[f"floor{source}"], per_image[f"ours{source}"]) for source in sources}
+
+
+def decode_rows(rows: range, images: Images, preprocess: Preprocess) -> Tensor:
+    return torch.from_numpy(np.stack([read(images, preprocess, row)[1] for row in rows]))
+
+
+def in_memory(dataset: Dataset, pixels: Tensor) -> Dataset:
+    """The dataset with its first training images as an array."""
+    array, train, count = pixels.numpy(), dataset.train, len(pixels)
+    images = Images(train.labels[:count], train.keys[:count], train.classes, array.__getitem__, array)
+    return replace(dataset, train=images)
+
+
+def open_files(config: StudentConfig, dataset: Dataset) -> Images | None:
+    """The training images as files; None if the dataset is an array or not on this machine."""
+    try:
+        images = (open_local_dataset(config) if config.cache.has_images else dataset).train
+    except (DatasetError, CacheMismatch) as problem:
+        print(f"Stage one is not timed from files. {problem}", file=sys.stderr)
+        return None
+    return images if images.array is None else None
+
+
+def stage_one_job(
+    cache: Cache, recipe: Recipe, teacher: FeatureNet, dataset: Dataset, preprocess: Preprocess, out: Path
+) -> extract.Job:
+    """The job that made the cache, for training images without views, writing into another file."""
+    manifest = cache.manifest
+    compute = Compute(batch_size=manifest["compute"]["batch_size"], block_rows=manifest["block_rows"])
+    features = Features(dtype=DTYPE_NAMES[manifest["features"]["dtype"]])
+    recipe = recipe.model_copy(update={"preprocess": preprocess, "compute": compute, "features": features})
+    config = extract.ExtractConfig(recipe, Weights({}, {}, "", ""), out)
+    dimensions = replace(cache.dimensions, weights_bytes=0, random_rows=None, views=None)
+    return extract.Job(config, dataset, teacher, b"", {**as_plan(manifest), "random": None, "views": None}, dimensions)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(float, sys.argv[3:]))

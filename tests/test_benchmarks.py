@@ -1,0 +1,42 @@
+"""The benchmarks that are programs of their own: they run on a small cache."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from shared import small
+from tspipe.extraction.extract import extract
+
+
+def load_benchmark(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_stage_one_is_timed_from_decoded_images_and_from_files(
+    images: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files are decoded also for a cache that holds pixels."""
+    folder, stage_one = tmp_path / "shapes", load_benchmark("stage_one")
+    cache = extract(replace(small(folder), images=images))
+    assert cache is not None
+    times = stage_one.measure(str(cache.path), str(folder), 0.1)
+    assert list(times) == ["", ", files"]
+    assert all(min(floor + ours) > 0 for floor, ours in times.values())
+    assert capsys.readouterr().err == ""
+    folder.rename(tmp_path / "elsewhere")
+    if images:
+        assert list(stage_one.measure(str(cache.path), str(folder), 0.1)) == [""]
+        assert capsys.readouterr().err == (
+            f"Stage one is not timed from files. There is no train split in {folder}: looked for {folder}/train. The "
+            "layout is train/CLASS/IMAGE and test/CLASS/IMAGE. Name it with --data FOLDER.\n"
+        )
