@@ -1,7 +1,6 @@
 """Compares a cache with local data: rows in another order, split or version would give students wrong targets."""
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from tspipe.cache.layout import digest
 from tspipe.errors import CacheMismatch
+from tspipe.utils.threads import available_cores
 
 _TASK = 16  # images per thread and task: scheduling single ones costs more than decoding a small JPEG
 SAMPLE = 256  # images whose pixels are compared by default; None compares all
@@ -96,7 +96,7 @@ def match_split(
     def digests_of(images: list[int]) -> list[bytes]:
         return [digest(local.read(i)) for i in images]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
+    with ThreadPoolExecutor(available_cores()) as pool:  # Pillow releases the GIL while it decodes
         for start in range(0, len(rows), SAMPLE):
             some = rows[start : start + SAMPLE]
             tasks = [some[i : i + _TASK].tolist() for i in range(0, len(some), _TASK)]

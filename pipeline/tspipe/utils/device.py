@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tspipe.errors import RecipeError
+from tspipe.utils.threads import available_cores
 
 
 def batches_to_device(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
@@ -25,8 +26,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device to compute on; `auto` selects a GPU if one is available, one for each process of torchrun.
 
-    Such a GPU also becomes PyTorch's current device. Raises RecipeError if the device is not available.
+    Such a GPU also becomes PyTorch's current device. PyTorch's threads are limited to the processors available, since
+    by default it ignores the CPU quota of a container. Raises RecipeError if the device is not available.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(device for device in ("cuda", "mps", "cpu") if available[device])

@@ -2,27 +2,19 @@
 
 import ctypes
 import os
-from pathlib import Path
 
 import torch
+
+from tspipe.utils.containers import limits
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _INT_MAX = -1, -3, 2**31 - 1  # of glibc's malloc.h
 
 
 def memory_limit(device: torch.device) -> int:
     """Return the default limit in bytes: half of the memory of this machine, of its container and of its GPU."""
-    if device.type == "cuda":
-        return min(_half_of_memory(), torch.cuda.mem_get_info(device)[0] // 2)
-    return _half_of_memory()
-
-
-def _half_of_memory() -> int:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        container = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # not in a container, or its limit is `max`
-        container = machine
-    return min(machine, container) // 2
+    half = int(min(machine, limits().memory)) // 2
+    return min(half, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else half
 
 
 def keep_freed_memory() -> None:

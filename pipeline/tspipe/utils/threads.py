@@ -2,12 +2,15 @@
 
 import contextlib
 import itertools
+import math
 import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from tspipe.utils.containers import limits
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -85,6 +88,10 @@ class TimeBreakdown:
 
 
 def available_cores() -> int:
-    """Return the number of processors for this process: its share, if torchrun started several on this machine."""
+    """Return the number of processors for this process, within the CPU quota of its container.
+
+    If torchrun started several processes on this machine, each has its share.
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = math.ceil(min(count, limits().cores))
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
