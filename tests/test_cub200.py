@@ -22,7 +22,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
 from tspipe.recipes import load
-from tspipe.training import checkpoint, metrics_log, train_teacher
+from tspipe.training import checkpoint, metrics_log, teacher_weights, train_teacher
 
 Tspipe = Callable[..., Result]
 SMALL = ["--set=preprocess.resize=[40,40]", "--set=preprocess.crop=32"]  # in place of 600 and 448
@@ -152,7 +152,7 @@ def test_without_weights_the_message_says_where_to_get_them(tspipe: Tspipe, arch
     assert refused.code == 1
     assert not Path("checkpoints").exists()
     recipe = load.load("cub200", ["teacher.options.width=2", "preprocess.resize=[40,40]", "preprocess.crop=32"])
-    count = train_teacher._flops_per_image(recipe, datasets.open_dataset("cub200", archive).train) * 18 * 140
+    count = teacher_weights.flops_per_image(recipe, datasets.open_dataset("cub200", archive).train) * 18 * 140
     assert 1e10 < count < 1e13
     assert refused.says(
         "There are no weights for ntsnet on cub200: checkpoints/cub200-ntsnet.safetensors does not exist. They "
@@ -171,7 +171,7 @@ def test_the_cost_of_training_at_full_size() -> None:
     one = np.zeros((448, 448, 3), np.uint8)
     images = datasets.from_array(one[None], np.array([0]), [str(i) for i in range(200)])
     estimate = 3 * 2 * 4.09e9 * (4 + 6)
-    assert train_teacher._flops_per_image(recipe, images) == pytest.approx(estimate, rel=0.02)
+    assert teacher_weights.flops_per_image(recipe, images) == pytest.approx(estimate, rel=0.02)
 
 
 def test_training_begins_with_a_resnet50(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
@@ -289,8 +289,8 @@ def test_killed_training_resumes(zygote: Zygote, archive: Path, tmp_path: Path) 
     for _ in range(2):
         run = zygote.run(*start, "--out", killed, seconds=draw.uniform(0.5, 2))
         assert run.killed or run.code == 0, run.lines
-        if saved := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0).load():
-            positions.append((saved[1]["epoch"], saved[1]["batch"]))
+        if saved := checkpoint.Checkpointer(killed.with_name(killed.name + ".part"), 0, None).load():
+            positions.append(saved[1])
     assert positions == sorted(positions)
     assert zygote.run(*start, "--out", killed).code == 0
     assert killed.read_bytes() == complete.read_bytes()

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from conftest import Zygote
-from shared import TEACHER
+from shared import TEACHER, make_folder
+from tspipe.data import datasets
 from tspipe.errors import DatasetError, TrainingError
 from tspipe.models import weights
 from tspipe.recipes import load
-from tspipe.training import checkpoint
+from tspipe.training import checkpoint, teacher_weights, training_data
 from tspipe.training.train_teacher import TeacherConfig, checkpoint_path, train_teacher
 
 
@@ -45,8 +46,8 @@ def test_a_killed_training_ends_with_the_same_weights(zygote: Zygote, teacher: P
     draw, positions = random.Random(0), []
     for _ in range(5):
         zygote.run("teacher", "--dataset", "digits", "--out", out, *settings, seconds=draw.uniform(0.1, 0.6))
-        if result := checkpoint.Checkpointer(part, 0).load():
-            positions.append((result[1]["epoch"], result[1]["batch"]))
+        if result := checkpoint.Checkpointer(part, 0, None).load():
+            positions.append(result[1])
     assert positions == sorted(positions)
     assert zygote.run("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
     assert out.read_bytes() == teacher.read_bytes()
@@ -64,7 +65,7 @@ def test_a_non_finite_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as refused:
         train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=1"))
     assert str(refused.value) == (
-        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings. Use those settings to resume it, or delete "
+        f"{tmp_path}/x.safetensors.part is a checkpoint of other settings or data. Use those to resume it, or delete "
         "it to start again."
     )
     made = train_teacher(replace(config(tmp_path / "x.safetensors", "teacher.epochs=1"), force=True))
@@ -83,3 +84,60 @@ def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
 def test_checkpoint_names() -> None:
     assert checkpoint_path("folder:birds", "torchvision:resnet18").name == "birds-torchvision-resnet18.safetensors"
     assert checkpoint_path("cifar10", "./mine.py").name == "cifar10-mine.safetensors"
+
+
+def trained_on(folder: Path, out: Path, *overrides: str) -> TeacherConfig:
+    """A LeNet-5 for one epoch on a folder of 16 images."""
+    settings = [f"dataset=folder:{folder}", *TEACHER, "teacher.epochs=1", "teacher.batch_size=8", *overrides]
+    return TeacherConfig(load.load("folder", settings), out=out)
+
+
+def test_a_teacher_is_reused_only_for_its_data(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "photos"), tmp_path / "x.safetensors"
+    before = train_teacher(trained_on(folder, out))
+    assert train_teacher(trained_on(folder, out)) == before
+
+    def refusal() -> str:
+        with pytest.raises(TrainingError) as refused:
+            train_teacher(trained_on(folder, out))
+        return str(refused.value)
+
+    remedy = (
+        f"differ. Train the teacher anew (tspipe teacher --force, with the same flags), or use it as it is: "
+        f"tspipe cache --weights {out}"
+    )
+    first = folder / "train/a/00.png"
+    pixels = first.read_bytes()
+    first.write_bytes((folder / "train/a/01.png").read_bytes())
+    assert refusal() == f"{out} was trained on other data: the pixels {remedy}"
+    first.write_bytes(pixels)
+    assert train_teacher(trained_on(folder, out)) == before
+    first.rename(folder / "train/b/77.png")  # a label is corrected
+    assert refusal() == f"{out} was trained on other data: the images or labels {remedy}"
+    for split in ("train", "test"):
+        (folder / split / "a").rename(folder / split / "ant")
+    assert refusal() == f"{out} was trained on other data: the class names ('a' there and 'ant' here) {remedy}"
+    assert train_teacher(replace(trained_on(folder, out), force=True)).path == out
+
+
+def test_a_checkpoint_found_by_its_name_is_used_only_for_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "photos")
+    config = trained_on(folder, checkpoint_path("folder:photos", "lenet5"))
+    path = train_teacher(config).path
+    assert teacher_weights.read_weights(config, "folder:photos", None).source == str(path)
+    (folder / "train/a/00.png").unlink()
+    with pytest.raises(TrainingError, match="was trained on other data: the images or labels differ"):
+        teacher_weights.read_weights(config, "folder:photos", None)
+    assert teacher_weights.read_weights(config, "folder:photos", path).source == str(path)  # the user's decision
+
+
+def test_a_teacher_that_has_learned_nothing_is_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random images have nothing to learn; the digits have."""
+    teacher_weights.train_and_report(trained_on(make_folder(tmp_path / "photos"), tmp_path / "x.safetensors"))
+    assert "The teacher has learned nothing: one that always names the most frequent class may reach 85.36 %" in (
+        capsys.readouterr().err
+    )
+    assert training_data.chance(datasets.open_dataset("digits").test) < 0.14

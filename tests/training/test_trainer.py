@@ -241,8 +241,8 @@ def test_reading_rows_from_the_file_gives_the_same_students(run: RunFolder, digi
     assert weights == weights_of(run)[name]
 
 
-def position(out: Path) -> dict[str, int] | None:
-    result = checkpoint.Checkpointer(out / "checkpoint.safetensors", 0).load()
+def position(out: Path) -> checkpoint.Position | None:
+    result = checkpoint.Checkpointer(out / "checkpoint.safetensors", 0, None).load()
     return result and result[1]
 
 
@@ -253,7 +253,7 @@ def test_a_non_finite_loss_stops_training_and_keeps_the_checkpoint(digits: Cache
         "The loss of lenet5-taught-seed0 is not finite in epoch 1, step 2. The last checkpoint is kept. "
         "Try a smaller learning rate: --set students.lenet5.lr=1e+29"
     )
-    assert position(tmp_path / "nan") == {"seed": 0, "epoch": 0, "batch": 1}
+    assert position(tmp_path / "nan") == checkpoint.Position(0, 0, 1)
 
 
 def test_too_few_images_for_a_batch(digits: Cache, tmp_path: Path) -> None:

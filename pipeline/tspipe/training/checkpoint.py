@@ -1,21 +1,26 @@
-"""Checkpoints: state as one flat dict of tensors, in one safetensors file."""
+"""Checkpoints: state as one flat dict of tensors, in one safetensors file that says whose it is and has a checksum."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tspipe.errors import TrainingError
 from tspipe.models import weights
+from tspipe.utils.files import writing
+from tspipe.utils.progress import warn
+from tspipe.utils.reading import read_file
 from tspipe.utils.timing import Clock
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """The next batch to train on, as seed, epoch and batch, each from 0."""
 
     seed: int = 0
@@ -24,35 +29,90 @@ class Position:
 
 
 class Checkpointer:
-    """Saves a run's state in a file, at intervals of `seconds`."""
+    """Saves a run's state in a file, at intervals of `seconds`, and keeps the checkpoint before it.
 
-    def __init__(self, path: Path, seconds: float):
-        self.path, self.clock = path, Clock(seconds)
+    Args:
+        identity: what determines the results; a checkpoint of another identity is not used. None accepts any.
+    """
 
-    def save(self, tensors: Mapping[str, Tensor], position: dict[str, Any]) -> None:
-        """Replace the checkpoint atomically."""
-        weights.save(self.path, tensors, {"position": json.dumps(position)})
+    def __init__(self, path: Path, seconds: float, identity: str | None):
+        self.path, self.previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
+        self.clock, self.identity = Clock(seconds), identity
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the checkpoint's tensors and position, or None if there is none."""
-        if not self.path.exists():
-            return None
-        with safe_open(self.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, json.loads(weights.unpack_metadata(file.metadata())["position"])
+    def save(self, tensors: Mapping[str, Tensor], position: Position) -> None:
+        """Write a checkpoint atomically; the last one becomes the previous one."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"identity": self.identity or "", "position": json.dumps(position._asdict())}
+        if self.path.exists():
+            with writing(self.previous):
+                self.path.replace(self.previous)
+        weights.save(self.path, tensors, {**metadata, "sha256": _checksum(tensors, metadata)})
+
+    def load(self, *, visible: bool = True, refuse_foreign: bool = False) -> tuple[dict[str, Tensor], Position] | None:
+        """Return the tensors and the position of the last checkpoint that can be used, or None if there is none.
+
+        Args:
+            visible: print why a checkpoint cannot be used.
+            refuse_foreign: raise TrainingError for a checkpoint of another identity.
+        """
+        for path in (self.path, self.previous):
+            if not os.path.lexists(path):
+                continue
+            try:
+                tensors, position, identity = read_checkpoint(path)
+            except TrainingError as problem:
+                reason = str(problem)
+            else:
+                if self.identity in (None, identity):
+                    return tensors, position
+                reason = f"{path} is a checkpoint of other settings or data."
+                if refuse_foreign:
+                    raise TrainingError(f"{reason} Use those to resume it, or delete it to start again.")
+            if visible:
+                warn(f"{reason} Training continues from before it.")
+        return None
 
     def delete(self) -> None:
-        """Delete the checkpoint, if there is one."""
+        """Delete the checkpoints."""
         self.path.unlink(missing_ok=True)
+        self.previous.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Position, str]:
+    """Return a checkpoint's tensors, position and identity. Raises TrainingError if it is damaged or not finite."""
+    try:
+        data = read_file(path)
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = weights.unpack_metadata(header.get("__metadata__"))
+        position = Position(**json.loads(metadata["position"]))
+        checksum = metadata.pop("sha256")
+    except OSError as problem:
+        raise TrainingError(f"The checkpoint {path} cannot be read: {problem.strerror}.") from problem
+    except (SafetensorError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as problem:
+        raise TrainingError(f"The checkpoint {path} is damaged.") from problem
+    if _checksum(tensors, metadata) != checksum:
+        raise TrainingError(f"The checkpoint {path} is damaged: its checksum is wrong.")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise TrainingError(f"The checkpoint {path} has weights that are not finite.")
+    return tensors, position, metadata["identity"]
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a checkpoint's content."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the state of a module and its optimiser as one flat dict of tensors."""
     tensors = prefixed("module/", module.state_dict())
     for i, state in optimizer.state_dict()["state"].items():
-        tensors |= prefixed(
-            f"optimizer/{i}/", {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        )
+        tensors |= {f"optimizer/{i}/{name}": value for name, value in state.items() if isinstance(value, Tensor)}
     return tensors
 
 

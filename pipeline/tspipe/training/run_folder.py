@@ -37,9 +37,9 @@ class RunFolder:
     environment: dict[str, Any]
 
     @property
-    def checkpoint(self) -> Path:
-        """The checkpoint that the run resumes from."""
-        return self.path / "checkpoint.safetensors"
+    def identity(self) -> str:
+        """The SHA-256 of the config; the run's checkpoints carry it."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
     @property
     def finished(self) -> bool:

@@ -7,14 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tspipe.data.datasets import Images, open_dataset, parse
+from tspipe.data.image_loader import input_shape
 from tspipe.errors import NetworkError
 from tspipe.models import networks
 from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
-from tspipe.training import train_teacher
+from tspipe.recipes.schema import Recipe
+from tspipe.training import train_teacher, training_data
 from tspipe.training.train_teacher import TeacherConfig
 from tspipe.utils.console import echo
 from tspipe.utils.distributed import Group
+from tspipe.utils.progress import warn
 
 
 def needs_training(config: TeacherConfig, dataset: str, file: Path | None, train: bool, command: str) -> bool:
@@ -32,10 +38,37 @@ def needs_training(config: TeacherConfig, dataset: str, file: Path | None, train
     if networks.published(network, dataset) or not train:
         path = train_teacher.checkpoint_path(dataset, network)
         raise NetworkError(
-            f"There are no weights for {network} on {dataset}: {path} does not exist. "
-            + train_teacher.how_to_get(config, command)
+            f"There are no weights for {network} on {dataset}: {path} does not exist. {_how_to_get(config, command)}"
         )
     return True
+
+
+def _how_to_get(config: TeacherConfig, command: str) -> str:
+    """Say where the teacher's weights are published, and what training with `command` costs."""
+    recipe, settings = config.recipe, config.recipe.teacher
+    if (address := networks.published(settings.network, parse(recipe.dataset, config.data).name)) is None:
+        return f"Give a file (--weights FILE) or train the teacher: {command}"
+    images = open_dataset(recipe.dataset, config.data).train
+    flops = flops_per_image(recipe, images) * len(images) * settings.epochs
+    return (
+        f"They are published at {address}: give the file with --weights FILE, or to make as WEIGHTS=FILE. Or train the "
+        f"teacher: {command} --download. That takes {flops:.1e} floating-point operations ({settings.epochs} epochs of "
+        f"{len(images):,} images): {flops / 1e13 / 3600:.1f} hours on a GPU at 10 TFLOP/s, "
+        f"{flops / 1e11 / 86400:.0f} days on a CPU at 0.1 TFLOP/s."
+    )
+
+
+def flops_per_image(recipe: Recipe, images: Images) -> float:
+    """Return the floating-point operations of training on one image: two per multiply-add, as PyTorch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape, num_classes, count = input_shape(images, recipe.preprocess), len(images.classes), 2
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = networks.build(recipe.teacher.network, num_classes, shape, recipe.teacher.options)
+        inputs, labels = torch.empty(count, *shape), torch.zeros(count, dtype=torch.int64)
+        train_teacher.teacher_loss(network, inputs, labels).backward()
+    total: int = counter.get_total_flops()
+    return total / count
 
 
 def train_on_rank_zero(config: TeacherConfig, dataset: str, group: Group) -> None:
@@ -48,11 +81,17 @@ def train_on_rank_zero(config: TeacherConfig, dataset: str, group: Group) -> Non
 
 
 def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weights:
-    """Read a teacher's weights from `file`, else from its checkpoint."""
-    network = config.recipe.teacher.network
+    """Read a teacher's weights from `file`, else from its checkpoint.
+
+    Raises TrainingError if tspipe trained those of the checkpoint on other data; for a file, the user decides.
+    """
+    network, recipe = config.recipe.teacher.network, config.recipe
     path = file or train_teacher.find_checkpoint(dataset, network) or train_teacher.checkpoint_path(dataset, network)
     weights = weight_files.read(path)
     check_network(weights, network)
+    if file is None and "pixels_sha256" in weights.metadata:
+        images = open_dataset(recipe.dataset, config.data, download=config.download).train
+        training_data.check(weights, training_data.describe(images))
     return weights
 
 
@@ -73,6 +112,11 @@ def train_and_report(config: TeacherConfig) -> None:
     """Train a teacher; print its test accuracy and where its weights are."""
     trained = train_teacher.train_teacher(config)
     echo(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
+    if trained.accuracy <= trained.chance:
+        warn(
+            f"The teacher has learned nothing: one that always names the most frequent class may reach "
+            f"{100 * trained.chance:.2f} % by chance. Check the labels and the learning rate before you use it."
+        )
 
 
 def check_network(weights: Weights, network: str) -> None:

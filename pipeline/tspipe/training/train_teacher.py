@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspipe.data.datasets import Dataset, Images, open_dataset, parse, stem
+from tspipe.data.datasets import Dataset, Images, open_dataset, stem
 from tspipe.data.image_loader import ImageLoader, input_shape
 from tspipe.data.preprocess import shift_and_flip
 from tspipe.errors import DatasetError, NetworkError, TrainingError
@@ -19,8 +19,9 @@ from tspipe.models import feature_net, loading, networks, weights
 from tspipe.models.probe import probe_images
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
+from tspipe.training import training_data
 from tspipe.training.batches import sequential_batches, shuffled_batches
-from tspipe.training.checkpoint import Checkpointer, load_training_state, training_state
+from tspipe.training.checkpoint import Checkpointer, Position, load_training_state, training_state
 from tspipe.training.evaluation import count_correct
 from tspipe.training.optimizers import make_optimizer, set_learning_rate
 from tspipe.utils.device import pick_device
@@ -52,10 +53,17 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """The file of the weights, which are those of the last epoch, and their test accuracy."""
+    """A trained teacher.
+
+    Attributes:
+        path: the file of the weights, which are those of the last epoch.
+        accuracy: on the test split, as a fraction.
+        chance: the highest accuracy that a teacher without knowledge is likely to have.
+    """
 
     path: Path
     accuracy: float
+    chance: float
 
 
 def checkpoint_path(dataset: str, network: str) -> Path:
@@ -69,27 +77,12 @@ def find_checkpoint(dataset: str, network: str) -> Path | None:
     return next((file for suffix in _SUFFIXES if (file := path.with_suffix(suffix)).exists()), None)
 
 
-def how_to_get(config: TeacherConfig, command: str) -> str:
-    """Say where the teacher's weights are published, and what training with `command` costs."""
-    recipe, settings = config.recipe, config.recipe.teacher
-    if (address := networks.published(settings.network, parse(recipe.dataset, config.data).name)) is None:
-        return f"Give a file (--weights FILE) or train the teacher: {command}"
-    images = open_dataset(recipe.dataset, config.data).train
-    flops = _flops_per_image(recipe, images) * len(images) * settings.epochs
-    return (
-        f"They are published at {address}: give the file with --weights FILE, or to make as WEIGHTS=FILE. Or train the "
-        f"teacher: {command} --download. That takes {flops:.1e} floating-point operations ({settings.epochs} epochs of "
-        f"{len(images):,} images): {flops / 1e13 / 3600:.1f} hours on a GPU at 10 TFLOP/s, "
-        f"{flops / 1e11 / 86400:.0f} days on a CPU at 0.1 TFLOP/s."
-    )
-
-
 def train_teacher(config: TeacherConfig) -> TrainedTeacher:
-    """Train the recipe's teacher and write its weights, with preprocess and accuracy in the file's metadata.
+    """Train the recipe's teacher and write its weights, with preprocess, accuracy and data in the file's metadata.
 
     A killed run resumes from its last checkpoint and, on the CPU, ends with the same weights; finished weights are
     left as they are. Raises TrainingError when the loss is not finite, or when the file holds weights of other settings
-    and `force` is not set.
+    or other data and `force` is not set.
     """
     recipe, settings = config.recipe, config.recipe.teacher
     device = pick_device(recipe.device)
@@ -102,25 +95,26 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         )
     start = _start_weights(config)
     path = config.out or checkpoint_path(dataset.name, settings.network)
-    identity = _identity(recipe, dataset, start)
+    data = training_data.describe(dataset.train)
+    identity = _identity(recipe, dataset.name, data, start)
     if path.exists() and not config.force:
-        return _finished(path, identity)
+        return _finished(path, identity, data, dataset.test)
     network, options = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
-        checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds)
+        checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds, identity)
         if config.force:
             checkpointer.delete()
         memory = (recipe.memory or memory_limit(device)) // 2
         uncropped = replace(recipe.preprocess, crop=None) if settings.random_crop else recipe.preprocess
         train = ImageLoader(dataset.train, uncropped, "train", memory, device)
         test = ImageLoader(dataset.test, recipe.preprocess, "test", memory, device)
-        _fit(network, recipe, train, torch.from_numpy(dataset.train.labels).to(device), checkpointer, identity)
+        _fit(network, recipe, train, torch.from_numpy(dataset.train.labels).to(device), checkpointer)
         accuracy = _accuracy(network, recipe, test, torch.from_numpy(dataset.test.labels).to(device))
         metadata = {
+            **data,
             "accuracy": f"{accuracy:.4f}",
-            "classes": json.dumps(list(dataset.train.classes)),
             "dataset": dataset.name,
             "identity": identity,
             "network": networks.recorded_name(settings.network),
@@ -129,29 +123,22 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         }
         weights.save(path, network, metadata)
         checkpointer.delete()
-    return TrainedTeacher(path, accuracy)
+    return TrainedTeacher(path, accuracy, training_data.chance(dataset.test))
 
 
-def _fit(
-    network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor, checkpointer: Checkpointer, identity: str
-) -> None:
+def _fit(network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor, checkpointer: Checkpointer) -> None:
     """Train all epochs, from the last checkpoint if there is one."""
     settings = recipe.teacher
     optimizer = make_optimizer(settings, network.parameters(), train.device)
-    first_epoch, first_batch = 0, 0
-    if checkpoint := checkpointer.load():
-        tensors, position = checkpoint
-        if position["identity"] != identity:
-            raise TrainingError(
-                f"{checkpointer.path} is a checkpoint of other settings. Use those settings to resume it, or delete it "
-                "to start again."
-            )
+    start = Position()
+    if checkpoint := checkpointer.load(refuse_foreign=True):
+        tensors, start = checkpoint
         load_training_state(tensors, network, optimizer)
-        first_epoch, first_batch = position["epoch"], position["batch"]
     description = f"teacher {settings.network}"
-    done = first_epoch * len(train) + first_batch * settings.batch_size
+    done = start.epoch * len(train) + start.batch * settings.batch_size
     with progress(description, settings.epochs * len(train), "images", done) as advance:
-        for epoch in range(first_epoch, settings.epochs):
+        for epoch in range(start.epoch, settings.epochs):
+            first_batch = start.batch if epoch == start.epoch else 0
             set_learning_rate(optimizer, settings, epoch)
             network.train()
             epoch_loss = torch.zeros((), device=train.device)
@@ -159,7 +146,7 @@ def _fit(
             for batch, (rows, pixels) in enumerate(zip(order, train.batches(order), strict=True), first_batch):
                 images = recipe.preprocess.normalise(_augment(pixels, recipe, epoch, batch))
                 seed_torch(_SEED, "dropout", epoch, batch)
-                loss = _loss(network, images, labels[rows.to(labels.device)])
+                loss = teacher_loss(network, images, labels[rows.to(labels.device)])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -167,13 +154,11 @@ def _fit(
                 advance(len(rows), f"{description}, epoch {epoch + 1}/{settings.epochs}")
                 if checkpointer.clock.due():
                     _check_finite(epoch_loss, recipe, epoch)
-                    position = {"identity": identity, "epoch": epoch, "batch": batch + 1}
-                    checkpointer.save(training_state(network, optimizer), position)
+                    checkpointer.save(training_state(network, optimizer), Position(0, epoch, batch + 1))
             _check_finite(epoch_loss, recipe, epoch)
-            first_batch = 0
 
 
-def _loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def teacher_loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy, or the sum of the losses that a network such as NTS-Net defines itself."""
     if callable(losses := getattr(network, "losses", None)):
         return torch.stack(list(losses(images, labels).values())).sum()
@@ -262,27 +247,16 @@ def _with_new_head(
     return {**tensors, **{key: state[key] for key in head if len(state[key]) != len(tensors[key])}}
 
 
-def _flops_per_image(recipe: Recipe, images: Images) -> float:
-    """Return the floating-point operations of training on one image: two per multiply-add, as PyTorch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shape, num_classes, count = input_shape(images, recipe.preprocess), len(images.classes), 2
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = networks.build(recipe.teacher.network, num_classes, shape, recipe.teacher.options)
-        _loss(network, torch.empty(count, *shape), torch.zeros(count, dtype=torch.int64)).backward()
-    total: int = counter.get_total_flops()
-    return total / count
-
-
-def _identity(recipe: Recipe, dataset: Dataset, start: Weights | None) -> str:
+def _identity(recipe: Recipe, dataset: str, data: dict[str, str], start: Weights | None) -> str:
     """Return a digest of everything that determines the weights; only a checkpoint with the same one is resumed."""
-    parts = [recipe.teacher.model_dump(), recipe.preprocess.as_dict(), dataset.name, len(dataset.train)]
-    text = json.dumps([*parts, start.sha256 if start else None], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts = [recipe.teacher.model_dump(), recipe.preprocess.as_dict(), dataset, data, start.sha256 if start else None]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(path: Path, identity: str) -> TrainedTeacher:
-    metadata = weights.read(path).metadata
-    if metadata.get("identity") != identity:
-        raise TrainingError(f"{path} holds weights of other settings. Replace them with --force, or choose --out.")
-    return TrainedTeacher(path, float(metadata["accuracy"]))
+def _finished(path: Path, identity: str, data: dict[str, str], test: Images) -> TrainedTeacher:
+    """Return the teacher in a finished file. Raises TrainingError if it was trained otherwise."""
+    trained = weights.read(path)
+    if trained.metadata.get("identity") == identity:
+        return TrainedTeacher(path, float(trained.metadata["accuracy"]), training_data.chance(test))
+    training_data.check(trained, data)
+    raise TrainingError(f"{path} holds weights of other settings. Replace them with --force, or choose --out.")

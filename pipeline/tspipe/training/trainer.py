@@ -7,7 +7,7 @@ of a student start from the same weights, so that arms can be compared pair by p
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class Trainer:
                 self._save_students(seed, learners)
                 states, position = {}, Position(seed + 1)
                 if is_writer:
-                    self.checkpointer.save({}, asdict(position))
+                    self.checkpointer.save({}, position)
         if is_writer:
             self.folder.write_json("summary.json", self._summary())
             self.checkpointer.delete()
@@ -152,12 +152,11 @@ class Trainer:
         """Write a checkpoint of the learners of all processes."""
         states = self.partition.gather_states(learners)
         if self.partition.is_writer:
-            self.checkpointer.save(states, asdict(position))
+            self.checkpointer.save(states, position)
 
     def _resume(self) -> tuple[Position, dict[str, Tensor]]:
         """Return where an earlier run stopped and its learners' state; drop the metrics of epochs to be run again."""
-        checkpoint = self.checkpointer.load()
-        states, position = (checkpoint[0], Position(**checkpoint[1])) if checkpoint else ({}, Position())
+        states, position = self.checkpointer.load(visible=self.partition.is_writer) or ({}, Position())
         if self.partition.is_writer:
             end = (position.seed, position.epoch + 1)
             self.folder.keep([row for row in self.folder.rows() if (row["seed"], row["epoch"]) < end])
@@ -248,7 +247,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
         partition,
         BatchSource(data, targets, random, partition, recipe.batch_size),
         MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
-        Checkpointer(folder.checkpoint, recipe.checkpoint_seconds),
+        Checkpointer(folder.path / "checkpoint.safetensors", recipe.checkpoint_seconds, folder.identity),
         {learner.spec.student: learner.parameter_count for learner in cohort},
     )
 

@@ -10,11 +10,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from tspipe.utils.console import printable
+
 LINE_SECONDS = 15.0  # between plain lines
 Advance = Callable[[float, str], None]
 _MIB = 2**20
 
 stderr_console = Console(stderr=True, highlight=False)
+
+
+def warn(text: str) -> None:
+    """Print a remark on standard error, made safe for a terminal; elsewhere it is one line that is not wrapped."""
+    stderr_console.print(Text(printable(text)), soft_wrap=not stderr_console.is_terminal)
 
 
 class _Rate(ProgressColumn):

@@ -1,0 +1,66 @@
+"""The data that a teacher was trained on, as the metadata of its weights describe them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from tspipe.cache.layout import digest
+from tspipe.data.datasets import Images
+from tspipe.data.image_loader import read_ahead
+from tspipe.errors import TrainingError
+from tspipe.models.weights import Weights
+from tspipe.utils.progress import progress
+
+_BATCH = 256  # images
+_LIKELY = 2  # standard deviations
+
+
+def describe(images: Images) -> dict[str, str]:
+    """Return the metadata that identify a training split; all images are read.
+
+    `classes` is the class names as JSON, `labels_sha256` covers each image's key and label, `pixels_sha256` its pixels.
+    """
+    labels = zip(images.keys, images.labels.tolist(), strict=True)
+    pixels, count = hashlib.sha256(), len(images)
+    with progress("comparing train", count, "images") as advance:
+        batches = (range(i, min(i + _BATCH, count)) for i in range(0, count, _BATCH))
+        for digests in read_ahead(lambda i: digest(images.read(i)), batches):
+            pixels.update(b"".join(digests))
+            advance(len(digests), "comparing train")
+    return {
+        "classes": json.dumps(list(images.classes)),
+        "labels_sha256": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest(),
+        "pixels_sha256": pixels.hexdigest(),
+    }
+
+
+def check(trained: Weights, data: Mapping[str, str]) -> None:
+    """Raise TrainingError, naming what differs, if the weights were trained on other data than `describe` returned."""
+    kinds = {"classes": "class names", "labels_sha256": "images or labels", "pixels_sha256": "pixels"}
+    differing = [field for field in kinds if trained.metadata.get(field, data[field]) != data[field]]
+    if not differing:
+        return
+    what = kinds[differing[0]]
+    if differing[0] == "classes":
+        what += (
+            f" ({_first_difference(*(json.loads(text) for text in (trained.metadata['classes'], data['classes'])))})"
+        )
+    raise TrainingError(
+        f"{trained.source} was trained on other data: the {what} differ. Train the teacher anew (tspipe teacher "
+        f"--force, with the same flags), or use it as it is: tspipe cache --weights {trained.source}"
+    )
+
+
+def _first_difference(trained: list[str], local: list[str]) -> str:
+    if len(trained) != len(local):
+        return f"{len(trained)} there and {len(local)} here"
+    one, two = next((one, two) for one, two in zip(trained, local, strict=True) if one != two)
+    return f"{one!r} there and {two!r} here"
+
+
+def chance(images: Images) -> float:
+    """Return the accuracy up to which a constant answer may get by chance: the largest class, and two deviations."""
+    share = np.bincount(images.labels).max() / len(images)
+    return float(share + _LIKELY * np.sqrt(share * (1 - share) / len(images)))
