@@ -1,41 +1,25 @@
 """Compares a cache with local data: rows in another order, split or version would give students wrong targets."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.layout import digest
+from tspipe.cache.layout import SPLITS, digest
+from tspipe.cache.read import Cache, Split
 from tspipe.errors import CacheMismatch
 from tspipe.utils.threads import available_cores
 
 _TASK = 16  # images per thread and task: scheduling single ones costs more than decoding a small JPEG
 SAMPLE = 256  # images whose pixels are compared by default; None compares all
 _REMEDY = "Give the data that the cache was made from (--data), or make the cache again (tspipe cache --force)."
+Advance = Callable[[int], object]
 
 
-class Stored(Protocol):
-    """The columns of a split that identify the images of its rows."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]: ...
-    @property
-    def keys(self) -> "Rows": ...
-    @property
-    def digests(self) -> "Rows": ...
-
-
-class Rows(Protocol):
-    """Rows in a file."""
-
-    def load(self) -> NDArray[np.generic]: ...
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.generic]: ...
-
-
-class Local(Protocol):
+class LocalSplit(Protocol):
     """A local dataset's split; `tspipe.data.datasets.Images` is one."""
 
     @property
@@ -43,7 +27,29 @@ class Local(Protocol):
     @property
     def keys(self) -> Sequence[str]: ...
     @property
+    def classes(self) -> Sequence[str]: ...
+    @property
     def read(self) -> Callable[[int], NDArray[np.uint8]]: ...
+
+
+def match_dataset(
+    name: str,
+    cache: Cache,
+    local: Callable[[str], LocalSplit],
+    *,
+    sample: int | None = SAMPLE,
+    advance: Advance = lambda count: None,
+) -> None:
+    """Compare a cache's classes and both splits with the local dataset; see `match_split`.
+
+    Args:
+        local: returns the split `train` or `test` of the local dataset.
+
+    Raises CacheMismatch naming the first class or image that differs.
+    """
+    match_classes(name, cache.classes, local("train").classes)
+    for split in SPLITS:
+        match_split(name, split, cache.split(split), local(split), sample=sample, advance=advance)
 
 
 def match_classes(name: str, stored: Sequence[str], local: Sequence[str]) -> None:
@@ -58,12 +64,12 @@ def match_classes(name: str, stored: Sequence[str], local: Sequence[str]) -> Non
 def match_split(
     name: str,
     split: str,
-    stored: Stored,
-    local: Local,
+    stored: Split,
+    local: LocalSplit,
     *,
     rows: NDArray[np.int64] | None = None,
     sample: int | None = SAMPLE,
-    advance: Callable[[int], object] = lambda images: None,
+    advance: Advance = lambda count: None,
 ) -> None:
     """Compare a split's keys and labels, and the pixels of a random sample, with the local dataset.
 
@@ -76,23 +82,39 @@ def match_split(
     Raises CacheMismatch naming the first image that differs: its key, its index, and both values.
     """
     keys = [key.decode("utf-8", "replace") for key in stored.keys.load().tolist()]
-    local_keys = local.keys
-    for i in range(len(keys)) if rows is None else rows.tolist():
-        if i >= len(local_keys) or keys[i] != local_keys[i]:
-            local_key = repr(local_keys[i]) if i < len(local_keys) else "nothing"
-            _differs(name, split, i, f"the cache has {keys[i]!r}, the dataset {local_key}", keys, local_keys)
-    if rows is None and len(local_keys) > len(keys):
-        i = len(keys)
-        _differs(name, split, i, f"the cache has nothing, the dataset {local_keys[i]!r}", keys, local_keys)
-    rows = np.arange(len(keys)) if rows is None else rows
-    wrong = rows[stored.labels[rows] != local.labels[rows]]
-    if len(wrong):
-        i = int(wrong[0])
-        what = f"{keys[i]!r} has label {stored.labels[i]} in the cache and {local.labels[i]} in the dataset"
-        _differs(name, split, i, what, keys, local_keys)
-    if sample is not None and sample < len(rows):
-        rows = np.sort(np.random.default_rng().choice(rows, sample, replace=False))
+    compared = np.arange(max(len(keys), len(local.keys)) if rows is None else len(keys)) if rows is None else rows
+    sampled = compared
+    if sample is not None and sample < len(compared):
+        sampled = np.sort(np.random.default_rng().choice(compared, sample, replace=False))
+    differences = itertools.chain(
+        _differing_keys(keys, local.keys, compared),
+        _differing_labels(keys, stored.labels, local.labels, compared),
+        _differing_pixels(keys, stored, local, sampled, advance),
+    )
+    for i, difference in differences:
+        counts = f" ({len(keys):,} images cached, {len(local.keys):,} in the dataset)"
+        counts = counts if len(keys) != len(local.keys) else ""
+        raise CacheMismatch(f"{name} is not of these data{counts}: at {split} index {i}, {difference}. {_REMEDY}")
 
+
+def _differing_keys(stored: Sequence[str], local: Sequence[str], rows: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
+    both = min(len(stored), len(local))
+    for i in rows.tolist():
+        if i >= both or stored[i] != local[i]:
+            cached, actual = (repr(keys[i]) if i < len(keys) else "nothing" for keys in (stored, local))
+            yield i, f"the cache has {cached}, the dataset {actual}"
+
+
+def _differing_labels(
+    keys: Sequence[str], stored: NDArray[np.int64], local: NDArray[np.int64], rows: NDArray[np.int64]
+) -> Iterator[tuple[int, str]]:
+    for i in rows[stored[rows] != local[rows]].tolist():
+        yield i, f"{keys[i]!r} has label {stored[i]} in the cache and {local[i]} in the dataset"
+
+
+def _differing_pixels(
+    keys: Sequence[str], stored: Split, local: LocalSplit, rows: NDArray[np.int64], advance: Advance
+) -> Iterator[tuple[int, str]]:
     def digests_of(images: list[int]) -> list[bytes]:
         return [digest(local.read(i)) for i in images]
 
@@ -104,11 +126,5 @@ def match_split(
             for i, expected, actual in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
                 if actual != expected.tobytes():
                     both = f"digest {expected.tobytes().hex()} in the cache, {actual.hex()} in the dataset"
-                    what = f"the pixels of {keys[i]!r} differ: {both}"
-                    _differs(name, split, i, what, keys, local_keys)
+                    yield i, f"the pixels of {keys[i]!r} differ: {both}"
             advance(len(some))
-
-
-def _differs(name: str, split: str, i: int, what: str, stored: Sequence[str], local: Sequence[str]) -> None:
-    counts = "" if len(stored) == len(local) else f" ({len(stored):,} images cached, {len(local):,} in the dataset)"
-    raise CacheMismatch(f"{name} is not of these data{counts}: at {split} index {i}, {what}. {_REMEDY}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tspipe.cache import SPLITS, Cache, match
+from tspipe.cache import Cache, match
 from tspipe.data.datasets import Dataset, open_dataset
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch
@@ -15,9 +15,7 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
     """
     dataset, name = open_dataset(spec, data, download=download), cache.path.name
     if not trust:
-        match.match_classes(name, cache.classes, dataset.train.classes)
-        for split in SPLITS:
-            match.match_split(name, split, cache.split(split), dataset.split(split))
+        match.match_dataset(name, cache, dataset.split)
         return dataset
     stored, local = (
         f"{len(source.split('train')):,} + {len(source.split('test')):,} images of {len(classes):,} classes"

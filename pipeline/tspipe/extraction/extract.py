@@ -198,7 +198,7 @@ def _write_part(job: Job, group: Group) -> None:
 
 def _finished_cache(job: Job) -> Cache:
     """Return the finished cache of this name; raise CacheMismatch if it is not the one that would be written."""
-    path, dataset = job.config.out, job.dataset
+    path = job.config.out
     cache = open_cache(path)
     stored = {**as_plan(cache.manifest), "images": cache.has_images}
     if differences := describe_differences(stored, {**job.plan, "images": job.config.images}):
@@ -206,9 +206,7 @@ def _finished_cache(job: Job) -> Cache:
             f"{path} is another cache: {differences}. Move it away, replace it (tspipe cache --force) "
             "or write another (--out)."
         )
-    match.match_classes(str(path), cache.classes, dataset.train.classes)
-    for split in SPLITS:
-        match.match_split(str(path), split, cache.split(split), dataset.split(split))
+    match.match_dataset(str(path), cache, job.dataset.split)
     return cache
 
 

@@ -51,19 +51,15 @@ def match_data(cache: Cache, config: VerifyConfig) -> int:
 
     Raises CacheMismatch naming the first image that differs.
     """
-    dataset = config.dataset()
-    name, total = cache.path.name, sum(len(cache.split(split)) for split in SPLITS)
-    match.match_classes(name, cache.classes, dataset.train.classes)
+    total = sum(len(cache.split(split)) for split in SPLITS)
     with progress("comparing", total, "images") as advance:
-        for split in SPLITS:
-            match.match_split(
-                name,
-                split,
-                cache.split(split),
-                dataset.split(split),
-                sample=None,
-                advance=lambda count: advance(count, "comparing"),
-            )
+        match.match_dataset(
+            cache.path.name,
+            cache,
+            config.dataset().split,
+            sample=None,
+            advance=lambda count: advance(count, "comparing"),
+        )
     return total
 
 
