@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tspipe.errors import ReportError
-from tspipe.experiments.results import Findings, Result
+from tspipe.experiments.results import Comparison, Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
 from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
 from tspipe.utils.console import printable
@@ -121,16 +121,17 @@ def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
 
 def _increase(figure: "Figure", findings: Findings) -> tuple[str, str]:
     """What each arm adds to the student alone; students sorted by their parameters."""
-    parameters = {c.result.student: c.result.parameters for c in findings.comparisons}
-    students = sorted(parameters, key=parameters.__getitem__)
-    by_student = [[c for c in findings.comparisons if c.result.student == student] for student in students]
+    by_heading: dict[str, list[Comparison]] = {}
+    for c in sorted(findings.comparisons, key=lambda c: (c.result.parameters, c.result.student, c.base.arm)):
+        of_base = f"{c.result.parameters:,} parameters" if c.base.arm == ALONE else f"over {c.base.name}"
+        by_heading.setdefault(f"{c.result.student}, {of_base}", []).append(c)
     groups = [
-        (f"{student}, {parameters[student]:,} parameters", [(c.name, points(c.difference("last").mean)) for c in cs])
-        for student, cs in zip(students, by_student, strict=True)
+        (heading, [(c.result.name, points(c.difference("last").mean)) for c in comparisons])
+        for heading, comparisons in by_heading.items()
     ]
     axes, places = _rows(figure, groups)
     axes.axvline(0, color=INK, linewidth=0.8)
-    comparisons = list(itertools.chain(*by_student))
+    comparisons = list(itertools.chain(*by_heading.values()))
     for y, comparison in zip(places, comparisons, strict=True):
         difference, result = comparison.difference("last"), comparison.result
         axes.plot([100 * value for value in difference.values], [y] * len(difference.values), **_SEED)
@@ -188,17 +189,20 @@ def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> 
 
     A row is one unit high, and lower rows have larger y.
     """
+    from matplotlib.transforms import blended_transform_factory
+
     axes, places, labels = figure.subplots(), [], []
     y = 0.0
-    in_margin: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
+    at_left_edge = blended_transform_factory(figure.transFigure, axes.transData)
     for heading, rows in groups:
         box = {"facecolor": GROUND, "edgecolor": "none", "pad": 1}  # over the grid
-        axes.text(0, y, printable(heading, _LONGEST), weight="bold", bbox=box, **in_margin)
+        text = printable(heading, _LONGEST)
+        axes.text(0.02, y, text, weight="bold", va="center", transform=at_left_edge, bbox=box).set_in_layout(False)
         for label, value in rows:
             y += 1
             places.append(y)
             labels.append(printable(label, _LONGEST))
-            axes.text(1.03, y, value, **in_margin)
+            axes.text(1.03, y, value, va="center", transform=axes.get_yaxis_transform())
         y += 1.2
     figure.set_size_inches(_WIDTH, 0.24 * y + 1.1)
     axes.set_yticks(places, labels)

@@ -27,6 +27,7 @@ def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
+    environment.filters["printable"] = printable
     runs = [
         (findings, [(_svg(drawing, number), drawing.caption) for drawing in drawings])
         for number, (findings, drawings) in enumerate(reports, 1)
