@@ -109,3 +109,12 @@ def error_message(function: Callable[..., object], *arguments: object) -> str:
     with pytest.raises(NetworkError) as error:
         function(*arguments)
     return str(error.value)
+
+
+def write_picture(path: Path, size: tuple[int, int] = (12, 8), mode: str = "RGB", orientation: int = 1) -> None:
+    """An image of (width, height), dark on the left and bright on the right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.tile(np.linspace(0, 255, size[0]).astype(np.uint8), (size[1], 1))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(ramp).convert(mode).save(path, exif=exif)

@@ -17,6 +17,14 @@ Advance = Callable[[float, str], None]
 _MIB = 2**20
 
 stderr_console = Console(stderr=True, highlight=False)
+_remarks: dict[str, object] = {}
+
+
+def remark_once(key: str, text: str) -> None:
+    """Print a remark on standard error, unless this process has printed one with the same key. Safe in threads."""
+    token = object()
+    if _remarks.setdefault(key, token) is token:
+        stderr_console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from shared import write_picture
 from tspipe.data.datasets import cifar10, cifar100, fashion_mnist
 
 Patch = pytest.MonkeyPatch
@@ -37,15 +37,6 @@ def archive(tmp_path: Path, monkeypatch: Patch) -> Callable[[str], Path]:
 def picture() -> Callable[..., None]:
     """`picture(path, …)` writes an image file."""
     return write_picture
-
-
-def write_picture(path: Path, size: tuple[int, int] = (12, 8), mode: str = "RGB", orientation: int = 1) -> None:
-    """An image of (width, height), dark on the left and bright on the right."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ramp = np.tile(np.linspace(0, 255, size[0]).astype(np.uint8), (size[1], 1))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(ramp).convert(mode).save(path, exif=exif)
 
 
 def python2_pickle(value: object) -> bytes:

@@ -4,8 +4,10 @@ A dataset's file defines `load(root, split) -> Images` for the splits `train` an
 it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; nothing downloads unless asked.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +42,8 @@ class Images:
         read: `read(i)` returns image i as (H, W, C) uint8, after EXIF rotation and conversion to RGB (grey
             datasets keep C = 1). Safe to call from several threads.
         array: all images as (N, H, W, C) uint8, in memory or in one piece of a file; None where sizes differ.
+        check_header: `check_header(i)` raises DatasetError if the header of image i shows that `read(i)` would; None if
+            that takes as long as `read(i)`.
     """
 
     labels: NDArray[np.int64]
@@ -47,9 +51,22 @@ class Images:
     classes: Sequence[str]
     read: Callable[[int], Pixels]
     array: ArrayLike | None = None
+    check_header: Callable[[int], object] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def without(self, indices: Iterable[int]) -> Images:
+        """Return the split without some images."""
+        kept = np.delete(np.arange(len(self)), list(indices)).tolist()
+        check = self.check_header
+        return Images(
+            self.labels[kept],
+            [self.keys[i] for i in kept],
+            self.classes,
+            lambda i: self.read(kept[i]),
+            check_header=check and (lambda i: check(kept[i])),
+        )
 
 
 def from_array(array: Pixels, labels: NDArray[np.integer], classes: Sequence[str]) -> Images:

@@ -4,8 +4,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from tspipe.data.datasets import Images, Pixels, _archive
-from tspipe.data.decode import decode
+from tspipe.data import decode
+from tspipe.data.datasets import Images, _archive
 from tspipe.errors import DatasetError
 
 SOURCE = "https://data.caltech.edu/records/65de6-vp158"
@@ -41,10 +41,13 @@ def load(root: Path, split: str) -> Images:
         raise DatasetError(f"{folder / 'train_test_split.txt'} has no image in the {split} split.")
     keys = [paths[image][1] for image in chosen]
 
-    def read(i: int) -> Pixels:
-        return decode(folder / "images" / keys[i])
-
-    return Images(np.array([labels[image] for image in chosen], np.int64), keys, classes, read)
+    return Images(
+        np.array([labels[image] for image in chosen], np.int64),
+        keys,
+        classes,
+        lambda i: decode.decode(folder / "images" / keys[i], str(folder)),
+        check_header=lambda i: decode.check_header(folder / "images" / keys[i]),
+    )
 
 
 def _classes(path: Path) -> list[str]:

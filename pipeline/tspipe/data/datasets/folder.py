@@ -1,20 +1,22 @@
 """A user's images in folders: train/CLASS/… and test/CLASS/…"""
 
+import os
+from collections import Counter, deque
 from collections.abc import Iterator
-from os import scandir
 from pathlib import Path, PurePath
+from unicodedata import normalize
 
 import numpy as np
 
-from tspipe.data.datasets import Images, Pixels
-from tspipe.data.decode import decode
+from tspipe.data import decode
+from tspipe.data.datasets import Images
 from tspipe.errors import DatasetError
+from tspipe.utils.progress import remark_once
 
 SOURCE = "a folder of your own"
 LICENSE = "not stated"
 CITATION = ""
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 LAYOUT = "The layout is train/CLASS/IMAGE and test/CLASS/IMAGE."
 
 
@@ -22,30 +24,42 @@ def load(root: Path, split: str) -> Images:
     """Return images (H, W, 3) uint8 of any size from `root`/train or `root`/test (else `root`/val).
 
     Classes are the sorted folders in train; an image belongs to the class folder that contains it, at any depth. Images
-    are sorted by class, then by path; keys are paths relative to the split's folder. Hidden files and files with other
-    extensions than `EXTENSIONS` are ignored.
+    are sorted by class, then by path; keys are paths relative to the split's folder. Hidden files are ignored; files
+    that do not end like an image that Pillow decodes are left out, and counted on standard error.
 
-    Raises DatasetError: no folder of that split, no classes, a class without images, or one that train does not have.
+    Raises DatasetError: no folder of that split, no classes, a class of train without images, or one that train does
+    not have.
     """
     train, folder = _split(root, "train"), _split(root, split)
-    classes = _classes(train)
-    number = {name: i for i, name in enumerate(classes)}
-    keys: list[str] = []
+    number = {name: i for i, name in enumerate(_classes(train))}
+    left_out: Counter[str] = Counter()
+    files: list[str] = []
     labels: list[int] = []
-    for name in _classes(folder):
+    for name, class_folder in _classes(folder).items():
         if name not in number:
-            raise DatasetError(f"{folder / name}: there is no class {name!r} in {train}.")
-        class_keys = _keys(folder, name)
-        if not class_keys:
-            known = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
-            raise DatasetError(f"{folder / name} holds no images. These are looked for: {known}.")
-        keys += class_keys
-        labels += [number[name]] * len(class_keys)
+            raise DatasetError(f"{folder / class_folder}: there is no class {name!r} in {train}.")
+        class_files = _files(folder, class_folder, left_out)
+        if not class_files:
+            empty = f"{folder / class_folder} holds no images that Pillow decodes{_list(left_out)}."
+            if split == "train":
+                raise DatasetError(empty)
+            remark_once(empty, empty)
+        files += class_files
+        labels += [number[name]] * len(class_files)
+    if not files:
+        raise DatasetError(f"{folder} holds no images that Pillow decodes{_list(left_out)}.")
+    stray = sum(decode.has_image_extension(entry.name) for entry in os.scandir(folder) if entry.is_file())
+    left_out.update({"image outside the class folders": stray} if stray else {})
+    if left_out:
+        remark_once(f"left out {folder}", f"{folder}: files are left out{_list(left_out)}.")
 
-    def read(i: int) -> Pixels:
-        return decode(folder / keys[i])
-
-    return Images(np.array(labels, np.int64), keys, classes, read)
+    return Images(
+        np.array(labels, np.int64),
+        files,
+        list(number),
+        lambda i: decode.decode(folder / files[i], str(root)),
+        check_header=lambda i: decode.check_header(folder / files[i]),
+    )
 
 
 def _split(root: Path, split: str) -> Path:
@@ -59,37 +73,54 @@ def _split(root: Path, split: str) -> Path:
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    try:
-        classes = sorted(entry.name for entry in scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as problem:
-        raise DatasetError(f"{folder} cannot be read: {problem.strerror}.") from problem
+def _classes(folder: Path) -> dict[str, str]:
+    """Return the folder of each class, sorted by the class's name in Unicode NFC."""
+    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    classes = {normalize("NFC", name): name for name in folders}
     if not classes:
         raise DatasetError(f"{folder} has no class folders. {LAYOUT}")
-    return classes
+    if len(classes) < len(folders):
+        raise DatasetError(f"{folder} has two class folders of one name, in different Unicode forms. Merge them.")
+    return dict(sorted(classes.items()))
 
 
-def _keys(folder: Path, name: str) -> list[str]:
-    """Return the images of a class as sorted paths relative to the split's folder."""
+def _files(folder: Path, class_folder: str, left_out: Counter[str]) -> list[str]:
+    """Return the image files of a class, relative to the split's folder, sorted by Unicode NFC; count other files."""
+    files = []
+    for path in _walk(folder / class_folder):
+        if decode.has_image_extension(path):
+            files.append(f"{class_folder}/{path}")
+        else:
+            left_out[PurePath(path).suffix.lower() or "without an extension"] += 1
     try:
-        keys = sorted(f"{name}/{path}" for path in _walk(folder / name))
-        "\n".join(keys).encode()  # keys are stored as UTF-8
-    except OSError as problem:
-        raise DatasetError(f"{problem.filename} cannot be read: {problem.strerror}.") from problem
+        "\n".join(files).encode()  # keys are stored as UTF-8
     except UnicodeEncodeError:
-        raise DatasetError(f"{str(folder / name)!a} holds a name that is not UTF-8. Rename it.") from None
-    return keys
+        raise DatasetError(f"{str(folder / class_folder)!a} holds a name that is not UTF-8. Rename it.") from None
+    return sorted(files, key=lambda path: normalize("NFC", path))
 
 
-def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[str]:
-    """Yield the relative paths of the images below a folder, in no order, with / on every system."""
-    real = folder.resolve()
-    if real in above:
-        return  # a link to a folder that contains it would never end
-    for entry in scandir(folder):
-        if entry.name.startswith("."):
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of the files below a folder, with / on every system; each folder is visited once.
+
+    A folder that several links lead to has the same path each time: links are followed last, in the order of names.
+    """
+    visited = set()
+    folders, links = deque([""]), deque[str]()
+    while folders or links:
+        path = (folders or links).popleft()
+        status = (folder / path).stat()
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        if entry.is_dir():
-            yield from (f"{entry.name}/{path}" for path in _walk(folder / entry.name, above | {real}))
-        elif PurePath(entry.name).suffix.lower() in EXTENSIONS:
-            yield entry.name
+        visited.add((status.st_dev, status.st_ino))
+        for entry in sorted(os.scandir(folder / path), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(f"{path}{entry.name}/")
+            else:
+                yield path + entry.name
+
+
+def _list(counts: Counter[str]) -> str:
+    """Return `: 3 × .txt, 1 × .heic`; nothing if there are no counts."""
+    return ": " + ", ".join(f"{count:,} × {what}" for what, count in counts.most_common()) if counts else ""
