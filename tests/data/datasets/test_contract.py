@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tspipe.data import datasets
 from tspipe.data.datasets import Images, check_images, open_dataset
@@ -97,36 +99,38 @@ SOUND = Images(np.array([0, 1]), ["a", "b"], ["cat", "dog"], lambda _: np.zeros(
 
 def test_a_sound_split_is_unchanged():
     checked = check_images(SOUND, "mine, split train")
-    assert (checked.labels is SOUND.labels, checked.keys is SOUND.keys, checked.classes is SOUND.classes) == (True,) * 3
+    assert (checked.labels is SOUND.labels, checked.keys, checked.classes) == (True, SOUND.keys, SOUND.classes)
     np.testing.assert_array_equal(checked.read(1), SOUND.read(1))
+
+
+INT64 = "Return an int64 array of shape (N,), N > 0, of indices into the classes."
+STR = "Return a sequence of str."
+ARRAY = "Return a uint8 array of shape (2, H, W, C), or None."
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"labels": np.array([0.0, 1.0])},
-            "labels are float64 of shape (2,). Return an int64 array of shape (N,), N > 0.",
-        ),
-        ({"labels": [0, 1]}, "labels are list. Return an int64 array of shape (N,), N > 0."),
-        (
-            {"labels": np.array([[0], [1]])},
-            "labels are int64 of shape (2, 1). Return an int64 array of shape (N,), N > 0.",
-        ),
-        (
-            {"labels": np.array([0, 2])},
-            "label 2 of image 1 is no index into 2 classes. Return labels from 0 to 1.",
-        ),
-        (
-            {"labels": np.array([-1, 0])},
-            "label -1 of image 0 is no index into 2 classes. Return labels from 0 to 1.",
-        ),
+        ({"labels": np.array([0.0, 1.0])}, f"labels are float64 of shape (2,). {INT64}"),
+        ({"labels": np.array([0, 1], np.int32)}, f"labels are int32 of shape (2,). {INT64}"),
+        ({"labels": [0, 1]}, f"labels are list. {INT64}"),
+        ({"labels": torch.tensor([0, 1])}, f"labels are Tensor. {INT64}"),
+        ({"labels": np.eye(2, dtype=np.int64)}, f"labels are int64 of shape (2, 2). {INT64}"),  # one-hot rows
+        ({"labels": np.array([1, 2])}, "label 2 of image 1 is no index into 2 classes. Return labels from 0 to 1."),
+        ({"labels": np.array([-1, 0])}, "label -1 of image 0 is no index into 2 classes. Return labels from 0 to 1."),
         ({"keys": ["a"]}, "1 keys for 2 labels. Return one key per image."),
-        ({"keys": ["a", 7]}, "keys[1] is 7. Return a sequence of str."),
+        ({"keys": ["a", 7]}, f"keys[1] is 7. {STR}"),
         ({"keys": ["a", "a"]}, "'a' occurs 2 times in keys. Return each once."),
+        ({"keys": ["\u00e9", "e\u0301"]}, "'é' occurs 2 times in keys. Return each once."),
+        ({"keys": None}, f"keys is NoneType. {STR}"),
+        ({"keys": "ab"}, f"keys is str. {STR}"),
         ({"classes": []}, "there are no classes. Return at least one."),
         ({"classes": ["cat", "cat"]}, "'cat' occurs 2 times in classes. Return each once."),
-        ({"classes": ["cat", None]}, "classes[1] is None. Return a sequence of str."),
+        ({"classes": ["cat", None]}, f"classes[1] is None. {STR}"),
+        ({"array": np.zeros((2, 4, 5, 3), np.float32)}, f"array is float32 of shape (2, 4, 5, 3). {ARRAY}"),
+        ({"array": np.zeros((2, 4, 5), np.uint8)}, f"array is uint8 of shape (2, 4, 5). {ARRAY}"),
+        ({"array": np.zeros((3, 4, 5, 3), np.uint8)}, f"array is uint8 of shape (3, 4, 5, 3). {ARRAY}"),
+        ({"array": [np.zeros((4, 5, 3), np.uint8)] * 2}, f"array is list. {ARRAY}"),
     ],
 )
 def test_a_split_that_breaks_the_contract(changes, message):
@@ -140,7 +144,11 @@ def test_a_split_that_breaks_the_contract(changes, message):
     [
         (np.zeros((4, 5), np.uint8), "uint8 of shape (4, 5)"),
         (np.zeros((4, 5, 3), np.float32), "float32 of shape (4, 5, 3)"),
+        (np.zeros((3, 4, 5), np.uint8), "uint8 of shape (3, 4, 5)"),
         (np.zeros((0, 5, 3), np.uint8), "uint8 of shape (0, 5, 3)"),
+        (Image.new("RGB", (5, 4)), "Image"),
+        (torch.zeros((4, 5, 3), dtype=torch.uint8), "Tensor"),
+        ([[0, 0]], "list"),
         (b"JFIF", "bytes"),
     ],
 )
@@ -148,8 +156,35 @@ def test_an_image_that_breaks_the_contract(image, description):
     with pytest.raises(DatasetError) as refused:
         check_images(replace(SOUND, read=lambda _: image), "mine, split train").read(1)
     assert str(refused.value) == (
-        f"mine, split train: read(1) returns {description}. Return a uint8 array of shape (H, W, C)."
+        f"mine, split train: read(1) returns {description}. Return a uint8 array of shape (H, W, C), with values from "
+        "0 to 255 and C 1 or 3."
     )
+
+
+def test_an_image_that_cannot_be_read_is_named():
+    with pytest.raises(DatasetError) as refused:
+        check_images(replace(SOUND, read=lambda i: [][i]), "mine, split train").read(1)
+    assert str(refused.value) == "mine, split train: read(1), 'b', fails: IndexError: list index out of range."
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("{}['x']", "mine, split train: load fails: KeyError: 'x'."),
+        ("(root / 'a').read_text()", "data/mine/a cannot be read: No such file or directory."),
+    ],
+)
+def test_a_dataset_file_that_fails(body, message, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def load(root, split):\n    return {body}\n")
+    with pytest.raises(DatasetError) as refused:
+        open_dataset(str(tmp_path / "mine.py"))
+    assert str(refused.value) == message
+
+
+def test_keys_and_classes_are_in_one_unicode_form():
+    decomposed = replace(SOUND, keys=["e\u0301", "b"], classes=["cafe\u0301", "dog"])
+    images = check_images(decomposed, "mine, split train")
+    assert (images.keys, images.classes) == (["\u00e9", "b"], ["caf\u00e9", "dog"])
 
 
 def test_a_dataset_file_is_checked_when_it_is_opened(tmp_path):

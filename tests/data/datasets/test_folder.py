@@ -1,5 +1,7 @@
+import os
 import shutil
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -57,16 +59,24 @@ def test_sorted_by_class_then_path(root, picture):
     assert images.labels.tolist() == [0, 1, 1, 1, 1, 1, 2, 3]
 
 
-def test_hidden_and_other_files_are_left_out(root, picture):
+def test_hidden_files_are_ignored_and_others_counted(root, picture, capsys):
     picture(root / "train/cat/.hidden.png")
     picture(root / "train/cat/.cache/x.png")
     picture(root / "train/.git/x.png")
     picture(root / "train/stray.png")
-    (root / "train/cat/notes.txt").touch()
-    assert folder.load(root, "train").keys == ["cat/b.png", "cat/deep/a.jpg", "dog/1.jpg"]
+    for name in ("cat/notes.txt", "dog/deep.TXT", "dog/README", "dog/video.mpg", "dog/a.eps"):
+        (root / "train" / name).touch()
+    for _ in range(2):
+        assert folder.load(root, "train").keys == ["cat/b.png", "cat/deep/a.jpg", "dog/1.jpg"]
+    assert capsys.readouterr().err == (
+        f"{root}/train: files are left out: 2 × .txt, 1 × without an extension, 1 × .eps, 1 × .mpg, "
+        "1 × image outside the class folders.\n"
+    )
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "bmp", "webp", "gif", "ppm", "tif", "tiff", "JPG", "TiF"])
+@pytest.mark.parametrize(
+    "extension", ["jpg", "jfif", "avif", "jp2", "png", "bmp", "webp", "gif", "pgm", "ppm", "tif", "tga", "ico", "JPG"]
+)
 def test_extensions(extension, root, picture):
     picture(root / f"train/cat/a.{extension}")
     images = folder.load(root, "train")
@@ -94,6 +104,94 @@ def test_links_that_go_round(root):
         "dog/back/b.png",
         "dog/back/deep/a.jpg",
     ]
+
+
+def test_cross_links_are_followed_once(root):
+    """Each folder has two links to the next, which makes 2^30 paths to the last."""
+    for level in range(30):
+        (root / f"train/cat/level{level}").mkdir()
+        for link in "ab":
+            (root / f"train/cat/level{level}/{link}").symlink_to(root / f"train/cat/level{level + 1}")
+    assert folder.load(root, "train").keys == ["cat/b.png", "cat/deep/a.jpg", "dog/1.jpg"]
+
+
+def test_folders_of_any_depth(root, monkeypatch):
+    monkeypatch.chdir(root / "train/dog")
+    for _ in range(1500):
+        Path("d").mkdir()
+        os.chdir("d")
+    shutil.copy(root / "train/dog/1.jpg", "1.jpg")
+    try:
+        images = folder.load(root, "train")
+        assert images.keys[2:] == ["dog/1.jpg", "dog/" + 1500 * "d/" + "1.jpg"]
+        assert images.read(3).shape == (8, 12, 3)
+    finally:  # pytest would remove it with a recursive function
+        Path("1.jpg").unlink()
+        for _ in range(1500):
+            os.chdir("..")
+            Path("d").rmdir()
+
+
+def test_a_link_to_itself(root):
+    (root / "train/dog/0.png").symlink_to("0.png")
+    with pytest.raises(DatasetError) as refused:
+        open_dataset("folder", root)
+    assert str(refused.value) == f"{root}/train/dog/0.png cannot be read: Too many levels of symbolic links."
+
+
+def test_a_folder_and_a_file_without_permission(root):
+    """As an ordinary user: for root, nothing is without permission."""
+    (root / "train/dog").chmod(0)
+    (root / "test/dog/2.PNG").chmod(0)
+    for parent in [root, *root.parents][:4]:
+        parent.chmod(0o755)
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        with pytest.raises(DatasetError) as refused:
+            open_dataset("folder", root)
+        unreadable = folder.load(root, "test")
+        with pytest.raises(DatasetError) as broken:
+            unreadable.read(1)
+    finally:
+        os.seteuid(user)
+    assert str(refused.value) == f"{root}/train/dog cannot be read: Permission denied."
+    assert str(broken.value) == f"{root}/test/dog/2.PNG cannot be decoded: Permission denied."
+
+
+def test_names_in_the_unicode_form_of_macos(tmp_path, picture):
+    """The same folder on two systems: NFD names have the keys, classes and order of NFC ones."""
+    names = {
+        split: [f"{split}/caf\u00e9/{name}.png" for name in ("e", "\u00e9", "z", "\u00fc")]
+        for split in ("train", "test")
+    }
+    for form in ("NFC", "NFD"):
+        for name in (*names["train"], *names["test"]):
+            picture(tmp_path / form / normalize(form, name))
+    composed, decomposed = (open_dataset("folder", tmp_path / form) for form in ("NFC", "NFD"))
+    assert decomposed.train.classes == composed.train.classes == ["caf\u00e9"]
+    assert (
+        decomposed.train.keys
+        == composed.train.keys
+        == [f"caf\u00e9/{name}.png" for name in ("e", "z", "\u00e9", "\u00fc")]
+    )
+    assert decomposed.test.read(2).shape == (8, 12, 3)
+    picture(tmp_path / "NFC/train" / normalize("NFD", "caf\u00e9") / "a.png")
+    with pytest.raises(DatasetError) as refused:
+        open_dataset("folder", tmp_path / "NFC")
+    assert str(refused.value) == (
+        f"{tmp_path}/NFC/train has two class folders of one name, in different Unicode forms. Merge them."
+    )
+
+
+def test_a_home_folder_is_expanded(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert len(open_dataset(f"folder:~/{root.name}").train) == 3
+    with pytest.raises(DatasetError) as refused:
+        open_dataset("folder:~no-such-user/photos")
+    assert str(refused.value) == (
+        "~no-such-user/photos cannot be expanded: Could not determine home directory. Give the full path."
+    )
 
 
 def test_test_may_lack_a_class(root):

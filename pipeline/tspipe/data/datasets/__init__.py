@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.errors import DatasetError
+from tspipe.errors import DatasetError, TspipeError
 from tspipe.utils import plugins
 
 Pixels = NDArray[np.uint8]
@@ -116,11 +117,18 @@ def parse(spec: str, data: Path | None = None) -> DatasetReference:
     """
     kind, _, folder = spec.partition(":")
     module = plugins.load("data.datasets", kind, "load", DatasetError)
-    if kind == "folder" and (path := Path(folder) if folder else data):
+    if kind == "folder" and (path := _expand(folder) if folder else data):
         return DatasetReference(module, f"folder:{plugins.plain(path.absolute().name)}", path)
     if folder:
         raise DatasetError(f"{kind} is a dataset of its own and takes no path; use --data {folder}.")
     return DatasetReference(module, plugins.recorded_name("data.datasets", kind))
+
+
+def _expand(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as problem:  # no such user, or no home folder
+        raise DatasetError(f"{folder} cannot be expanded: {problem} Give the full path.") from problem
 
 
 def stem(name: str) -> str:
@@ -138,58 +146,95 @@ def open_dataset(spec: str, data: Path | None = None, *, download: bool = False)
     module, root = reference.module, data or reference.folder or Path("data") / stem(reference.name)
     if download and hasattr(module, "download"):  # without one, `load` says where to get what is missing
         module.download(root)
-    train, test = (
-        check_images(module.load(root, split), f"{reference.name}, split {split}") for split in ("train", "test")
-    )
-    if list(train.classes) != list(test.classes):
+    train, test = (_load(module, root, split, f"{reference.name}, split {split}") for split in ("train", "test"))
+    if train.classes != test.classes:
         raise DatasetError(f"{root}: train and test do not have the same classes.")
     return Dataset(reference.name, getattr(module, "LICENSE", ""), train, test)
 
 
+def _load(module: ModuleType, root: Path, split: str, where: str) -> Images:
+    try:
+        return check_images(module.load(root, split), where)
+    except OSError as problem:
+        raise DatasetError(f"{problem.filename or where} cannot be read: {problem.strerror or problem}.") from problem
+    except (MemoryError, TspipeError):
+        raise
+    except Exception as problem:
+        raise DatasetError(f"{where}: load fails: {type(problem).__name__}: {problem}.") from problem
+
+
 def check_images(images: Any, where: str) -> Images:
-    """Return a split whose `read` checks each image; raise DatasetError if it breaks the contract of `Images`.
+    """Return a split whose `read` checks each image, with classes and keys in Unicode NFC.
 
     Args:
         images: what a dataset's `load` returned.
         where: the dataset and the split, for messages.
+
+    Raises DatasetError if it breaks the contract of `Images`.
     """
     if not isinstance(images, Images):
-        raise DatasetError(f"{where}: load returns {type(images).__name__}. Return tspipe.data.datasets.Images.")
-    _check_names(where, "classes", images.classes)
-    labels: Any = images.labels
-    if not (isinstance(labels, np.ndarray) and labels.dtype == np.int64 and labels.ndim == 1 and labels.size):
-        raise DatasetError(f"{where}: labels are {_describe(labels)}. Return an int64 array of shape (N,), N > 0.")
-    outside = np.flatnonzero((labels < 0) | (labels >= len(images.classes)))
-    if outside.size:
+        raise DatasetError(f"{where}: load returns {_describe(images)}. Return tspipe.data.datasets.Images.")
+    classes, keys = _check_names(where, "classes", images.classes), _check_names(where, "keys", images.keys)
+    labels, array = images.labels, images.array
+    _check_labels(where, labels, len(classes))
+    if len(keys) != len(labels):
+        raise DatasetError(f"{where}: {len(keys)} keys for {len(labels)} labels. Return one key per image.")
+    if array is not None and not (_is_array(array, np.uint8, 4) and array.shape[0] == len(labels)):
         raise DatasetError(
-            f"{where}: label {labels[outside[0]]} of image {outside[0]} is no index into "
-            f"{len(images.classes)} classes. Return labels from 0 to {len(images.classes) - 1}."
+            f"{where}: array is {_describe(array)}. Return a uint8 array of shape ({len(labels)}, H, W, C), or None."
         )
-    if len(images.keys) != len(labels):
-        raise DatasetError(f"{where}: {len(images.keys)} keys for {len(labels)} labels. Return one key per image.")
-    _check_names(where, "keys", images.keys)
 
     def read(index: int) -> Pixels:
-        pixels: Any = images.read(index)
-        if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size):
+        pixels: Pixels
+        try:
+            pixels = images.read(index)
+        except (MemoryError, TspipeError):
+            raise
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {problem}"
+            raise DatasetError(f"{where}: read({index}), {keys[index]!r}, fails: {reason}.") from problem
+        if not (_is_array(pixels, np.uint8, 3) and pixels.size and pixels.shape[2] in (1, 3)):
             raise DatasetError(
-                f"{where}: read({index}) returns {_describe(pixels)}. Return a uint8 array of shape (H, W, C)."
+                f"{where}: read({index}) returns {_describe(pixels)}. Return a uint8 array of shape (H, W, C), with "
+                "values from 0 to 255 and C 1 or 3."
             )
         return pixels
 
-    return replace(images, read=read)
+    return replace(images, classes=classes, keys=keys, read=read)
 
 
-def _check_names(where: str, field: str, names: Any) -> None:
-    """Check the keys or the classes: str, and each of them once."""
-    if not len(names):
-        raise DatasetError(f"{where}: there are no {field}. Return at least one.")
+def _check_labels(where: str, labels: Any, classes: int) -> None:
+    if not (_is_array(labels, np.int64, 1) and labels.size):
+        raise DatasetError(
+            f"{where}: labels are {_describe(labels)}. Return an int64 array of shape (N,), N > 0, of indices into the "
+            "classes."
+        )
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if outside.size:
+        raise DatasetError(
+            f"{where}: label {labels[outside[0]]} of image {outside[0]} is no index into {classes} classes. Return "
+            f"labels from 0 to {classes - 1}."
+        )
+
+
+def _check_names(where: str, field: str, names: Any) -> list[str]:
+    """Return the keys or the classes in Unicode NFC; raise DatasetError unless they are str, and each occurs once."""
+    if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
+        raise DatasetError(f"{where}: {field} is {_describe(names)}. Return a sequence of str.")
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise DatasetError(f"{where}: {field}[{index}] is {name!r}. Return a sequence of str.")
-    name, count = Counter(names).most_common(1)[0]
+    normalised = [normalize("NFC", name) for name in names]
+    if not normalised:
+        raise DatasetError(f"{where}: there are no {field}. Return at least one.")
+    name, count = Counter(normalised).most_common(1)[0]
     if count > 1:
         raise DatasetError(f"{where}: {name!r} occurs {count} times in {field}. Return each once.")
+    return normalised
+
+
+def _is_array(value: Any, dtype: type, dimensions: int) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == dimensions
 
 
 def _describe(value: Any) -> str:

@@ -105,18 +105,17 @@ def _walk(folder: Path) -> Iterator[str]:
     A folder that several links lead to has the same path each time: links are followed last, in the order of names.
     """
     visited = set()
-    folders, links = deque([""]), deque[str]()
+    folders, links = deque([("", folder.stat())]), deque[tuple[str, os.stat_result]]()
     while folders or links:
-        path = (folders or links).popleft()
-        status = (folder / path).stat()
+        path, status = (folders or links).popleft()
         if (status.st_dev, status.st_ino) in visited:
             continue
         visited.add((status.st_dev, status.st_ino))
-        for entry in sorted(os.scandir(folder / path), key=lambda entry: entry.name):
+        for entry in sorted(os.scandir(f"{folder}/{path}".rstrip("/")), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(f"{path}{entry.name}/")
+                (links if entry.is_symlink() else folders).append((f"{path}{entry.name}/", entry.stat()))
             else:
                 yield path + entry.name
 
