@@ -1,4 +1,4 @@
-"""What checking a cache costs, beside a plain read of its bytes: python benchmarks/checks.py FOLDER [GIGABYTES].
+"""Times the checks of a cache beside a plain read of its bytes: python benchmarks/checks.py FOLDER [GIGABYTES]
 
 Writes a cache of random rows, as wide as CUB-200's, into FOLDER and times, with the file in the page cache: opening,
 `find_damage`, a sequential read, and SHA-256 of the bytes, which is the floor of any verification.
@@ -23,7 +23,7 @@ WIDTH, REPEATS = 10240, 5
 
 
 def make(path: Path, gigabytes: float) -> None:
-    """A cache whose features take about so many GB."""
+    """Write a cache with about this many GB of features."""
     rows = {"train": int(gigabytes * 2.5e8 / WIDTH), "test": int(gigabytes * 2.5e8 / WIDTH)}
     manifest = plan(rows, width=WIDTH, block_rows=256)
     sizes = Dimensions(rows, WIDTH, 2, "<f2", 256, 4, dict.fromkeys(SPLITS, 12))
@@ -45,7 +45,7 @@ def make(path: Path, gigabytes: float) -> None:
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Median and spread (largest − smallest) of repeats, after one to warm up."""
+    """Return the median and the spread (largest − smallest) of repetitions, after one to warm up."""
     work()
     times = []
     for _ in range(REPEATS):

@@ -1,9 +1,8 @@
-"""What images cost before a network sees them: python benchmarks/decoding.py FOLDER [IMAGES]
+"""Times the decoding of images: python benchmarks/decoding.py FOLDER [IMAGES]
 
-FOLDER holds CUB-200-2011, or what cub200_archive.py makes of it. Images per second of decoding, resizing to 600×600 and
-cropping to 448×448 in batches of 10, as stage two wants them, each way on the same images in random order: in one
-thread, in threads (what tspipe does), in worker processes (PyTorch's DataLoader), and from a cache that has kept the
-pixels (`tspipe cache --images`).
+FOLDER holds CUB-200-2011, or the synthetic copy that tests/cub200_archive.py writes. Prints images per second of
+decoding, resizing to 600×600 and cropping to 448×448 in batches of 10, in random order: in one thread, in threads (as
+tspipe does), in worker processes (PyTorch's DataLoader), and from a cache with pixels (`tspipe cache --images`).
 """
 
 import statistics
@@ -32,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 class Decoded(Dataset[torch.Tensor]):
-    """The images as PyTorch's worker processes decode them."""
+    """The images, decoded by PyTorch's worker processes."""
 
     def __init__(self, images: Images, preprocess: Preprocess):
         self.images, self.preprocess = images, preprocess
@@ -42,7 +41,7 @@ class Decoded(Dataset[torch.Tensor]):
 
 
 def with_pixels(folder: Path, images: Images, preprocess: Preprocess, count: int) -> Path:
-    """A cache that holds the first `count` images' pixels, beside little else."""
+    """Write a cache with the pixels of the first `count` images; its other columns are zero."""
     pixels = [read(images, preprocess, i)[1] for i in range(count)]
     rows = dict.fromkeys(SPLITS, count)
     sizes = Dimensions(rows, 4, 2, "<f2", count, 4, dict.fromkeys(SPLITS, 12), image_shape=pixels[0].shape)

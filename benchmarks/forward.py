@@ -1,9 +1,9 @@
-"""What makes the live teacher fast, and what does not: python benchmarks/forward.py [NETWORK [IMAGES]].
+"""Times the optimisations of the live teacher and of students: python benchmarks/forward.py [NETWORK [IMAGES]]
 
-One pass over random images, each way in turn, as a process of its own (memory that is kept stays kept): the network
-as it is built, the same with freed memory kept, made for inference (batch norms folded, channels-last), that compiled
-by torch.compile, and in bfloat16. Then training steps of students, channels-first, channels-last, that compiled and
-in bfloat16.
+First one pass of the teacher over random images: as a plain network, with freed memory kept, frozen for inference
+(batch norms folded, channels-last), compiled by torch.compile, and in bfloat16. Then training steps of students:
+channels-first, channels-last, compiled, and in bfloat16. Each runs in a process of its own, because kept memory stays
+kept.
 """
 
 import statistics

@@ -1,8 +1,8 @@
-"""What a GPU makes of stage two: python benchmarks/gpu.py CACHE [EPOCHS [DEVICE]], of a cache with images.
+"""Times stage two on a GPU: python benchmarks/gpu.py CACHE [EPOCHS [DEVICE]], where CACHE holds images.
 
-LeNet-5, taught, for so many epochs, from the command to its last line; a cohort's epoch beside CUDA-graphed bare steps
-and the teacher (`tspipe bench`); ResNet-18's share of the rate at which the card convolves, in bfloat16: a step's
-operations, counted by PyTorch, beside those of the fastest of some convolutions. DEVICE cpu is for trying the script.
+Prints the time of `tspipe student` for a taught LeNet-5 over EPOCHS; `tspipe bench` with CUDA graphs; and the
+floating-point rate of ResNet-18's training steps in bfloat16, as a share of the fastest convolution's. PyTorch counts
+the operations. DEVICE cpu is for trying the script.
 """
 
 import json
@@ -34,8 +34,8 @@ CONVOLUTIONS = [(64, 32), (128, 16), (256, 16), (512, 8), (1024, 16)][: None if 
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The median of some turns, after one to warm up."""
-    result = []
+    """Return the median of TURNS repetitions, after one to warm up."""
+    times = []
     for _ in range(TURNS + 1):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
@@ -43,29 +43,29 @@ def seconds(work: Callable[[], object]) -> float:
         work()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        result.append(time.perf_counter() - start)
-    return statistics.median(result[1:])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Floating-point operations of convolutions and matrix products, as PyTorch counts them."""
+    """Count the floating-point operations of convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
-def convolving() -> float:
-    """Operations a second of the fastest convolution, forward and backward, in bfloat16."""
+def convolution_rate() -> float:
+    """Return the operations per second of the fastest convolution, forward and backward, in bfloat16."""
     best = 0.0
     for channels, side in CONVOLUTIONS:
         layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         layer = layer.to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = torch.randn(128, channels, side, side, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         images = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        over = torch.randn_like(layer(images))
+        gradient = torch.randn_like(layer(images))
 
-        def once(layer: nn.Conv2d = layer, images: torch.Tensor = images, over: torch.Tensor = over) -> None:
-            layer(images).backward(over)
+        def once(layer: nn.Conv2d = layer, images: torch.Tensor = images, gradient: torch.Tensor = gradient) -> None:
+            layer(images).backward(gradient)
 
         def often(once: Callable[[], None] = once) -> None:
             for _ in range(STEPS):
@@ -81,7 +81,7 @@ def endless(trainer: Trainer, batches: BatchSource, learner: Any) -> Iterator[in
 
 
 def resnet18() -> tuple[float, float]:
-    """Operations a second of its training steps, data handling and all, and the seconds of one."""
+    """Return the operations per second of its training steps, data handling included, and the seconds of a step."""
     cache = open_cache(CACHE)
     overrides = [f"device={DEVICE}", "precision=bfloat16", "compile=true", "random_images=0", "batch_size=128"]
     recipe, _ = recipe_for_cache(CACHE, cache.manifest, None, overrides, {"student": ["resnet18"]})
@@ -102,27 +102,18 @@ def main() -> None:
     program = [sys.executable, "-m", "tspipe"]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        arguments = [
-            "--student",
-            "lenet5",
-            "--random-images",
-            "0",
-            "--epochs",
-            EPOCHS,
-            "--seeds",
-            "1",
-            "--out",
-            f"{folder}/run",
-        ]
-        subprocess.run([*program, "student", "--cache", CACHE, *arguments, *settings], check=True)
+        arguments = ["--student", "lenet5", "--random-images", "0", "--epochs", EPOCHS, "--seeds", "1"]
+        subprocess.run(
+            [*program, "student", "--cache", CACHE, "--out", f"{folder}/run", *arguments, *settings], check=True
+        )
         print(f"lenet5, taught, {EPOCHS} epochs: {time.perf_counter() - start:.1f} s from the command to its end")
     command = [*program, "bench", "--cache", CACHE, "--student", "lenet5", "--json", *settings]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     for line in result["lines"]:
         print(f"{line['what']}: {line['ratio']:.3f} ({line['lower']:.3f} to {line['upper']:.3f}), n = {line['n']}")
-    most, (rate, step) = convolving(), resnet18()
+    fastest, (rate, step) = convolution_rate(), resnet18()
     print(f"resnet18, bfloat16: {1000 * step:.2f} ms a step, {rate / 1e12:.2f} TFLOP/s")
-    print(f"the fastest convolution: {most / 1e12:.2f} TFLOP/s; resnet18 is at {rate / most:.0%} of it")
+    print(f"the fastest convolution: {fastest / 1e12:.2f} TFLOP/s; resnet18 is at {rate / fastest:.0%} of it")
     machine = environment(DEVICE, torch.get_num_threads())
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
 

@@ -1,10 +1,10 @@
-"""How much of a student's gradient comes from random images.
+"""Measures the random images' share of a student's gradient.
 
     python benchmarks/gradients.py CACHE DATA RECIPE STUDENT [WEIGHTS]
 
-Over 12 batches of the recipe's real and random images (the cache's pool): each part's loss; the mean norm of its
-gradient, as it enters that of the whole batch; and its share of the mean square, which is what Adam divides by.
-WEIGHTS is a student of a run folder; without it the student is as training begins.
+Over 12 batches of the recipe's real and random images (from the cache's pool), prints for each of the two: the loss;
+the mean norm of its part of the batch's gradient; and its share of the mean square, which Adam divides by. WEIGHTS is
+a student of a run folder; without it, the student is untrained.
 """
 
 import sys
@@ -25,7 +25,7 @@ from tspipe.training.trainer import open_trainer
 
 
 def gradient(network: torch.nn.Module, loss: torch.nn.Module, images: Tensor, target: Target) -> tuple[float, Tensor]:
-    """The loss of these images, and its gradient as one vector."""
+    """Return the loss of these images, and its gradient as one vector."""
     value = torch.stack(list(loss(network(images), target).values())).sum()
     parts = torch.autograd.grad(value, list(network.parameters()))
     return value.item(), torch.cat([part.flatten() for part in parts])
@@ -50,12 +50,12 @@ def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None
         for name, (images, target) in parts.items():
             loss, vector = gradient(learner.network, learner.model.loss, images, target)
             result[name].append((loss, vector * len(images) / complete))
-    squares = {name: sum(float(vector.square().sum()) for _, vector in of) for name, of in result.items()}
-    for name, of in result.items():
-        loss, norm = (sum(values) / len(of) for values in ([loss for loss, _ in of], [float(v.norm()) for _, v in of]))
-        print(
-            f"{name:8} loss {loss:.3f}  norm {norm:.3f}  share of squares {squares[name] / sum(squares.values()):.3f}"
-        )
+    squares = {name: sum(float(vector.square().sum()) for _, vector in pairs) for name, pairs in result.items()}
+    for name, pairs in result.items():
+        loss = sum(loss for loss, _ in pairs) / len(pairs)
+        norm = sum(float(vector.norm()) for _, vector in pairs) / len(pairs)
+        share = squares[name] / sum(squares.values())
+        print(f"{name:8} loss {loss:.3f}  norm {norm:.3f}  share of squares {share:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Targets larger than memory: python benchmarks/large.py FOLDER [ROWS [WIDTH]].
+"""Reads targets larger than memory: python benchmarks/large.py FOLDER [ROWS [WIDTH]]
 
 Writes a cache of random rows into FOLDER (1.2 million of 2,048: 4.9 GB), drops it from the page cache, and reads an
-epoch of its targets in random batches, a quarter of a gigabyte allowed: rows a second, with and without telling the
-system ahead which rows come, and the most memory that was resident.
+epoch of its targets in random batches with 256 MiB of memory allowed. Prints rows per second, with and without
+prefetching by the system, and the peak of resident memory.
 """
 
 import os
@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pets import CLASSES, plan
 from tspipe.cache import SPLITS, CacheWriter, Column, Dimensions, open_cache
-from tspipe.training import targets as teaching
+from tspipe.training import targets
+from tspipe.training.batches import shuffled_batches
 
 BOUND, BATCH, BLOCK, MOST = 2**28, 128, 4096, 2000
 
@@ -42,31 +43,31 @@ def make(path: Path, count: int, width: int) -> None:
 
 
 def read(path: Path, batches: int) -> None:
-    """Read so many batches, all of an epoch if 0, and say how fast; in a process of its own, for its memory."""
+    """Read this many batches, or an epoch if 0, and print the rate and the peak memory of this process."""
     cache = open_cache(path)
     before = resident()
     needs = frozenset({"features", "labels"})
     columns = {"features": cache.train.features}
-    targets = teaching.TargetLoader(columns, torch.from_numpy(cache.train.labels), needs, BOUND, torch.device("cpu"))
-    order = batches.shuffled_batches(0, 0, len(cache.train), BATCH)[: batches or None]
+    loader = targets.TargetLoader(columns, torch.from_numpy(cache.train.labels), needs, BOUND, torch.device("cpu"))
+    order = shuffled_batches(0, 0, len(cache.train), BATCH)[: batches or None]
     start, rows = time.perf_counter(), 0
-    for target in targets.batches(order):
+    for target in loader.batches(order):
         rows += len(target.features)
     seconds = time.perf_counter() - start
-    most = resident()
+    peak = resident()
     print(
-        f"{rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f}/s; {(most - before) / 1024:.0f} MiB more resident "
+        f"{rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f}/s; {(peak - before) / 1024:.0f} MiB more resident "
         f"than after opening ({before / 1024:.0f} MiB)"
     )
 
 
 def resident() -> int:
-    """The most memory that has been resident in this process, in KiB."""
+    """Return the peak of this process's resident memory in KiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
-def cold(path: Path) -> None:
+def drop_from_page_cache(path: Path) -> None:
     """Drop the file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -82,16 +83,16 @@ def main() -> None:
         make(path, count, width)
         print(f"{path.stat().st_size / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s")
     print(f"An epoch of {count:,} × {width} float16, batches of {BATCH}, {BOUND / 2**20:.0f} MiB allowed")
-    for ahead, batches in ((0, MOST // 10), (teaching.READ_AHEAD, MOST), (teaching.READ_AHEAD, 0)):
-        cold(path)
-        print(f"told {ahead} batches ahead, {batches or 'all'} batches: ", end="", flush=True)
+    for ahead, batches in ((0, MOST // 10), (targets.READ_AHEAD, MOST), (targets.READ_AHEAD, 0)):
+        drop_from_page_cache(path)
+        print(f"prefetching {ahead} batches ahead, {batches or 'all'} batches: ", end="", flush=True)
         subprocess.run([sys.executable, __file__, "read", path, str(ahead), str(batches)], check=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "read":
-        teaching.READ_AHEAD = int(sys.argv[3])
-        if not teaching.READ_AHEAD:
+        targets.READ_AHEAD = int(sys.argv[3])
+        if not targets.READ_AHEAD:
             Column.advise = lambda self, rows: None  # type: ignore[method-assign]
         read(Path(sys.argv[2]), int(sys.argv[4]))
     else:

@@ -1,13 +1,13 @@
-"""A rehearsal of Table 3 at its real size, on synthetic images; docs/cub200.md has what it measured.
+"""Rehearses Table 3 at its real size on synthetic images; docs/cub200.md has the results.
 
     python benchmarks/rehearse_cub200.py FOLDER prepare       # the archive, and an NTS-Net with random weights
-    python benchmarks/rehearse_cub200.py FOLDER stage-one 60  # for so many minutes, killed once on the way
+    python benchmarks/rehearse_cub200.py FOLDER stage-one 60  # for 60 minutes, killed once on the way
     python benchmarks/rehearse_cub200.py FOLDER few           # both stages on 48 images, with NTS-Net live on noise
-    python benchmarks/rehearse_cub200.py FOLDER whole         # a file of the real size, by a teacher that costs nothing
-    python benchmarks/rehearse_cub200.py FOLDER stage-two 10  # so many minutes of an epoch, with the pixels and without
+    python benchmarks/rehearse_cub200.py FOLDER complete      # a file of the real size, by a teacher that costs nothing
+    python benchmarks/rehearse_cub200.py FOLDER stage-two 10  # 10 minutes of an epoch, with the pixels and without
 
-Each step runs `tspipe` as a person would, in a process of its own, and prints its rate, its peak memory and its exit
-code. What was done is not done again.
+Each step runs `tspipe` in a process of its own, and prints its rate, peak memory and exit code. Finished work is not
+repeated.
 """
 
 import os
@@ -31,7 +31,7 @@ from tspipe.models.networks import ntsnet
 from tspipe.recipes.load import load
 
 WIDE = '''
-"""A teacher of NTS-Net's width that costs nothing: what is left to measure is the file, the decoding, the student."""
+"""A fast teacher of NTS-Net's width, so that the file, the decoding and the student are measured."""
 
 from torch import nn
 
@@ -44,17 +44,17 @@ def build(num_classes):
 SHAPE = (3, 448, 448)
 
 
-class Ran(NamedTuple):
-    """How a command went."""
+class Outcome(NamedTuple):
+    """The outcome of a command."""
 
     code: int  # negative: the signal that ended it
     seconds: float
     peak: int  # bytes of resident memory
-    lines: list[tuple[str, float, int]]  # of its progress: of what, when, and how many images were done
+    lines: list[tuple[str, float, int]]  # of progress: the task, the seconds since the start, the images done
 
 
-def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Ran:
-    """`tspipe` with these arguments in a folder, killed after so many minutes."""
+def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Outcome:
+    """Run `tspipe` with these arguments in a folder, and kill it after `minutes`."""
     command = [sys.executable, "-m", "tspipe", *arguments]
     print(f"{time.strftime('%H:%M:%S')} $ tspipe {' '.join(arguments)}", flush=True)
     start, lines = time.monotonic(), []
@@ -73,16 +73,19 @@ def run(folder: Path, *arguments: str, minutes: float = 1e9) -> Ran:
         time.sleep(0.2)
     assert usage
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    ran = Ran(os.waitstatus_to_exitcode(status), time.monotonic() - start, peak, lines)
+    outcome = Outcome(os.waitstatus_to_exitcode(status), time.monotonic() - start, peak, lines)
     last = [(when, count) for what, when, count in lines if what == lines[-1][0]]
     (t0, first), (t1, final) = last[:1] + last[-1:] if last else [(0, 0), (0, 0)]
     rate = f", {(final - first) / (t1 - t0):.3g} images/s ({lines[-1][0]})" if t1 > t0 else ""
-    print(f"    exit code {ran.code}, {ran.seconds:.0f} s{rate}, peak memory {ran.peak / 1e9:.2f} GB", flush=True)
-    return ran
+    print(
+        f"    exit code {outcome.code}, {outcome.seconds:.0f} s{rate}, peak memory {outcome.peak / 1e9:.2f} GB",
+        flush=True,
+    )
+    return outcome
 
 
 def prepare(folder: Path) -> None:
-    """The archive and the teacher's weights: random, its batch norms' averages those of a few images."""
+    """Write the archive and the teacher's weights: random, with batch-norm statistics of a few images."""
     if not (folder / "data/CUB_200_2011/train_test_split.txt").exists():  # written last
         subprocess.run([sys.executable, cub200_archive.__file__, folder / "data"], check=True)
     recipe = load("cub200")
@@ -100,14 +103,14 @@ def prepare(folder: Path) -> None:
 
 
 def stage_one(folder: Path, minutes: float = 60) -> None:
-    """NTS-Net over the archive, killed after a quarter of the time and resumed; killed again when the time is over."""
+    """Run NTS-Net over the archive, killed after a quarter of the time and resumed, and killed again at the end."""
     arguments = ["cache", "--dataset", "cub200", "--data", "data", "--weights", "ntsnet.safetensors", "--images"]
     run(folder, *arguments, minutes=minutes / 4)
     run(folder, *arguments, minutes=3 * minutes / 4)
 
 
 def few(folder: Path) -> None:
-    """Both stages at full resolution and width, on few images: the file is finished, and NTS-Net labels noise live."""
+    """Run both stages at full resolution and width on few images; NTS-Net labels random images live."""
     cub200_archive.make(folder / "few", images=48, classes=200)
     data = ["--data", "few"]
     run(folder, "cache", "--dataset", "cub200", *data, "--weights", "ntsnet.safetensors", "--out", "few.h5")
@@ -117,7 +120,7 @@ def few(folder: Path) -> None:
 
 
 def complete(folder: Path) -> None:
-    """Finished files of the real size, with the pixels and without; opened and checked."""
+    """Write complete files of the real size, with the pixels and without, and open and verify them."""
     arguments = ["cache", "--dataset", "cub200", "--data", "data", "--teacher", "./wide.py"]
     arguments += ["--weights", "wide.safetensors"]
     run(folder, *arguments, "--images", "--out", "images.h5")
@@ -131,16 +134,16 @@ def complete(folder: Path) -> None:
 
 
 def stage_two(folder: Path, minutes: float = 10) -> None:
-    """An epoch of MobileNetV2, or as many minutes of it: pixels from the file, decoded once, decoded as needed."""
-    usual = ["--epochs", "1", "--data", "data"]
+    """Train MobileNetV2 for an epoch or `minutes`: pixels from the file, decoded once, or decoded as needed."""
+    common = ["--epochs", "1", "--data", "data"]
     ways = {"images": [], "plain": [], "small": ["--set", "memory=1GB"]}
     for name, settings in ways.items():
         cache = "images.h5" if name == "images" else "plain.h5"
-        run(folder, "student", "--cache", cache, "--out", f"run-{name}", *usual, *settings, minutes=minutes)
+        run(folder, "student", "--cache", cache, "--out", f"run-{name}", *common, *settings, minutes=minutes)
 
 
 if __name__ == "__main__":
-    where, step, *numbers = sys.argv[1:]
-    Path(where).mkdir(parents=True, exist_ok=True)
-    steps = {"prepare": prepare, "stage-one": stage_one, "few": few, "whole": complete, "stage-two": stage_two}
-    steps[step](Path(where), *map(float, numbers))
+    folder, step, *numbers = sys.argv[1:]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    steps = {"prepare": prepare, "stage-one": stage_one, "few": few, "complete": complete, "stage-two": stage_two}
+    steps[step](Path(folder), *map(float, numbers))

@@ -1,8 +1,8 @@
-"""Times a batch of cached features, in random order, beside the plainest way to get it.
+"""Times the loading of a batch of cached features, in random order.
 
     python benchmarks/rows.py cache/cifar10.h5
 
-Rows held in memory are compared with `index_select`, rows read from the file with h5py's own indexing.
+Rows held in memory are compared with `index_select`, rows read from the file with h5py's indexing.
 """
 
 import itertools

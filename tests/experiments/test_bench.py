@@ -1,4 +1,4 @@
-"""The benchmark: its comparisons, and that both sides of each do the same work."""
+"""The benchmark: its comparisons, and the equal work of both sides."""
 
 import json
 import time
@@ -32,7 +32,7 @@ def config(cache: Cache) -> StudentConfig:
     return StudentConfig(load.load("digits", ["batch_size=100", "random_images=5"], facts=facts), cache)
 
 
-def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
+def test_the_command_prints_comparisons_and_advice(digits: Cache, tspipe: Callable[..., Result]) -> None:
     settings = [f"--set={setting}" for setting in ("batch_size=100", "random_images=5")]
     command = ["bench", "--cache", digits.path, "--seconds", "1", *settings]
     result = json.loads(tspipe(*command, "--json").out)
@@ -52,9 +52,9 @@ def test_what_it_prints(digits: Cache, tspipe: Callable[..., Result]) -> None:
     )
     assert result["sentence"].startswith(beginning)
 
-    shown = tspipe(*command).out
-    assert all(len(line) <= 80 for line in shown.splitlines())
-    assert "torch " + torch.__version__.split("+")[0] in shown
+    text = tspipe(*command).out
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "torch " + torch.__version__.split("+")[0] in text
 
 
 def open_bench(config: StudentConfig, folder: Path) -> Trainer:
@@ -64,7 +64,7 @@ def open_bench(config: StudentConfig, folder: Path) -> Trainer:
 
 
 def test_a_floor_takes_the_steps_that_training_takes(digits: Cache, tmp_path: Path) -> None:
-    """Bare steps end with the same weights as training, so both sides do the same work."""
+    """Bare steps end with the same weights as training."""
     trainer = open_bench(config(digits), tmp_path)
     ours, bare = ([bench._learner(trainer, "lenet5", arm) for arm in (TAUGHT, RANDOM)] for _ in range(2))
     source = trainer.batches

@@ -126,7 +126,7 @@ def test_runs_of_one_name_do_not_overwrite_each_others_figures(tmp_path: Path, m
     ]  # fmt: skip
 
 
-def test_foreign_text_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_of_a_run_folder_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"dataset": HOSTILE, "labels": {HOSTILE: 1}, "student": HOSTILE}
     run = make_run(tmp_path / "run", {ALONE: [[0.6]], TAUGHT: [[0.6]]}, **summary)
     run.config[HOSTILE] = HOSTILE
@@ -169,7 +169,7 @@ def test_three_accuracies_fit_in_eighty_columns_too(tmp_path: Path, capsys: pyte
 def test_a_run_without_matplotlib(
     run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Stage two ends without its curves; a report without figures would be none."""
+    """Stage two finishes without curves; a report is refused."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report.show(run)
     assert "no curves: pip install 'tspipe[plots]'" in " ".join(capsys.readouterr().out.split())
@@ -180,7 +180,7 @@ def test_a_run_without_matplotlib(
 
 
 def test_the_command(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run named twice is reported once, in its own folder; several go to one that is always theirs."""
+    """A run named twice is reported once, in its folder; the folder for several runs does not depend on their order."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report.figures, "draw", lambda _, name: Drawing(name, "", "", "<svg></svg>", b""))
     result = CliRunner().invoke(app, ["report", "run", "./run/"], catch_exceptions=False)

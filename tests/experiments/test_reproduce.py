@@ -1,4 +1,4 @@
-"""The paper's tables as jobs: what they run, what they find finished, and what they refuse before hours have passed."""
+"""The paper's tables as jobs: their steps, resuming, and errors that are raised before stage one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,12 +24,12 @@ TABLE1 = TableConfig("table1", epochs=2, seeds=1, dataset="folder:photos", setti
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small folder of images that stands for CIFAR-10, in an empty folder to work in."""
+    """A small folder of images in place of CIFAR-10, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return make_folder(tmp_path / "photos", 16, 8)
 
 
-def test_a_table_from_nothing_to_its_numbers_and_again(photos: Path) -> None:
+def test_a_finished_table_is_left_unchanged(photos: Path) -> None:
     (run,) = reproduce(TABLE1)
     assert run.config["arms"] == [ALONE, TAUGHT, RANDOM]
     assert list(run.config["students"]) == ["lenet5_wide"]
@@ -50,14 +50,14 @@ def test_a_table_from_nothing_to_its_numbers_and_again(photos: Path) -> None:
     assert {path: untouched(path) for path in made} == before
 
 
-def test_a_killed_table_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after the cache: it is not made again, and what comes of it is what an undisturbed table gives."""
+def test_an_interrupted_table_resumes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job interrupted after stage one does not repeat it."""
     train = job.train_students
 
-    def stopped(*_: object) -> RunFolder:
+    def interrupt(*_: object) -> RunFolder:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "train_students", stopped)
+    monkeypatch.setattr(job, "train_students", interrupt)
     with pytest.raises(KeyboardInterrupt):
         reproduce(TABLE1)
     monkeypatch.setattr(job, "train_students", train)
@@ -67,10 +67,8 @@ def test_a_killed_table_goes_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run.finished
 
 
-def test_a_run_that_stage_two_had_finished_is_record_paper_the_paper(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also one that was finished for other numbers of the paper; `tspipe student` knows of none."""
+def test_the_paper_is_recorded_in_a_run_that_was_finished_before(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether `tspipe student` finished it or another `tspipe reproduce`."""
     monkeypatch.setattr(job, "_record_paper", lambda *_: None)
     (run,) = reproduce(replace(TABLE1, epochs=1))
     assert "paper" not in run.read_json("summary.json")
@@ -81,8 +79,8 @@ def test_a_run_that_stage_two_had_finished_is_record_paper_the_paper(
         assert run.read_json("summary.json")["paper"]["differs"][3:] == [f"--set {text}" for text in settings]
 
 
-def test_a_cache_without_its_teachers_weights_is_not_made_again(photos: Path) -> None:
-    """Training a teacher for hours would end in another cache than the one that lies there."""
+def test_a_cache_without_its_teachers_weights_is_not_replaced(photos: Path) -> None:
+    """A teacher trained anew would give another cache."""
     reproduce(TABLE1)
     for file in Path("checkpoints").iterdir():
         file.unlink()
@@ -96,7 +94,7 @@ def test_a_cache_without_its_teachers_weights_is_not_made_again(photos: Path) ->
     assert run.finished
 
 
-def test_a_dataset_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_plug_in_replaces_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(
         "import numpy as np\n"
@@ -111,19 +109,19 @@ def test_a_dataset_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Path("cache/mine-lenet5.h5").exists()
 
 
-def test_strong_and_a_pool_have_caches_of_their_own(photos: Path) -> None:
+def test_the_cache_with_views_has_a_name_of_its_own(photos: Path) -> None:
     table_config = replace(TABLE1, arms=("taught",), recipe="strong", settings=(*TINY, "views.count=3"))
     (run,) = reproduce(table_config)
     assert open_cache(Path("cache/photos-lenet5-views3.h5")).manifest["views"]["count"] == 3
-    how = run.config["students"]["lenet5_wide"]
-    assert (how["optimizer"], how["lr"], how["lr_milestones"]) == ("sgd", 0.01, [1, 1, 2])
+    student = run.config["students"]["lenet5_wide"]
+    assert (student["optimizer"], student["lr"], student["lr_milestones"]) == ("sgd", 0.01, [1, 1, 2])
     differs = run.read_json("summary.json")["paper"]["differs"]
     assert "the recipe strong" in differs
     assert "students see 3 views of each training image, shifted and flipped" in differs
     assert {row["arm"] for row in run.rows()} == {TAUGHT}
 
 
-def test_a_pool_is_made_where_random_images_come_from_one(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_is_made_for_a_recipe_that_uses_one(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "POOL", 10)
     (run,) = reproduce(replace(TABLE1, arms=("random",), settings=(*TINY, "random_source=pool")))
     cache = open_cache(Path("cache/photos-lenet5-pool10.h5"))
@@ -131,8 +129,8 @@ def test_a_pool_is_made_where_random_images_come_from_one(photos: Path, monkeypa
     assert run.config["random_source"] == "pool"
 
 
-def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part knows how many images the others train on, so that the time left is that of the table."""
+def test_the_progress_of_a_part_counts_the_images_of_the_others(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time left is that of the whole table."""
     jobs = []
     monkeypatch.setattr(job, "_cache", lambda *_: digits.path)
     monkeypatch.setattr(job, "train_students", lambda table_config, _group: jobs.append(table_config))
@@ -143,7 +141,7 @@ def test_a_table_of_two_parts_is_one_job(digits: Cache, monkeypatch: pytest.Monk
     assert [table_config.recipe.epochs for table_config in jobs] == [3, 3]
 
 
-def test_which_parts() -> None:
+def test_a_dataset_selects_the_parts() -> None:
     assert [part.dataset for part in parts(TableConfig("table2"))] == ["cifar10", "cifar100"]
     (part,) = parts(TableConfig("table2", dataset="cifar100"))
     assert (part.name, part.dataset) == ("table2_cifar100", "cifar100")
@@ -183,7 +181,7 @@ def test_which_parts() -> None:
     ],
     ids=lambda value: "",
 )
-def test_what_there_is_not(table_config: TableConfig, expected: str) -> None:
+def test_unknown_names_are_refused(table_config: TableConfig, expected: str) -> None:
     with pytest.raises(RecipeError) as refused:
         reproduce(table_config)
     assert str(refused.value) == expected
@@ -209,14 +207,14 @@ def test_a_shorter_schedule_is_in_proportion() -> None:
 
 def test_on_the_command_line(tspipe: Callable, photos: Path) -> None:
     settings = [word for setting in TINY for word in ("--set", setting)]
-    findings = tspipe(
+    result = tspipe(
         "reproduce", "table1", "--dataset", "folder:photos", "--arms", "alone,taught", "--epochs", 1, *settings
     )
-    assert (findings.code, findings.error) == (0, "")
-    assert "Table 1: lenet5_wide; alone; taught; 1 epoch, 1 seed\n" in findings.out
-    assert "  differs from the paper: folder:photos in place of cifar10\n" in findings.out
+    assert (result.code, result.error) == (0, "")
+    assert "Table 1: lenet5_wide; alone; taught; 1 epoch, 1 seed\n" in result.out
+    assert "  differs from the paper: folder:photos in place of cifar10\n" in result.out
     (page,) = Path("runs").glob("*/report.html")
-    assert findings.out.endswith(f"Report: {page} (figures beside it)\n")
+    assert result.out.endswith(f"Report: {page} (figures beside it)\n")
     assert "81.36" in page.read_text()
     refused = tspipe("reproduce", "table1", "--arms", "own")
     assert (refused.code, refused.error) == (1, "table1 has no arm 'own'. There are: alone, taught, random.")

@@ -1,4 +1,4 @@
-"""What a run comes to: means, deviations, intervals, and what they allow to say beside the paper."""
+"""The results of a run: means, deviations, intervals, conclusions, and the comparison with the paper."""
 
 import math
 from pathlib import Path
@@ -23,8 +23,8 @@ def test_last_best_and_seconds(tmp_path: Path) -> None:
     assert findings.duration == "3 epochs, 2 seeds"
 
 
-def test_images_held_back_choose_the_epoch(tmp_path: Path) -> None:
-    """The first of equals; the test set has no say."""
+def test_held_back_images_select_the_epoch(tmp_path: Path) -> None:
+    """The first of the best epochs; the test set is not used."""
     run = make_run(
         tmp_path / "run", {ALONE: [[0.5, 0.7, 0.9], [0.4, 0.6, 0.8]]}, columns={"val_accuracy": [0.1, 0.3, 0.3]}
     )
@@ -32,7 +32,7 @@ def test_images_held_back_choose_the_epoch(tmp_path: Path) -> None:
     assert result.accuracy["chosen"].values == (0.7, 0.6)
 
 
-def test_losses_of_one_arm_are_results_of_their_own(tmp_path: Path) -> None:
+def test_each_loss_of_an_arm_is_a_result(tmp_path: Path) -> None:
     made = {
         ALONE: [[0.5], [0.5]],
         TAUGHT: [[0.6], [0.7]],
@@ -61,7 +61,7 @@ def test_a_run_written_before_there_were_several_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 31, 32, 60])
-def test_the_interval_is_students(n: int) -> None:
+def test_the_interval_is_that_of_students_t(n: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(n).normal(size=n)
     low, high = stats.t.interval(0.95, n - 1, values.mean(), values.std(ddof=1) / math.sqrt(n))
@@ -89,8 +89,8 @@ def test_one_seed_allows_no_conclusion(tmp_path: Path) -> None:
     assert findings.comparisons[0].sign == "unclear"
 
 
-def test_over_the_student_alone_under_a_schedule_of_its_own(tmp_path: Path) -> None:
-    """As for CUB-200-2011, where the paper gives the student alone another learning rate."""
+def test_arms_are_compared_with_both_schedules_of_the_student_alone(tmp_path: Path) -> None:
+    """On CUB-200-2011, the paper gives the student alone another learning rate."""
     findings = read(make_run(tmp_path / "run", {ALONE: [[0.60]], (OWN, "xent"): [[0.63]], TAUGHT: [[0.61]]}))
     assert [(row[1], row[2], row[3][:5]) for row in differences(findings).rows] == [
         ("alone, own schedule", "alone", "+3.00"),
@@ -127,7 +127,7 @@ def test_the_ratio_of_the_losses(tmp_path: Path) -> None:
     assert read(auto).ratios == ["lenet5, taught, epoch 1: mse 46 / xent 2.3 = 20"]
 
 
-def test_the_table_says_what_the_run_was(tmp_path: Path) -> None:
+def test_the_table_of_accuracies(tmp_path: Path) -> None:
     table = accuracies(read(make_run(tmp_path / "run", {ALONE: [[0.60], [0.62]]})))
     assert table.title == "cifar10: 1 epoch, 2 seeds"
     assert table.rows == [
@@ -136,7 +136,7 @@ def test_the_table_says_what_the_run_was(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_no_finished_run(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     run = make_run(tmp_path / "run", {ALONE: [[0.6]]})
     (run.path / "summary.json").unlink()
@@ -177,9 +177,9 @@ def test_files_that_stage_two_did_not_write(tmp_path: Path, file: str, text: str
     (path / file).write_text(text)
     with pytest.raises(ReportError) as problem:
         read(open_run(path))
-    blamed = path / ("metrics.csv" if "no row" in reason else file)
+    named = path / ("metrics.csv" if "no row" in reason else file)
     assert str(problem.value) == (
-        f"{blamed} is not as tspipe student writes it: {reason}. Train the run again with another --out."
+        f"{named} is not as tspipe student writes it: {reason}. Train the run again with another --out."
     )
 
 
