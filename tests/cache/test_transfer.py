@@ -26,18 +26,9 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from pets import plan, write
 from tspipe.cache import SPLITS, CacheWriter, Dimensions, open_cache
-from tspipe.cache.transfer import (
-    Pushed,
-    carried,
-    fetch,
-    file_name,
-    is_url,
-    peek,
-    pull,
-    push,
-    remote_size,
-    without_secrets,
-)
+from tspipe.cache.address import file_name, is_url, without_secrets
+from tspipe.cache.peek import peek
+from tspipe.cache.transfer import Pushed, carried, fetch, pull, push, remote_size
 from tspipe.errors import (
     CacheBusy,
     CacheDamaged,
@@ -170,7 +161,9 @@ def cache(tmp_path: Path) -> Path:
 
 
 def make(path: Path, train: int = 10, weights: int = 3_000_000) -> Path:
-    write(path, plan({"train": train, "test": 6}), np.random.default_rng(train).bytes(weights))
+    manifest, teacher = plan({"train": train, "test": 6}), np.random.default_rng(train).bytes(weights)
+    manifest["teacher"]["weights_sha256"] = hashlib.sha256(teacher).hexdigest()
+    write(path, manifest, teacher)
     return path
 
 
@@ -219,7 +212,7 @@ def test_what_is_pushed_is_pulled(cache: Path, place: Place, tmp_path: Path) -> 
     assert remote_size(place.shown) == cache.stat().st_size
     target = tmp_path / "there" / "copy.h5"
     pulled = pull(place.shown, target, got)
-    assert (pulled.path, pulled.sha256, pulled.new, pulled.stated) == (target, sha256(cache), True, True)
+    assert (pulled.path, pulled.sha256, pulled.new, pulled.published) == (target, sha256(cache), True, True)
     assert target.read_bytes() == cache.read_bytes()
     assert sum(got) == cache.stat().st_size
     assert names(target.parent) == ["copy.h5"]
@@ -254,7 +247,7 @@ def test_another_file_is_replaced_only_by_force(cache: Path, tmp_path: Path) -> 
     assert team.read_bytes() == before
     assert push(cache, str(team), nothing, force=True).new
     assert team.read_bytes() == cache.read_bytes()
-    assert pull(str(team), tmp_path / "copy.h5", nothing).stated
+    assert pull(str(team), tmp_path / "copy.h5", nothing).published
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full", "interrupted"])
@@ -292,7 +285,7 @@ def test_an_older_files_sha256_never_lies_beside_a_newer_file(
         push(cache, "memory://team", nothing, force=True)
     assert list(memory.store) == ["/team/pets.h5"]
     pulled = pull("memory://team/pets.h5", tmp_path / "pets.h5", nothing)
-    assert (pulled.sha256, pulled.stated) == (sha256(cache), False)
+    assert (pulled.sha256, pulled.published) == (sha256(cache), False)
 
 
 def test_a_place_that_keeps_other_bytes_is_noticed(
@@ -384,7 +377,7 @@ def test_checksum_files_of_other_tools(cache: Path, tmp_path: Path, line: str) -
     target = tmp_path / "there.h5"
     target.write_bytes(cache.read_bytes())
     (tmp_path / "there.h5.sha256").write_text(line.format(sha256(cache).upper()))
-    assert pull(str(target), tmp_path / "here.h5", nothing).stated
+    assert pull(str(target), tmp_path / "here.h5", nothing).published
     (tmp_path / "there.h5.sha256").write_text("no checksum")
     with pytest.raises(CacheError) as refused:
         pull(str(target), tmp_path / "second.h5", nothing)
@@ -407,7 +400,7 @@ def test_a_copy_that_was_changed_is_fetched_again(cache: Path, tmp_path: Path) -
     url = f"file://{tmp_path}/team/pets.h5"
     copy = fetch(url, nothing, tmp_path / "home").path
     copy.write_bytes(copy.read_bytes()[:1000])
-    assert fetch(url, nothing, tmp_path / "home").how == "fetched"
+    assert fetch(url, nothing, tmp_path / "home").status == "fetched"
     assert copy.read_bytes() == cache.read_bytes()
 
 
@@ -512,10 +505,10 @@ def test_what_is_no_cache_is_refused(stated: bool, web: Web, tmp_path: Path) -> 
 
 def test_without_a_stated_sha256_the_caller_is_told(cache: Path, web: Web, tmp_path: Path) -> None:
     pulled = pull(web.put(cache, stated=False), tmp_path / "pets.h5", nothing)
-    assert not pulled.stated
+    assert not pulled.published
     assert pulled.sha256 == sha256(cache)
     web.files["pets.h5.sha256"] = b"<html>Not found, but with status 200</html>"
-    assert not pull(web.url("pets.h5"), tmp_path / "pets.h5", nothing, force=True).stated
+    assert not pull(web.url("pets.h5"), tmp_path / "pets.h5", nothing, force=True).published
 
 
 def test_what_is_here_already_stays(cache: Path, web: Web, tmp_path: Path) -> None:
@@ -578,22 +571,22 @@ def test_a_disk_that_takes_no_more_is_told_in_one_sentence(cache: Path, web: Web
 def test_a_fetched_copy_is_kept_and_kept_up_to_date(cache: Path, web: Web, tmp_path: Path) -> None:
     url, home = web.put(cache), tmp_path / "home"
     first = fetch(url, nothing, home)
-    assert first.how == "fetched"
+    assert first.status == "fetched"
     assert first.path == home / hashlib.sha256(url.encode()).hexdigest()[:16] / "pets.h5"
     assert first.path.read_bytes() == cache.read_bytes()
     web.forget()
-    assert fetch(url, nothing, home).how == "unchanged"
+    assert fetch(url, nothing, home).status == "unchanged"
     assert web.requests == [("HEAD", "/pets.h5")]
 
     other = make(tmp_path / "other" / "pets.h5", train=11)
     web.put(other)
-    assert fetch(url, nothing, home).how == "fetched"
+    assert fetch(url, nothing, home).status == "fetched"
     assert first.path.read_bytes() == other.read_bytes()
-    assert fetch(url, nothing, home).how == "unchanged"
+    assert fetch(url, nothing, home).status == "unchanged"
 
     web.stop()
     gone = fetch(url, nothing, home)
-    assert (gone.path, gone.how) == (first.path, "unreachable")
+    assert (gone.path, gone.status) == (first.path, "unreachable")
     assert gone.problem == f"{url}: Connection refused. Fix that, then run the same command again."
 
 
@@ -617,11 +610,11 @@ def test_where_nothing_tells_versions_apart_the_bytes_do(stated: bool, cache: Pa
     web.etags = False
     url = web.put(cache, stated=stated)
     fetch(url, nothing, tmp_path / "home")
-    assert fetch(url, nothing, tmp_path / "home").how == ("unchanged" if stated else "fetched")
+    assert fetch(url, nothing, tmp_path / "home").status == ("unchanged" if stated else "fetched")
     other = make(tmp_path / "other" / "pets.h5", train=9, weights=3_000_000 + 5 * 2 + 2 * 4 + 8 + 6 + 8)
     web.put(other, stated=stated)
     result = fetch(url, nothing, tmp_path / "home")
-    assert (result.how, result.path.read_bytes()) == ("fetched", other.read_bytes())
+    assert (result.status, result.path.read_bytes()) == ("fetched", other.read_bytes())
 
 
 def test_fetch_keeps_its_copies_where_the_desktop_says(
@@ -633,10 +626,10 @@ def test_fetch_keeps_its_copies_where_the_desktop_says(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = fetch("memory://team/pets.h5", nothing)
-    assert (result.how, result.path.parent.parent) == ("fetched", tmp_path / "home" / ".cache" / "tspipe")
-    assert fetch("memory://team/pets.h5", nothing).how == "unchanged"
+    assert (result.status, result.path.parent.parent) == ("fetched", tmp_path / "home" / ".cache" / "tspipe")
+    assert fetch("memory://team/pets.h5", nothing).status == "unchanged"
     push(make(tmp_path / "other" / "pets.h5", train=11), "memory://team", nothing, force=True)
-    assert fetch("memory://team/pets.h5", nothing).how == "fetched"
+    assert fetch("memory://team/pets.h5", nothing).status == "fetched"
 
 
 def big(path: Path, block_rows: int) -> Path:
@@ -793,7 +786,7 @@ class NoCredentialsError(Exception):
             "access is denied. Log in with its own tool, or ask its owner for access.",
         ),
         (NoCredentialsError(), "access is denied. Log in with its own tool, or ask its owner for access."),
-        (TimeoutError("secret"), "TimeoutError. Fix that, then run the same command again."),
+        (TimeoutError("secret"), "nothing arrived for 60 seconds. Fix that, then run the same command again."),
         (
             OSError(errno.EHOSTUNREACH, "secret"),
             "No route to host. Fix that, then run the same command again.",
@@ -816,7 +809,7 @@ def test_secrets_in_an_address_are_used_and_not_shown(cache: Path, web: Web, tmp
     web.password = "hush"
     plain = web.put(cache)
     secret = plain.replace("http://", "http://me:hush@") + "?token=quiet"
-    assert pull(secret, tmp_path / "pets.h5", nothing).stated
+    assert pull(secret, tmp_path / "pets.h5", nothing).published
     assert ("GET", "/pets.h5.sha256?token=quiet") in web.requests
     home = tmp_path / "home"
     note = fetch(secret, nothing, home).path.with_suffix(".json")
@@ -877,7 +870,7 @@ def test_an_ipv6_address_is_no_chain(tmp_path: Path) -> None:
 def test_what_a_cache_carries_is_said_with_its_licence(tmp_path: Path) -> None:
     lines = [
         "features of pets; its licence: CC0",
-        "the teacher's weights (lenet5, 000000000000); their licence is their publisher's",
+        "the teacher's weights (lenet5, a6a82e54f5ff); their licence is their publisher's",
     ]
     assert carried(open_cache(make(tmp_path / "a.h5", weights=9))) == lines
     manifest = plan({"train": 4, "test": 4})

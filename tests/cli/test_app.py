@@ -138,7 +138,7 @@ ERRORS = [
         ["student", "--cache", "nope.h5"],
         "There is no file nope.h5. Make the cache first: tspipe cache --dataset NAME",
     ),
-    (["info", "."], ".: cannot be read (Is a directory)."),
+    (["info", "."], ".: it is not a regular file, so not a tspipe cache."),
     (
         ["cache", "--dataset", "digit"],
         "Unknown dataset 'digit'. There are: digits, cifar10, cifar100, cub200, fashion_mnist, folder.",

@@ -137,7 +137,8 @@ def test_without_a_published_sha256_every_byte_is_verified(tspipe: Tspipe, digit
     path.write_bytes(data)
     result = tspipe("pull", path, "--out", "second.h5")
     assert result.code == 1
-    assert result.error.startswith("second.h5 is damaged: train_features, rows 0 to 255.")
+    assert result.error.startswith(f"{path} arrived damaged: train_features, rows 0 to 255.")
+    assert not Path("second.h5").exists()
 
 
 def test_a_student_of_a_url(tspipe: Tspipe, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

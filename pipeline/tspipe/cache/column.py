@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tspipe.errors import CacheDamaged, CacheError
-from tspipe.utils.files import write_at
+from tspipe.utils.files import open_without_links, write_at
 
 _AHEAD = getattr(os, "posix_fadvise", None)  # absent on macOS, where the system decides about reading ahead
 _PAGE, _SPAN = 4096, 2**26  # bytes; the largest range read at once to select rows from
@@ -49,9 +49,9 @@ class OpenFile:
         os.fsync(self.descriptor)
 
     def _open(self) -> int:
-        # O_NONBLOCK: opening a pipe does not wait for its other end. O_NOFOLLOW: nobody diverts what is written.
-        access = os.O_RDWR | os.O_NOFOLLOW if self.writable else os.O_RDONLY
-        return os.open(self.path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+        if self.writable:
+            return open_without_links(self.path, os.O_RDWR)
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe does not wait
 
     def _read_stamp(self) -> tuple[int, int, int]:
         """Return what changes when a file is replaced or written to: inode, size, modification time (ns)."""

@@ -1,7 +1,7 @@
 """Compares a cache with local data: rows in another order, split or version would give students wrong targets."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -17,6 +17,7 @@ _TASK = 16  # images per thread and task: scheduling single ones costs more than
 SAMPLE = 256  # images whose pixels are compared by default; None compares all
 _REMEDY = "Give the data that the cache was made from (--data), or make the cache again (tspipe cache --force)."
 Advance = Callable[[int], object]
+Difference = tuple[int, str] | None  # the index of an image, and what differs
 
 
 class LocalSplit(Protocol):
@@ -86,35 +87,38 @@ def match_split(
     sampled = compared
     if sample is not None and sample < len(compared):
         sampled = np.sort(np.random.default_rng().choice(compared, sample, replace=False))
-    differences = itertools.chain(
-        _differing_keys(keys, local.keys, compared),
-        _differing_labels(keys, stored.labels, local.labels, compared),
-        _differing_pixels(keys, stored, local, sampled, advance),
+    difference = (
+        _differing_key(keys, local.keys, compared)
+        or _differing_label(keys, stored.labels, local.labels, compared)
+        or _differing_pixels(keys, stored, local, sampled, advance)
     )
-    for i, difference in differences:
+    if difference is not None:
+        i, text = difference
         counts = f" ({len(keys):,} images cached, {len(local.keys):,} in the dataset)"
         counts = counts if len(keys) != len(local.keys) else ""
-        raise CacheMismatch(f"{name} is not of these data{counts}: at {split} index {i}, {difference}. {_REMEDY}")
+        raise CacheMismatch(f"{name} is not of these data{counts}: at {split} index {i}, {text}. {_REMEDY}")
 
 
-def _differing_keys(stored: Sequence[str], local: Sequence[str], rows: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
+def _differing_key(stored: Sequence[str], local: Sequence[str], rows: NDArray[np.int64]) -> Difference:
     both = min(len(stored), len(local))
     for i in rows.tolist():
         if i >= both or stored[i] != local[i]:
             cached, actual = (repr(keys[i]) if i < len(keys) else "nothing" for keys in (stored, local))
-            yield i, f"the cache has {cached}, the dataset {actual}"
+            return i, f"the cache has {cached}, the dataset {actual}"
+    return None
 
 
-def _differing_labels(
+def _differing_label(
     keys: Sequence[str], stored: NDArray[np.int64], local: NDArray[np.int64], rows: NDArray[np.int64]
-) -> Iterator[tuple[int, str]]:
+) -> Difference:
     for i in rows[stored[rows] != local[rows]].tolist():
-        yield i, f"{keys[i]!r} has label {stored[i]} in the cache and {local[i]} in the dataset"
+        return i, f"{keys[i]!r} has label {stored[i]} in the cache and {local[i]} in the dataset"
+    return None
 
 
 def _differing_pixels(
     keys: Sequence[str], stored: Split, local: LocalSplit, rows: NDArray[np.int64], advance: Advance
-) -> Iterator[tuple[int, str]]:
+) -> Difference:
     def digests_of(images: list[int]) -> list[bytes]:
         return [digest(local.read(i)) for i in images]
 
@@ -126,5 +130,6 @@ def _differing_pixels(
             for i, expected, actual in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
                 if actual != expected.tobytes():
                     both = f"digest {expected.tobytes().hex()} in the cache, {actual.hex()} in the dataset"
-                    yield i, f"the pixels of {keys[i]!r} differ: {both}"
+                    return i, f"the pixels of {keys[i]!r} differ: {both}"
             advance(len(some))
+    return None

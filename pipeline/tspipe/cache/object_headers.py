@@ -24,6 +24,11 @@ _MAX_DATASETS = 64
 _NOT_PLAIN = "its HDF5 structure uses features that the format does not allow."
 
 
+def recorded_size(head: bytes) -> int | None:
+    """Return the file size that a superblock records, or None if this is none."""
+    return int(struct.unpack_from("<Q", head, 40)[0]) if head.startswith(_SIGNATURE) else None
+
+
 def check_superblock(descriptor: int, size: int) -> None:
     """Check the superblock, the file size it records, and all object headers; raise NotACache if one is invalid."""
     head = os.pread(descriptor, SUPERBLOCK_BYTES, 0)

@@ -1,4 +1,4 @@
-"""A remote file, as transfer.py needs it: fsspec, with its drivers' exceptions turned into sentences.
+"""A remote file: fsspec, with its drivers' exceptions turned into sentences.
 
 fsspec and its drivers are imported inside functions, so reading a cache never loads them.
 """
@@ -9,18 +9,20 @@ import io
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
-from urllib.parse import unquote
+from typing import Any
 
+from tspipe.cache.address import is_url, is_well_formed, without_secrets
 from tspipe.errors import CacheError, TspipeError
 
-Advance = Callable[[int], None]  # bytes moved since the last call
-ReadPiece = Callable[[int, int], tuple[bytes, int]]  # start, stop -> the bytes, and the size of the whole file
+Advance = Callable[[int], object]  # bytes moved since the last call
 
-_CHUNK = 4 * 2**20
+_CHUNK = 4 * 2**20  # bytes
+_PATIENCE = 60.0  # seconds without an answer, or with hardly any bytes
+_LEAST = 2**16  # bytes that count as progress in that time
 _ABANDONED = timedelta(days=1)
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 # Fields of `fs.info` that distinguish versions of a file, which the size alone does not.
@@ -38,34 +40,6 @@ class RemoteError(CacheError):
         self.absent = absent
 
 
-def is_url(text: str) -> bool:
-    """Return whether this is an address (`s3://…`) and not a path."""
-    return "://" in text
-
-
-def without_secrets(url: str) -> str:
-    """Return an address without user, password, query and fragment, to print it.
-
-    >>> without_secrets("https://me:secret@host/digits.h5?token=1")
-    'https://host/digits.h5'
-    """
-    if not is_url(url):
-        return url
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{re.split('[?#]', re.sub('^[^/]*@', '', rest))[0]}"
-
-
-def file_name(url: str) -> str:
-    """Return the local name for the file at an address; never a path, always an `.h5`.
-
-    >>> file_name("https://host/a%2F..%2Fmy%20pets.h5?token=1")
-    'my_pets.h5'
-    """
-    last = unquote(without_secrets(url)).replace("\\", "/").rstrip("/").rpartition("/")[2]
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", last).lstrip(".+-").removesuffix(".h5")
-    return f"{plain[:150] or 'unnamed'}.h5"
-
-
 @dataclass(frozen=True)
 class Remote:
     """A remote file. Every method raises RemoteError, which names it as `shown`."""
@@ -74,32 +48,15 @@ class Remote:
     path: str
     shown: str
 
-    @classmethod
-    def at(cls, url: str) -> Self:
-        """Return the file at an address or a local path. Raises CacheError if a driver is missing."""
-        import fsspec
-
-        shown = without_secrets(url)
-        protocol = url.partition("://")[0].lower() if is_url(url) else "file"
-        try:
-            driver = fsspec.get_filesystem_class(protocol)
-        except ValueError as problem:
-            known = "file, gs, hf, http, https, memory, s3"
-            raise CacheError(f"Unknown protocol {protocol!r}. There are: {known}.") from problem
-        except ImportError as problem:
-            extra = _EXTRAS.get(protocol)
-            remedy = f"pip install 'tspipe[{extra}]'" if extra else str(problem)
-            raise CacheError(f"{protocol}:// needs a driver: {remedy}") from problem
-        with _driver_errors(shown):
-            # Not fsspec.url_to_fs, which gives `::` in an address, as in `http://[::1]/`, another meaning.
-            options = {**driver._get_kwargs_from_urls(url), **_options(protocol)}
-            path = driver._strip_protocol(protocol + url[len(protocol) :] if is_url(url) else url)  # also expands `~`
-            return cls(driver(**options), path, shown)
-
     @property
     def web(self) -> bool:
         """Whether it is on a web server, which is read-only."""
         return "http" in self.fs.protocol
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
 
     @property
     def checksum(self) -> "Remote":
@@ -114,32 +71,18 @@ class Remote:
 
     def info(self) -> dict[str, Any]:
         """Return current information about it; drivers would return cached listings."""
-        with _driver_errors(self.shown):
+        with driver_errors(self.shown):
             self.fs.invalidate_cache()
-            return dict(self.fs.info(self.path))
+            return dict(self.fs.info(self.path, **({"timeout": _PATIENCE} if self.web else {})))
 
-    def size(self) -> int | None:
-        """Return its size in bytes, or None if unknown."""
-        size = self.info().get("size")
-        return None if size is None else int(size)
-
-    def existing_size(self) -> int | None:
-        """Return its size in bytes, or None if there is no such file."""
+    def info_if_present(self) -> dict[str, Any] | None:
+        """Return information about it, or None if there is no such file."""
         try:
-            return self.size()
+            return self.info()
         except RemoteError as problem:
             if not problem.absent:
                 raise
             return None
-
-    def is_folder(self) -> bool:
-        """Return whether it is a folder."""
-        try:
-            return self.info().get("type") == "directory"
-        except RemoteError as problem:
-            if not problem.absent:
-                raise
-            return False
 
     def version(self) -> dict[str, str]:
         """Return what changes when the file does; empty if nothing of the kind is known."""
@@ -147,7 +90,7 @@ class Remote:
         fields = {key: str(info[key]) for key in _VERSION if info.get(key)}
         return {**fields, "size": str(info.get("size"))} if fields else {}
 
-    def stated(self) -> str | None:
+    def published_sha256(self) -> str | None:
         """Return the SHA-256 in the file beside it, or None."""
         try:
             with self.checksum.open_at(0) as (file, _):
@@ -178,73 +121,53 @@ class Remote:
 
         Web servers without range requests begin at 0. They get one request, which may end at `stop`.
         """
-        with _driver_errors(self.shown):
-            if not self.web:
+        with driver_errors(self.shown):
+            if self.web:
+                file: Any = WebFile(self.fs, self.path, start, stop)
+            else:
                 file = self.fs.open(self.path, "rb", cache_type="none")  # no read-ahead
                 file.seek(start)
-            else:
-                headers = {"Accept-Encoding": "identity"}
-                if start or stop:
-                    headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-                # Block size 0 means one plain GET; a given size avoids a HEAD before it.
-                file = self.fs.open(self.path, "rb", block_size=0, size=1, headers=headers)
-        with file:
-            yield file, not self.web or (file.r.status == 206 and _content_range(file)[0] == start)
+        with contextlib.closing(file):
+            yield file, not self.web or file.start == start
 
     def chunks(self, file: Any, length: int | None = None) -> Iterator[bytes]:
-        """Yield the rest of an open file, or its next `length` bytes at most, in pieces."""
-        left = length
-        with _driver_errors(self.shown):
+        """Yield the rest of an open file, or its next `length` bytes at most, in pieces.
+
+        Raises RemoteError if hardly any bytes arrive for a minute.
+        """
+        left, begin, received = length, time.monotonic(), 0
+        with driver_errors(self.shown):
             while left != 0 and (chunk := file.read(_CHUNK if left is None else min(left, _CHUNK))):
                 left = None if left is None else left - len(chunk)
+                received += len(chunk)
+                if time.monotonic() > begin + _PATIENCE:
+                    if received < _LEAST:
+                        raise TimeoutError
+                    begin, received = time.monotonic(), 0
                 yield chunk
 
-    @contextlib.contextmanager
-    def pieces(self) -> Iterator[ReadPiece]:
-        """Yield a function that reads a piece of the file with one request."""
-        with contextlib.ExitStack() as stack:
-            file = None if self.web else stack.enter_context(self.open_at(0))[0]
-
-            def read(start: int, stop: int) -> tuple[bytes, int]:
-                if file is None:
-                    return self._piece(start, stop)
-                with _driver_errors(self.shown):
-                    file.seek(start)
-                    return file.read(stop - start), file.size
-
-            yield read
-
-    def _piece(self, start: int, stop: int) -> tuple[bytes, int]:
-        with self.open_at(start, stop) as (file, begins_there):
-            size = _content_range(file)[1]
-            if not begins_there or size is None:
-                raise CacheError(
-                    f"{self.shown}: its server does not support range requests. Download all of it: "
-                    f"tspipe pull {self.shown}"
-                )
-            return b"".join(self.chunks(file, stop - start)), size
+    def publish(self, write: Callable[["Remote"], None]) -> None:
+        """Have `write` make the file under a temporary name, then rename it; clean up if that fails."""
+        folder = self.path.rpartition("/")[0]
+        part = replace(self, path=f"{folder}/.{self.name}.push-{secrets.token_hex(4)}.part")
+        try:
+            write(part)
+            with driver_errors(self.shown):
+                self.fs.mv(part.path, self.path)
+        except BaseException:
+            part.remove()
+            raise
 
     def write(self, chunks: Iterable[bytes]) -> None:
         """Write the file in place; others may see it unfinished."""
-        with _driver_errors(self.shown), self.fs.open(self.path, "wb") as file:
+        with driver_errors(self.shown), self.fs.open(self.path, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
             with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # not a file on a disk
                 os.fsync(file.fileno())
 
-    def publish(self, write: Callable[["Remote"], None]) -> None:
-        """Have `write` make the file under a temporary name, then rename it; clean up if that fails."""
-        part = self._beside(f".{self.name}.push-{secrets.token_hex(4)}.part")
-        try:
-            write(part)
-            with _driver_errors(self.shown):
-                self.fs.mv(part.path, self.path)
-        except BaseException:
-            part.remove()
-            raise
-
-    def clear(self) -> None:
+    def remove_abandoned(self) -> None:
         """Remove old temporary files of killed pushes; recent ones may belong to a running push."""
         left = re.compile(rf"\.{re.escape(self.name)}(\.sha256)?\.push-[0-9a-f]{{8}}\.part")
         with contextlib.suppress(Exception):  # a folder that cannot be listed may still be writable
@@ -257,17 +180,70 @@ class Remote:
         with contextlib.suppress(Exception):
             self.fs.rm_file(self.path)
 
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition("/")[2]
 
-    def _beside(self, name: str) -> "Remote":
-        return replace(self, path=f"{self.path.rpartition('/')[0]}/{name}")
+class WebFile:
+    """The body of a web server's answer to one request; each wait for the server is limited.
+
+    Attributes:
+        start: the position in the file at which the body begins.
+        size: the size of the whole file, if the server supports range requests and states it.
+    """
+
+    def __init__(self, fs: Any, url: str, start: int, stop: int | None):
+        from fsspec.asyn import sync
+
+        headers = {"Accept-Encoding": "identity"}
+        if start or stop:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+
+        async def request() -> Any:
+            session = await fs.set_session()
+            response = await session.get(fs.encode_url(url), headers=headers)
+            fs._raise_not_found_for_status(response, url)
+            return response
+
+        self._loop = fs.loop
+        self._response = sync(fs.loop, request, timeout=_PATIENCE)
+        content_range = self._response.headers.get("Content-Range", "") if self._response.status == 206 else ""
+        match = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", content_range)
+        self.start = int(match[1]) if match else 0
+        self.size = int(match[2]) if match else None
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes, at most `count`; none at the end."""
+        from fsspec.asyn import sync
+
+        return bytes(sync(self._loop, self._response.content.read, count, timeout=_PATIENCE))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._loop.call_soon_threadsafe(self._response.close)
 
 
-def _age(modified: datetime) -> timedelta:
-    return datetime.now(UTC) - (modified if modified.tzinfo else modified.replace(tzinfo=UTC))
+def open_remote(url: str) -> Remote:
+    """Return the file at an address or a local path. Raises CacheError if a driver is missing."""
+    import fsspec
+
+    if is_url(url) and not is_well_formed(url):
+        raise CacheError(
+            "The address is malformed. Write it as https://HOST/PATH/NAME.h5, or with s3://, gs:// or hf://."
+        )
+    shown = without_secrets(url)
+    protocol = url.partition("://")[0].lower() if is_url(url) else "file"
+    try:
+        driver = fsspec.get_filesystem_class(protocol)
+    except ValueError as problem:
+        known = "file, gs, hf, http, https, memory, s3"
+        raise CacheError(f"Unknown protocol {protocol!r}. There are: {known}.") from problem
+    except ImportError as problem:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'tspipe[{extra}]'" if extra else str(problem)
+        raise CacheError(f"{protocol}:// needs a driver: {remedy}") from problem
+    with driver_errors(shown):
+        # Not fsspec.url_to_fs, which gives `::` in an address, as in `http://[::1]/`, another meaning.
+        options = {**driver._get_kwargs_from_urls(url), **_options(protocol)}
+        path = driver._strip_protocol(protocol + url[len(protocol) :] if is_url(url) else url)  # also expands `~`
+        return Remote(driver(**options), path, shown)
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -278,18 +254,17 @@ def _options(protocol: str) -> dict[str, Any]:
     import aiohttp
 
     # By default requests end after five minutes, too soon for a large file, and proxies are ignored.
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_PATIENCE)
     return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
 
 
-def _content_range(file: Any) -> tuple[int | None, int | None]:
-    """Return the start and the total size in a web server's Content-Range."""
-    match = re.fullmatch(r"bytes (\d{1,19})-\d+/(\d{1,18})", file.r.headers.get("Content-Range", ""))
-    return (int(match[1]), int(match[2])) if match else (None, None)
+def _age(modified: datetime) -> timedelta:
+    return datetime.now(UTC) - (modified if modified.tzinfo else modified.replace(tzinfo=UTC))
 
 
 @contextlib.contextmanager
-def _driver_errors(shown: str) -> Iterator[None]:
+def driver_errors(shown: str) -> Iterator[None]:
+    """Turn a driver's exceptions into sentences about the address; their own texts may contain secrets."""
     try:
         yield
     except TspipeError:
@@ -299,7 +274,6 @@ def _driver_errors(shown: str) -> Iterator[None]:
 
 
 def _as_remote_error(problem: BaseException, shown: str) -> RemoteError:
-    """Return a driver's exception as a sentence; its own message may contain the address with secrets."""
     cause = problem.__cause__
     if cause is not None and (isinstance(cause, OSError) or hasattr(cause, "status")):
         problem = cause  # fsspec turns any failed HEAD into a FileNotFoundError
@@ -311,7 +285,9 @@ def _as_remote_error(problem: BaseException, shown: str) -> RemoteError:
     if isinstance(problem, FileNotFoundError) or status in (404, 410):
         return RemoteError(f"There is no file {shown}. Check the address.", absent=True)
     number = getattr(problem, "errno", None) or 0
-    if re.search("Payload|Disconnected", kind):
+    if isinstance(problem, TimeoutError) and not number:
+        why = f"nothing arrived for {_PATIENCE:.0f} seconds"
+    elif re.search("Payload|Disconnected", kind):
         why = "the connection was lost"
     else:
         why = f"answer {status}" if status else os.strerror(number) if number > 0 else kind

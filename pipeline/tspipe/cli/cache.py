@@ -79,11 +79,11 @@ def cache(
 def info(file: options.FileOrUrl) -> None:
     """Show what a cache holds; of a URL, only the head of the file is read."""
     from tspipe.cache import open_cache
-    from tspipe.cache.remote import is_url
+    from tspipe.cache.address import is_url
     from tspipe.cli.render import show_cache
 
     if is_url(file):
-        from tspipe.cache.transfer import peek
+        from tspipe.cache.peek import peek
 
         show_cache(peek(file))
     else:

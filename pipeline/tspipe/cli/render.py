@@ -14,7 +14,7 @@ from tspipe.errors import CacheError
 from tspipe.utils.console import format_bytes, plain_table, printable, stdout_console
 
 if TYPE_CHECKING:
-    from tspipe.cache.transfer import Peek  # imported only where a command reads a URL
+    from tspipe.cache.peek import Peek  # imported only where a command reads a URL
 
 _NAME = 60  # characters shown of a class's name
 

@@ -38,17 +38,15 @@ def pull(
     force: options.Force = False,
 ) -> None:
     """Download a cache and check it; an interrupted pull resumes."""
-    from tspipe.cache import open_cache, transfer
+    from tspipe.cache import address, open_cache, transfer
     from tspipe.utils.progress import byte_progress
 
     out = out or Path("cache")
-    out = out / transfer.file_name(url) if out.suffix != ".h5" or out.is_dir() else out
+    out = out / address.file_name(url) if out.suffix != ".h5" or out.is_dir() else out
     with byte_progress(f"pulling {out.name}", lambda: transfer.remote_size(url)) as moved:
         pulled = transfer.pull(url, out, moved, force=force)
-    if not pulled.stated:
-        check_intact(out)
     opened = open_cache(out)
-    checked = "its SHA-256 matches" if pulled.stated else "no SHA-256 is published; its own checksums match"
+    checked = "its SHA-256 matches" if pulled.published else "no SHA-256 is published; its own checksums match"
     echo(f"{'Pulled' if pulled.new else 'Already have'} {out}: id {opened.id[:12]}, {checked}")
     _print_contents(opened)
     echo(f"Next: tspipe student --cache {out}")
@@ -83,22 +81,20 @@ def list_(
 
 def local_path(cache: str) -> Path:
     """Return the path of a cache; one at a URL is downloaded once, and kept while the remote file is unchanged."""
-    from tspipe.cache import transfer
+    from tspipe.cache import address, transfer
     from tspipe.utils.progress import byte_progress
 
-    if not transfer.is_url(cache):
+    if not address.is_url(cache):
         return Path(cache)
-    name = transfer.without_secrets(cache)
-    with byte_progress(f"fetching {transfer.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
+    name = address.without_secrets(cache)
+    with byte_progress(f"fetching {address.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
         fetched = transfer.fetch(cache, moved)
-    if fetched.how == "fetched":
+    if fetched.status == "fetched":
         echo(f"Fetched {name} to {fetched.path}")
-    elif fetched.how == "unchanged":
+    elif fetched.status == "unchanged":
         echo(f"{name} is unchanged: using the copy {fetched.path}")
     else:
         echo(f"Using the copy of {name}: {fetched.problem.split('. ')[0]}.")
-    if not fetched.stated:
-        check_intact(fetched.path)
     return fetched.path
 
 

@@ -1,6 +1,7 @@
 """Atomic writes of files, and locks for folders that one process writes at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -86,6 +87,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_without_links(path: Path, flags: int) -> int:
+    """Open a file and return its descriptor. Raises OSError if it is a link, which somebody may have planted."""
+    message = "it is a link, which may lead to another file; delete it"
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as problem:
+        raise OSError(problem.errno, message if problem.errno == errno.ELOOP else problem.strerror) from problem
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, message)
+    return descriptor
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:

@@ -1,0 +1,48 @@
+"""Addresses of remote files: what is one, how it is shown without secrets, and the local name for its file."""
+
+import re
+from urllib.parse import unquote
+
+_ADDRESS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?:[^/?#]*@)?"  # user and password
+    r"(?P<host>[^/?#@:]*|\[[0-9A-Fa-f:.%]+\])(?P<port>:\d*)?(?P<path>(?:/[^?#]*)?)(?:[?#].*)?",
+    re.DOTALL,
+)
+# What a user meant as an address: a known scheme with wrong slashes, or a user and a password before an @.
+_MEANT = re.compile(r"\s*(https?|s3a?|gs|gcs|hf|file|memory)(:|/[/\\]|\\)|\s*[^/\\@:\s]{2,}:[^@]*@", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """Return whether this is an address (`s3://…`), perhaps a malformed one, and not a path."""
+    return "://" in text or _MEANT.match(text) is not None
+
+
+def is_well_formed(url: str) -> bool:
+    """Return whether an address has a scheme, a host and a path, so that its secrets are known to be secrets."""
+    match = _ADDRESS.fullmatch(url)
+    return match is not None and not (match["port"] and "@" in match["path"])
+
+
+def without_secrets(url: str) -> str:
+    """Return an address without user, password, query and fragment, to print it; of a malformed one nothing.
+
+    >>> without_secrets("https://me:secret@host/digits.h5?token=1")
+    'https://host/digits.h5'
+    """
+    if not is_url(url):
+        return url
+    match = _ADDRESS.fullmatch(url)
+    if match is None or not is_well_formed(url):
+        return "the given address"
+    return f"{match['scheme']}://{match['host']}{match['port'] or ''}{match['path']}"
+
+
+def file_name(url: str) -> str:
+    """Return the local name for the file at an address; never a path, always an `.h5`.
+
+    >>> file_name("https://host/a%2F..%2Fmy%20pets.h5?token=1")
+    'my_pets.h5'
+    """
+    last = unquote(without_secrets(url)).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", last).lstrip(".+-").removesuffix(".h5")
+    return f"{plain[:150] or 'unnamed'}.h5"
