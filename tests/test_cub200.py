@@ -125,7 +125,8 @@ def test_a_published_checkpoint(tspipe: Tspipe, archive: Path, published: Path) 
 
     # The features are those of the plain network.
     network = networks.build("ntsnet", 3, (3, 32, 32), {"width": 2}).eval()
-    network.load_state_dict(weights.read(published).tensors)
+    tensors = weights.read(published).tensors
+    network.load_state_dict({key.removeprefix("module."): value for key, value in tensors.items()})
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
     images = datasets.open_dataset("cub200", archive).test
     pixels = np.stack([preprocess.apply(images.read(i)) for i in range(len(images))])

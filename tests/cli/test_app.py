@@ -69,9 +69,13 @@ def test_a_folder_of_images(tspipe: Callable, tmp_path: Path) -> None:
     """A published checkpoint, a folder of images, and students, by commands alone."""
     make_folder(tmp_path / "photos" / "shapes", train=20)
     torch.manual_seed(0)
-    torch.save({"state_dict": networks.build("lenet5", 2, (3, 16, 16)).state_dict()}, "published.pth")
+    state = networks.build("lenet5", 2, (3, 16, 16)).state_dict()
+    torch.save(
+        {"state_dict": {key: value + 1 for key, value in state.items()}, "state_dict_ema": state}, "published.pth"
+    )
     made = tspipe("cache", "--dataset", "folder:photos/shapes", "--teacher", "lenet5", "--weights", "published.pth")
     assert made.code == 0, made.err
+    assert "the weights published.pth (state_dict_ema, not state_dict; SHA-256 " in made.out
     settings = ["--epochs", 1, "--set=batch_size=10", "--random-images", 3]
     made = tspipe("student", "--cache", "cache/shapes-lenet5.h5", "--data", "photos/shapes", *settings)
     assert made.code == 0, made.err

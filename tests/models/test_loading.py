@@ -1,5 +1,6 @@
 """Loading weights into a network, and the messages for weights that do not fit."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,41 @@ def test_another_number_of_classes(name):
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="needs the published ResNet-56")
 def test_the_published_resnet56_fits():
     published = weights.read(PUBLISHED)
-    tensors, options = networks.adapt("resnet56", published.tensors)
+    network, options = loading.load_network(loading.NetworkSpec("resnet56", 10, SHAPE, {}), *published[::3])
     assert options == {"shortcut": "A"}
-    network = networks.build("resnet56", 10, (3, 32, 32), options)
-    loading.load_into(network, tensors, "resnet56", published.source)
-    assert torch.equal(network.fc.weight, published.tensors["linear.weight"])
+    tensors = {key.removeprefix("module."): value for key, value in published.tensors.items()}
+    assert torch.equal(network.fc.weight, tensors["linear.weight"])
     with pytest.raises(NetworkError, match=r"It seems to be resnet56 with 10 classes: use --teacher resnet56$"):
         loading.check_fit(on_meta("resnet20"), tensors, "resnet20", published.source)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "net.", "network.module."]
+)
+@pytest.mark.parametrize("renamed", [False, True])
+def test_prefixes_of_wrappers_are_removed(prefix, renamed):
+    state = networks.build("resnet20", 10, SHAPE, {"shortcut": "B"}).state_dict()
+    tensors = {prefix + (key.replace("fc.", "linear.") if renamed else key): state[key] for key in state}
+    loaded, options = loading.load_network(loading.NetworkSpec("resnet20", 10, SHAPE, {}), tensors, "w.pt")
+    assert equal(loaded.state_dict(), state) and options == {"shortcut": "B"}
+
+
+def test_a_prefix_that_the_network_has_is_kept(tmp_path):
+    path = tmp_path / "wrapped.py"
+    path.write_text(
+        "from torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, classes):\n        super().__init__()\n"
+        "        self.model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))\n\n"
+        "    def forward(self, images):\n        return self.model(images)\n\n\nbuild = Net\n"
+    )
+    spec = loading.NetworkSpec(str(path), 4, (3, 2, 2), {})
+    state = spec.build().state_dict()
+    for prefix in ("", "module."):
+        tensors = {prefix + key: state[key] for key in state}
+        assert equal(loading.load_network(spec, tensors, "w.pt")[0].state_dict(), state)
+
+
+def test_many_keys_are_reported_quickly():
+    tensors = {**on_meta("resnet20").state_dict(), **{f"extra{i}": torch.zeros(1) for i in range(20_000)}}
+    start = time.process_time()
+    assert misfit("resnet20", tensors).startswith("w.pt does not fit resnet20: 20000 keys not in the network (extra0, ")
+    assert time.process_time() - start < 1

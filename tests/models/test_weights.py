@@ -1,9 +1,15 @@
 """Files of weights: every format that is read, every file that is refused, and deterministic bytes."""
 
+import argparse
 import hashlib
+import json
 import os
 import pickle
+import time
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,12 +20,14 @@ from shared import equal, error_message
 from tspipe.errors import TspipeError
 from tspipe.models import weights
 
+SAVE = "save its state_dict: torch.save(net.state_dict(), …)"
 REFUSED = (
-    "{} is refused: it holds more than weights, and loading it could run code. If you trust it, load it elsewhere "
-    "and save its state_dict: torch.save(net.state_dict(), …)"
+    "{} is refused: beside tensors, it holds {}, and loading that could run code. If you trust it, load it elsewhere "
+    f"and {SAVE}"
 )
 DAMAGED = "{} is damaged, or not a file of weights. Download it again and compare its checksum."
 EMPTY = "{} has no tensors. Save the network's weights in it: torch.save(net.state_dict(), …)"
+TOO_MANY = f"{{}} holds too many objects for a file of weights. Load it elsewhere and {SAVE}"
 
 
 @pytest.fixture
@@ -63,20 +71,50 @@ def test_read_a_safetensors_file(tmp_path, state, name):
     assert read.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("nest", ["state_dict", "net_state_dict", "model", "model_state_dict"])
+NESTS = ["state_dict", "net_state_dict", "model", "model_state_dict", "net", "teacher", "params", "weights", "ema"]
+
+
+@pytest.mark.parametrize("nest", [*NESTS, "state_dict_ema", "model.state_dict", "anything.at.all"])
 def test_read_unwraps(tmp_path, state, nest):
-    prefixed = {f"module.{key}": nn.Parameter(value.float()) for key, value in state.items()}
-    torch.save({"epoch": 3, nest: {**prefixed, "module.note": "text"}, "optimizer": {"lr": 0.1}}, tmp_path / "w.pt")
-    read = weights.read(tmp_path / "w.pt").tensors
-    assert equal(read, state) and not any(tensor.requires_grad for tensor in read.values())
+    content = {**{key: nn.Parameter(value.float()) for key, value in state.items()}, "note": "text"}
+    for name in reversed(nest.split(".")):
+        content = {name: content, "epoch": 3, "best": torch.tensor(0.9)}
+    content["optimizer"] = {"lr": 0.1, "state": {0: {"step": torch.ones(2)}}, "shadow": {"a": torch.ones(2)}}
+    torch.save(content, tmp_path / "w.pt")
+    read = weights.read(tmp_path / "w.pt")
+    assert equal(read.tensors, state) and not any(tensor.requires_grad for tensor in read.tensors.values())
+    assert read.choice == ""
 
 
-def test_read_unwraps_twice_and_strips_a_prefix_that_all_keys_have(tmp_path, state):
-    torch.save({"model": {"state_dict": {f"module.{key}": state[key] for key in state}}}, tmp_path / "w.pt")
-    assert equal(weights.read(tmp_path / "w.pt").tensors, state)
-    mixed = {"module.a": state["a"], "b": state["b"]}
-    torch.save(mixed, tmp_path / "mixed.pt")
-    assert equal(weights.read(tmp_path / "mixed.pt").tensors, mixed)
+def test_averaged_weights_are_preferred_and_the_choice_is_stated(tmp_path, state):
+    ema = {key: value + 1 for key, value in state.items()}
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": state, "state_dict_ema": {**ema, "n_averaged": torch.tensor(5)}}, path)
+    read = weights.read(path)
+    assert equal(read.tensors, ema) and read.choice == "state_dict_ema, not state_dict"
+    read = weights.read(path, "state_dict")
+    assert equal(read.tensors, state) and read.choice == "state_dict, not state_dict_ema"
+    assert error_message(weights.read, path, "model") == (
+        f"{path} holds nothing under 'model', but: state_dict, state_dict_ema. Name the one to load: "
+        "--set teacher.weights_key=NAME"
+    )
+
+
+def test_a_common_name_is_preferred(tmp_path, state):
+    torch.save({**state, "other": state, "net": {"c": torch.ones(2)}}, tmp_path / "w.pt")
+    read = weights.read(tmp_path / "w.pt")
+    assert equal(read.tensors, {"c": torch.ones(2)}) and read.choice == "net, not its own tensors, other"
+
+
+def test_several_networks_are_refused_unless_one_is_named(tmp_path, state):
+    path, half = tmp_path / "w.pt", {key: value / 2 for key, value in state.items()}
+    torch.save({"student": state, "teacher": half}, path)
+    assert error_message(weights.read, path) == (
+        f"{path} holds several sets of weights: student, teacher. Name the one to load: --set teacher.weights_key=NAME"
+    )
+    assert equal(weights.read(path, "teacher").tensors, half)
+    torch.save({"state_dict": {f"{name}.{key}": state[key] for key in state for name in ("net", "loss")}}, path)
+    assert equal(weights.read(path, "state_dict.net").tensors, state)
 
 
 def test_read_ignores_other_values(tmp_path, state):
@@ -97,8 +135,11 @@ def test_a_missing_file(tmp_path):
     assert error_message(weights.read, path) == f"There is no file {path}. Give the path of the weights: --weights FILE"
 
 
-def test_a_folder(tmp_path):
+def test_what_is_no_file(tmp_path):
     assert error_message(weights.read, tmp_path) == f"{tmp_path} cannot be read: Is a directory."
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert error_message(weights.read, path) == f"{path} cannot be read: it is not a regular file."
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "w"])
@@ -130,7 +171,7 @@ def test_a_truncated_file(tmp_path, state, form, cut):
 def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path, hostile, zipped):
     path = tmp_path / "w.pt"
     torch.save({"state_dict": {"a": torch.zeros(1), "b": hostile}}, path, _use_new_zipfile_serialization=zipped)
-    assert error_message(weights.read, path) == REFUSED.format(path)
+    assert error_message(weights.read, path) == REFUSED.format(path, "posix.mkdir")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -138,7 +179,7 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path, hostile, zip
 def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path, hostile, protocol, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(hostile, protocol))
-    assert error_message(weights.read, path) == REFUSED.format(path)
+    assert error_message(weights.read, path) == REFUSED.format(path, "posix.mkdir")
 
 
 def test_a_hostile_pickle_named_safetensors_does_not_run(tmp_path, hostile):
@@ -149,19 +190,104 @@ def test_a_hostile_pickle_named_safetensors_does_not_run(tmp_path, hostile):
 
 def test_a_pickled_module_is_refused(tmp_path):
     torch.save(nn.Linear(1, 1), tmp_path / "w.pt")
-    assert error_message(weights.read, tmp_path / "w.pt") == REFUSED.format(tmp_path / "w.pt")
+    assert error_message(weights.read, tmp_path / "w.pt") == REFUSED.format(
+        tmp_path / "w.pt", "torch.nn.modules.linear.Linear"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_is_refused(tmp_path):
     torch.jit.save(torch.jit.trace(nn.Linear(1, 1), torch.zeros(1, 1)), tmp_path / "w.pt")
-    assert error_message(weights.read, tmp_path / "w.pt") == REFUSED.format(tmp_path / "w.pt")
+    assert error_message(weights.read, tmp_path / "w.pt") == REFUSED.format(tmp_path / "w.pt", "TorchScript code")
 
 
-@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"epoch": 1}, [torch.zeros(1)], torch.zeros(1)])
-def test_no_tensors(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({}, "nothing"),
+        ({"state_dict": {}}, "state_dict (dict)"),
+        ({"epoch": 1, "nets": [{"a": torch.zeros(1)}]}, "epoch (int), nets (list)"),
+        (dict.fromkeys("abcdefg", 1), "a (int), b (int), c (int), d (int), e (int), …"),
+        ([torch.zeros(1)], "a value (list)"),
+        ({3: torch.zeros(1)}, "3 (Tensor)"),
+    ],
+)
+def test_no_tensors_by_name(tmp_path, content, what):
     torch.save(content, tmp_path / "w.pt")
-    assert error_message(weights.read, tmp_path / "w.pt") == EMPTY.format(tmp_path / "w.pt")
+    assert error_message(weights.read, tmp_path / "w.pt") == (
+        f"{tmp_path}/w.pt has no tensors in a dict by name; it holds {what}. Load it elsewhere and {SAVE}"
+    )
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.float64(1), np.float64(1).__reduce__()[0].__module__ + ".scalar"),
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+    ],
+)
+def test_what_is_beside_the_weights_is_named(tmp_path, state, zipped, value, name):
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": state, "beside": value}, path, _use_new_zipfile_serialization=zipped)
+    assert error_message(weights.read, path) == REFUSED.format(path, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.zeros(2, device="meta"), "meta tensor, which has no numbers"),
+        (lambda: torch.eye(2).to_sparse(), "sparse tensor, which cannot be loaded as weights"),
+        (lambda: torch.eye(2).to_sparse_csr(), "sparse tensor, which cannot be loaded as weights"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2)]), "nested tensor, which cannot be loaded as weights"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8),
+            "quantised tensor, which cannot be loaded as weights",
+        ),
+    ],
+    ids=["meta", "coo", "csr", "nested", "quantised"],
+)
+def test_tensors_that_are_no_weights(tmp_path, make, kind):
+    torch.save({"a": torch.zeros(1), "b": make()}, tmp_path / "w.pt")
+    message = error_message(weights.read, tmp_path / "w.pt")
+    assert message == f"{tmp_path}/w.pt: b is a {kind}. Save dense float32 tensors."
+
+
+@pytest.mark.parametrize("form", ["records", "names", "legacy", "safetensors"])
+def test_more_objects_than_a_network_has_are_refused_at_once(tmp_path, form):
+    path = tmp_path / "w.pt"
+    if form == "safetensors":
+        header = json.dumps({"__metadata__": {"a": "b" * 2**21}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+    elif form == "names":
+        torch.save({"a" * 2**21: torch.zeros(1)}, path)
+    elif form == "legacy":
+        torch.save({str(i): i for i in range(100_000)}, path, _use_new_zipfile_serialization=False)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for i in range(10_001):
+                archive.writestr(str(i), b"")
+    start = time.process_time()
+    assert error_message(weights.read, path) == TOO_MANY.format(path)
+    assert time.process_time() - start < 2
+
+
+def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data/0", bytes(10**8))
+    assert error_message(weights.read, path) == (
+        f"{path} is refused: its {path.stat().st_size:,} bytes unpack to 100,000,000. Files of weights are not "
+        "compressed so."
+    )
+
+
+def test_a_checkpoint_that_contains_itself(tmp_path, state):
+    content = {"model": dict(state)}
+    content["model"]["parent"] = content
+    torch.save(content, tmp_path / "w.pt")
+    assert equal(weights.read(tmp_path / "w.pt").tensors, state)
 
 
 # Writing
@@ -230,6 +356,8 @@ def test_save_replaces_the_file_and_keeps_the_old_one_on_failure(tmp_path, state
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"tspipe": "not json"}, {"tspipe": "[1]"}, {"tspipe": '{"a":1}'}])
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"tspipe": "not json"}, {"tspipe": "[1]"}, {"tspipe": '{"a":1}'}, {"tspipe": "[" * 10_000}]
+)
 def test_metadata_of_other_programs_is_unchanged(metadata):
     assert weights.unpack_metadata(metadata) == (metadata or {})

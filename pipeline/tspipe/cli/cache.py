@@ -117,7 +117,8 @@ def verify(
 
         manifest = inspect(file, identified=False).manifest
         chosen, default_folder = recipe_for_cache(str(file), manifest, recipe, settings, {})
-        config = stage.VerifyConfig(chosen, folder or default_folder, weight_files.read(weights) if weights else None)
+        given = weight_files.read(weights, chosen.teacher.weights_key) if weights else None
+        config = stage.VerifyConfig(chosen, folder or default_folder, given)
     while damage:
         stage.repair(file, damage, config)
         echo("Repaired: " + "; ".join(part.where for part in damage))

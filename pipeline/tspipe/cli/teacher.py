@@ -28,11 +28,14 @@ def teacher(
     from tspipe.recipes import load as recipes
     from tspipe.training import teacher_weights as teachers
     from tspipe.training.train_teacher import TeacherConfig
+    from tspipe.utils.console import echo
 
-    start = weight_files.read(weights) if weights else None
     flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs}
     name = recipe or recipes.default_recipe(dataset)
     chosen = recipes.load(name, settings or (), flags)
+    start = weight_files.read(weights, chosen.teacher.weights_key) if weights else None
+    if start and start.choice:
+        echo(f"Fine-tuning the weights {start.source} ({start.choice})")
     if start and start.metadata.get("network") == networks.recorded_name(chosen.teacher.network):
         chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(start))
     teachers.train_and_report(TeacherConfig(chosen, data, start, out, force, download))

@@ -10,6 +10,8 @@ from tspipe.errors import NetworkError
 from tspipe.models import networks
 
 _COUNTER = "num_batches_tracked"  # absent from many older checkpoints, and unused in eval mode
+_MOST_KEYS = 5_000  # a search among the networks for more would take seconds
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 _SIDES = (32, 28)  # image sizes to try, for networks whose shapes depend on the size
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,8 +35,25 @@ class NetworkSpec(NamedTuple):
             return sum(parameter.numel() for parameter in self.build().parameters())
 
 
+def adapt(spec: NetworkSpec, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights under the network's keys, and the network's options with those that the weights' keys imply.
+
+    Prefixes of wrappers (DataParallel, torch.compile, Lightning) are removed unless the network's keys have them.
+    """
+    while True:
+        state, implied = networks.adapt(spec.name, dict(tensors))
+        options = {**spec.options, **implied}
+        prefix = next((wrapper for wrapper in _WRAPPERS if all(key.startswith(wrapper) for key in tensors)), None)
+        if not (tensors and prefix):
+            return state, options
+        with torch.device("meta"):
+            if state.keys() & spec._replace(options=options).build().state_dict().keys():
+                return state, options
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
 def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a network and load its weights; return it with its options and those that the weights' keys imply.
+    """Build a network and load its weights; return it with its options, see `adapt`.
 
     Args:
         tensors: the weights, under the keys of the network or of a published checkpoint of it.
@@ -42,8 +61,7 @@ def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) 
 
     Raises NetworkError if they do not fit, before memory is allocated for the network.
     """
-    tensors, implied = networks.adapt(spec.name, dict(tensors))
-    options = {**spec.options, **implied}
+    tensors, options = adapt(spec, tensors)
     spec = spec._replace(options=options)
     with torch.device("meta"):
         check_fit(spec.build(), tensors, spec.name, source)
@@ -120,7 +138,7 @@ def _count(keys: list[str], problem: str) -> str:
 
 def _suggestion(tensors: Mapping[str, Tensor], network: str) -> str:
     """Return a sentence that names the network which the weights fit exactly, or an empty string."""
-    for name in networks.names():
+    for name in networks.names() if len(tensors) <= _MOST_KEYS else ():
         state, options = networks.adapt(name, dict(tensors))
         actual = _without_counters(_shapes(state))
         channels = next((shape[1] for shape in actual.values() if len(shape) == 4), 0)

@@ -51,6 +51,9 @@ class Teacher(Optimisation):
 
     network: str = Field("resnet56", description="A network's name, torchvision:NAME, or the path of a Python file.")
     options: dict[str, Any] = Field({}, description="The options of the network.")
+    weights_key: str | None = Field(
+        None, description="Which weights of a file that holds several, as state_dict_ema; none prefers averaged ones."
+    )
     pretrained: bool = Field(True, description="Without a file, start from the weights that the network names.")
     epochs: AtLeastOne = Field(200, description="The number of epochs.")
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch.")

@@ -87,7 +87,7 @@ def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weig
     """
     network, recipe = config.recipe.teacher.network, config.recipe
     path = file or train_teacher.find_checkpoint(dataset, network) or train_teacher.checkpoint_path(dataset, network)
-    weights = weight_files.read(path)
+    weights = weight_files.read(path, recipe.teacher.weights_key)
     check_network(weights, network)
     if file is None and "pixels_sha256" in weights.metadata:
         images = open_dataset(recipe.dataset, config.data, download=config.download).train
@@ -97,7 +97,8 @@ def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weig
 
 def print_teacher(weights: Weights, network: str, dataset: str) -> None:
     """Print which teacher runs over a dataset, and with which weights."""
-    echo(f"Teacher {network} with the weights {weights.source} (SHA-256 {weights.sha256[:12]}…) over {dataset}")
+    choice = f"{weights.choice}; " if weights.choice else ""
+    echo(f"Teacher {network} with the weights {weights.source} ({choice}SHA-256 {weights.sha256[:12]}…) over {dataset}")
 
 
 def teacher_command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:

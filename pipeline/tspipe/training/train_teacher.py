@@ -216,10 +216,10 @@ def _build_network(
     """Return the network and the options that it was built with; a last layer for other classes starts anew."""
     settings = config.recipe.teacher
     try:
-        tensors, detected = networks.adapt(settings.network, dict(start.tensors)) if start else ({}, {})
-        options = {**settings.options, **detected}
+        spec = loading.NetworkSpec(settings.network, len(dataset.train.classes), shape, settings.options)
+        tensors, options = loading.adapt(spec, start.tensors) if start else ({}, dict(settings.options))
         seed_torch(_SEED, "weights")
-        network = networks.build(settings.network, len(dataset.train.classes), shape, options)
+        network = networks.build(settings.network, spec.num_classes, shape, options)
         if start:
             state = network.state_dict()
             completed = networks.complete(settings.network, tensors, state)

@@ -50,7 +50,8 @@ def test_adapt_renames_published_keys(tmp_path, prefix, wrap, renamed, shortcut)
     network = build(shortcut=shortcut)
     state = {prefix + key: value for key, value in published(network.state_dict(), **renamed).items()}
     torch.save({wrap: state, "best_prec1": 93.6} if wrap else state, tmp_path / "resnet20.th")
-    tensors, options = networks.adapt("resnet20", weights.read(tmp_path / "resnet20.th").tensors)
+    spec = loading.NetworkSpec("resnet20", 10, (3, 32, 32), {})
+    tensors, options = loading.adapt(spec, weights.read(tmp_path / "resnet20.th").tensors)
     assert options == {"shortcut": shortcut}
     again = build(**options)
     loading.load_into(again, tensors, "resnet20", "resnet20.th")
