@@ -14,6 +14,7 @@ PACKAGE = Path(tspipe.__file__).parent
 ORDER = [
     "cli",
     "experiments",
+    "deploy",
     "training",
     "extraction",
     "losses",

@@ -23,7 +23,10 @@ from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import networks, weights
 from tspipe.recipes import load
 from tspipe.recipes.settings import settings_markdown
+from tspipe.training.arms import ALONE
+from tspipe.training.config import StudentConfig
 from tspipe.training.metrics_log import label_shares
+from tspipe.training.trainer import train_students
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline" / "tspipe"
@@ -64,6 +67,10 @@ def test_the_python_blocks_run(page: str, digits: Cache, tmp_path: Path, monkeyp
     torch.manual_seed(0)
     make_folder(Path("data/photos"))
     weights.save(Path("w.safetensors"), networks.build("lenet5", 2, (3, 16, 16)), {})
+    if page == "docs/deploy.md":
+        train_students(
+            StudentConfig(load.load("digits", ["epochs=1", "seeds=1"]), digits, (ALONE,), out=Path("runs/digits"))
+        )
     recipe = load.load("folder", ["dataset=folder:data/photos", "teacher.network=lenet5"])
     extract(ExtractConfig(recipe, weights.read(Path("w.safetensors")), Path("cache/photos.h5")))
     for block in PYTHON.findall(PAGES[page]):

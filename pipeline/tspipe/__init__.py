@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tspipe.cache import open_cache
     from tspipe.data.cached_targets import CachedTargets
     from tspipe.data.preprocess import Preprocess
+    from tspipe.deploy.student import load_student
     from tspipe.errors import (
         CacheBusy,
         CacheDamaged,
@@ -47,6 +48,7 @@ __all__ = [
     "TrainingError",
     "TspipeError",
     "kd_loss",
+    "load_student",
     "open_cache",
     "student_of",
     "ts_loss",
@@ -57,6 +59,7 @@ _MODULES = {
     "FeatureNet": "tspipe.models.feature_net",
     "Preprocess": "tspipe.data.preprocess",
     "kd_loss": "tspipe.losses.kd",
+    "load_student": "tspipe.deploy.student",
     "open_cache": "tspipe.cache",
     "student_of": "tspipe.models.feature_net",
     "ts_loss": "tspipe.losses.ts",

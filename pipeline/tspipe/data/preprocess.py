@@ -127,8 +127,9 @@ class Preprocess:
         """Apply both parts to one image, (H, W) or (H, W, C) uint8: a transform for torchvision's datasets."""
         import torch
 
-        array = np.array(image)  # a copy, since PyTorch warns of Pillow's read-only memory
-        pixels = torch.from_numpy(self.apply(array.reshape(*array.shape[:2], -1)))
+        array = np.asarray(image)
+        # A copy, since PyTorch warns of Pillow's read-only memory.
+        pixels = torch.from_numpy(self.apply(array.reshape(*array.shape[:2], -1)).copy())
         return self.normalise(pixels.permute(2, 0, 1))
 
     def normalise(self, images: Tensor) -> Tensor:

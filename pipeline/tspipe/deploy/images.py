@@ -1,0 +1,73 @@
+"""Images as users have them, made a network's input: paths, Pillow images and arrays."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tspipe.data.decode import decode, to_pixels
+from tspipe.data.image_loader import read_ahead
+from tspipe.data.preprocess import Preprocess
+from tspipe.errors import DatasetError
+
+Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+Pictures = Picture | Sequence[Picture]
+
+
+def prepare(picture: Picture, preprocess: Preprocess, input_shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Return a picture as (H, W, C) uint8, resized and cropped; colours become grey where the network takes grey.
+
+    Raises DatasetError, which names the picture, if it cannot be decoded or has another size than the network takes.
+    """
+    name = str(picture) if isinstance(picture, str | os.PathLike) else "The image"
+    pixels = _pixels(picture)
+    if preprocess.channels == 1 and pixels.shape[2] == 3:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+    try:
+        prepared = preprocess.apply(pixels)
+    except DatasetError as error:
+        raise DatasetError(f"{name}: {error}") from error
+    channels, *size = input_shape
+    if prepared.shape != (*size, channels):
+        raise DatasetError(
+            f"{name} has {prepared.shape[0]}×{prepared.shape[1]} pixels (height×width), and the student, which does "
+            f"not resize, takes {size[0]}×{size[1]}. Resize the image first."
+        )
+    return prepared
+
+
+def batches(
+    pictures: Sequence[Picture], preprocess: Preprocess, input_shape: tuple[int, int, int], batch_size: int
+) -> Iterator[Tensor]:
+    """Yield the pictures as batches (n, C, H, W) uint8, prepared in threads. Raises as `prepare`."""
+    ranges = (range(i, min(i + batch_size, len(pictures))) for i in range(0, len(pictures), batch_size))
+    for prepared in read_ahead(lambda i: prepare(pictures[i], preprocess, input_shape), ranges):
+        yield torch.from_numpy(np.stack(prepared)).permute(0, 3, 1, 2)
+
+
+def as_sequence(pictures: Pictures) -> Sequence[Picture]:
+    """Return the pictures as a sequence; one path or one Pillow image is a sequence of one."""
+    return [pictures] if isinstance(pictures, str | os.PathLike | Image.Image) else list(pictures)
+
+
+def _pixels(picture: Picture) -> NDArray[np.uint8]:
+    """Return a picture as (H, W, C) uint8."""
+    if isinstance(picture, str | os.PathLike):
+        return decode(Path(picture))
+    if isinstance(picture, Image.Image):
+        try:
+            return to_pixels(picture)
+        except ValueError as error:
+            raise DatasetError(f"The image cannot be used: {error}.") from error
+    pixels = np.asarray(picture)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise DatasetError(
+            f"An image is {pixels.dtype} of shape {pixels.shape}. Give paths, Pillow images, or uint8 arrays of shape "
+            "(H, W) or (H, W, C)."
+        )
+    return pixels.reshape(*pixels.shape[:2], -1)

@@ -1,0 +1,148 @@
+"""A trained student as a plain module, read from its file or its run folder."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tspipe.data.preprocess import Preprocess
+from tspipe.deploy import images
+from tspipe.deploy.facts import StudentFacts, parse
+from tspipe.errors import NetworkError
+from tspipe.models import networks, weights
+from tspipe.models.feature_net import FeatureNet, student_of
+from tspipe.models.loading import NetworkSpec, load_into
+from tspipe.models.probe import eval_mode, probe_images
+from tspipe.training.arms import learner_name
+from tspipe.training.run_folder import Row, RunFolder
+
+_SPARE_PARAMETERS = 2**24  # that the network without g(x) may have beyond 16 times those in the file
+
+
+class Prediction(NamedTuple):
+    """Labels (n,) int64, indices into the class names, and probabilities (n, c) float32 of n images."""
+
+    labels: Tensor
+    probabilities: Tensor
+
+
+class Student(nn.Module):
+    """A trained student: a module that maps normalised images (n, C, H, W) float32 to logits (n, c).
+
+    Attributes:
+        network: the network, which returns features and logits.
+        facts: what its file says of it.
+        path: its file.
+    """
+
+    def __init__(self, network: FeatureNet, facts: StudentFacts, path: Path):
+        super().__init__()
+        self.network, self.facts, self.path = network, facts, path
+
+    @property
+    def name(self) -> str:
+        """The student's name in file names: `lenet5-taught-random-seed0`."""
+        return self.path.stem.removeprefix("student-")
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names."""
+        return self.facts.classes
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The preprocessing that the student was trained with; a transform for torchvision's datasets."""
+        return self.facts.preprocess
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images (n, C, H, W) float32 to logits (n, c)."""
+        return self.network(images).logits  # type: ignore[no-any-return]
+
+    def predict(self, pictures: images.Pictures, batch_size: int = 64) -> Prediction:
+        """Classify images: paths, Pillow images, or uint8 arrays (H, W) or (H, W, C); preprocessing is included.
+
+        Raises DatasetError for an image that cannot be decoded or has a size that the network does not take.
+        """
+        sequence, device = images.as_sequence(pictures), self.network.head.weight.device
+        parts = [torch.empty(0, len(self.classes))]
+        with eval_mode(self):
+            for pixels in images.batches(sequence, self.preprocess, self.facts.input_shape, batch_size):
+                parts.append(self(self.preprocess.normalise(pixels.to(device))).softmax(1).cpu())
+        probabilities = torch.cat(parts)
+        return Prediction(probabilities.argmax(1), probabilities)
+
+
+def load_student(path: str | Path, *, student: str | None = None, network: str | None = None) -> Student:
+    """Load a trained student, in eval mode on the CPU. No code of the file is run.
+
+    Args:
+        path: a file `student-*.safetensors`, or a run folder.
+        student: which student of a run folder; a name, or a pattern such as `lenet5-taught*`. Of several, the one with
+            the highest accuracy on held-back images is loaded or, if the run held none back, on the test split.
+        network: the path of the network's file, if it is a user's (`./mine.py`).
+
+    Raises NetworkError if there is no such student, its metadata or weights do not fit, or `network` is needed.
+    """
+    path = Path(path)
+    file = select_student(path, student) if path.is_dir() else path
+    if not file.is_file():
+        raise NetworkError(f"There is no student {file}. Give a file student-*.safetensors or a run folder.")
+    read = weights.read(file)
+    facts = parse(read.metadata, str(file))
+    return Student(_build(facts, read.tensors, _network_name(facts, network, file), str(file)), facts, file).eval()
+
+
+def select_student(run: Path, pattern: str | None = None) -> Path:
+    """Return the file of a run's best student, of those whose names match a pattern; see `load_student`."""
+    files = {file.stem.removeprefix("student-"): file for file in sorted(run.glob("student-*.safetensors"))}
+    if not files:
+        raise NetworkError(f"{run} has no students. They are written at the end of each seed of a run.")
+    chosen = {name: file for name, file in files.items() if pattern is None or fnmatch(name, pattern)}
+    if not chosen:
+        raise NetworkError(f"{run} has no student {pattern}. There are: {', '.join(files)}.")
+    accuracies = last_rows(run)
+    return max(chosen.items(), key=lambda item: accuracy(accuracies.get(item[0], {})))[1]
+
+
+def last_rows(run: Path) -> dict[str, Row]:
+    """Return the metrics of each student of a run after its last epoch, by the student's name."""
+    rows = (row for row in RunFolder(run, {}, {}).rows() if row.keys() >= {"student", "arm", "loss", "seed"})
+    return {learner_name(row["student"], row["arm"], row["loss"], row["seed"]): row for row in rows}
+
+
+def accuracy(row: Mapping[str, float]) -> float:
+    """Return the accuracy that selects a student: on held-back images if there are any, else on the test split."""
+    return row.get("val_accuracy", row.get("test_accuracy", 0))
+
+
+def _network_name(facts: StudentFacts, network: str | None, file: Path) -> str:
+    """Return the name to build the student's network by. A name in the file is never imported unless it is tspipe's."""
+    if network and networks.recorded_name(network) == facts.network:
+        return network
+    if network:
+        raise NetworkError(f"{file} is a student of the network {facts.network!r}, not of {network}.")
+    if facts.network in networks.names() or facts.network.startswith("torchvision:"):
+        return facts.network
+    raise NetworkError(
+        f"{file} is a student of {facts.network!r}, which is not one of tspipe's networks. Name the network's file: "
+        f"--network ./{facts.network}.py (in Python: load_student(…, network='./{facts.network}.py'))"
+    )
+
+
+def _build(facts: StudentFacts, tensors: Mapping[str, Tensor], name: str, source: str) -> FeatureNet:
+    """Build the student's network and load its weights; what the file claims is compared with its tensors before."""
+    head, expected = tensors.get("head.weight"), (len(facts.classes), facts.width)
+    if head is None or head.shape != expected:
+        raise NetworkError(f"{source} is damaged: its head is not of {expected[1]} features and {expected[0]} classes.")
+    spec = NetworkSpec(name, len(facts.classes), facts.input_shape, facts.options)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if spec.count_parameters() > 16 * stored + _SPARE_PARAMETERS:
+        raise NetworkError(f"{source} is damaged: it has {stored:,} numbers, far too few for its network {name}.")
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+        probe = probe_images(facts.input_shape)
+        network = student_of(spec.build(), name, facts.width, len(facts.classes), probe)
+    load_into(network, tensors, name, source)
+    return network

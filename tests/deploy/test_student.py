@@ -1,0 +1,152 @@
+"""Loading a student: what it computes, and what a file may not do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tspipe
+from shared import error_message
+from tspipe.cache import Cache
+from tspipe.data.datasets import open_dataset
+from tspipe.errors import DatasetError
+from tspipe.models import weights
+from tspipe.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def altered(student_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return a copy of the student's file with other metadata."""
+
+    def alter(**metadata: str | None) -> Path:
+        read = weights.read(student_file)
+        path = tmp_path / "student-x.safetensors"
+        fields = {name: value for name, value in {**read.metadata, **metadata}.items() if value is not None}
+        weights.save(path, read.tensors, fields)
+        return path
+
+    return alter
+
+
+def test_a_loaded_student_has_the_accuracy_of_its_run(run: Path, digits: Cache) -> None:
+    rows = {row["arm"]: row["test_accuracy"] for row in RunFolder(run, {}, {}).rows()}
+    test = open_dataset("digits").test
+    for arm, accuracy in rows.items():
+        student = tspipe.load_student(run, student=f"lenet5-{arm}-seed0")
+        labels, probabilities = student.predict([test.read(i) for i in range(len(test))])
+        assert (labels.numpy() == test.labels).mean() == pytest.approx(accuracy)
+        assert probabilities.shape == (len(test), 10)
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(len(test)))
+        assert student.classes == digits.classes
+        assert student.preprocess.as_dict() == digits.manifest["preprocess"]
+    assert min(rows.values()) > 0.5
+
+
+def test_of_a_run_the_best_student_is_loaded(run: Path) -> None:
+    rows = RunFolder(run, {}, {}).rows()[-2:]
+    best = max(rows, key=lambda row: row["test_accuracy"])
+    assert tspipe.load_student(run).name == f"lenet5-{best['arm']}-seed0"
+    assert tspipe.load_student(run, student="*-taught-*").name == "lenet5-taught-seed0"
+
+
+def test_paths_pictures_and_arrays_give_the_same(student_file: Path, tmp_path: Path) -> None:
+    student, pixels = tspipe.load_student(student_file), open_dataset("digits").test.read(0)
+    image = Image.fromarray(pixels[:, :, 0])
+    image.save(tmp_path / "grey.png")
+    image.convert("RGB").save(tmp_path / "colour.png")
+    pictures = [tmp_path / "grey.png", str(tmp_path / "colour.png"), image, pixels, pixels[:, :, 0]]
+    probabilities = student.predict(pictures, batch_size=2).probabilities
+    torch.testing.assert_close(probabilities, probabilities[:1].expand(5, -1))
+    assert student.predict(tmp_path / "grey.png").labels.shape == (1,)
+    assert student.predict([]).labels.shape == (0,)
+    images = student.preprocess(image)[None]
+    torch.testing.assert_close(student(images).softmax(1), probabilities[:1])
+    with pytest.raises(DatasetError, match=r"float32 of shape \(8, 8, 1\)\. Give paths"):
+        student.predict([pixels.astype(np.float32)])
+
+
+def test_an_image_of_another_size_is_refused(altered: Callable[..., Path], student_file: Path) -> None:
+    preprocess = json.loads(weights.read(student_file).metadata["preprocess"])
+    student = tspipe.load_student(altered(preprocess=json.dumps({**preprocess, "resize": None})))
+    with pytest.raises(DatasetError, match=r"has 20×16 pixels .* takes 16×16"):
+        student.predict([np.zeros((20, 16, 1), np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("classes", None, "its metadata, classes: field required"),
+        ("classes", '["a", "a"]', "a class name occurs twice"),
+        ("cache", "x", "its metadata, cache: "),
+        ("input_shape", "[1, 16]", "its metadata, input_shape: "),
+        ("input_shape", "[1, 16, 1000000]", "its metadata, input_shape: "),
+        ("input_shape", "[1, 32, 32]", "preprocess does not yield images of 1×32×32"),
+        ("options", "[]", "its metadata, options: "),
+        ("preprocess", '{"mean": [0.5], "std": [0]}', "std must be positive"),
+        ("preprocess", '{"mean": [0.5], "std": [1], "resize": [16, 16], "more": 1}', "its metadata, preprocess: "),
+        ("width", "many", "its metadata, width: "),
+    ],
+)
+def test_false_metadata_are_refused(altered: Callable[..., Path], field: str, value: str | None, reason: str) -> None:
+    message = error_message(tspipe.load_student, altered(**{field: value}))
+    assert "student-x.safetensors is not a student of tspipe's: " in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"width": "65"}, "is damaged: its head is not of 65 features and 10 classes."),
+        ({"network": "resnet18"}, "does not fit resnet18: "),
+        ({"network": "alexnet"}, "far too few for its network alexnet."),
+        ({"options": '{"deep": 1}'}, "lenet5 has no option 'deep'"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    altered: Callable[..., Path], metadata: dict[str, str], reason: str
+) -> None:
+    assert reason in error_message(tspipe.load_student, altered(**metadata))
+
+
+def test_a_network_of_the_users_is_named_and_never_imported_by_itself(
+    altered: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "from tspipe.models.networks.lenet5 import build\nopen('imported', 'w').close()\n"
+    Path("mine.py").write_text(source)
+    assert error_message(tspipe.load_student, altered(network="mine")) == (
+        f"{tmp_path}/student-x.safetensors is a student of 'mine', which is not one of tspipe's networks. Name the "
+        "network's file: --network ./mine.py (in Python: load_student(…, network='./mine.py'))"
+    )
+    assert "which is not one of" in error_message(tspipe.load_student, altered(network="./mine.py"))
+    assert not Path("imported").exists()
+    student = tspipe.load_student(altered(network="mine"), network="./mine.py")
+    assert student.predict([np.zeros((8, 8), np.uint8)]).labels.shape == (1,)
+    assert Path("imported").exists()
+    with pytest.raises(tspipe.NetworkError, match=r"is a student of the network 'lenet5', not of ./mine.py"):
+        tspipe.load_student(altered(), network="./mine.py")
+
+
+def test_what_is_no_student_is_refused(run: Path, teacher: Path, tmp_path: Path) -> None:
+    def message(*arguments: Any, **options: Any) -> str:
+        with pytest.raises(tspipe.NetworkError) as error:
+            tspipe.load_student(*arguments, **options)
+        return str(error.value)
+
+    assert "There is no student" in message(tmp_path / "absent.safetensors")
+    assert "has no students" in message(tmp_path)
+    assert "is not a student of tspipe's" in message(teacher)
+    assert message(run, student="resnet*").endswith(
+        "has no student resnet*. There are: lenet5-alone-seed0, lenet5-taught-seed0."
+    )
+
+
+def test_loading_leaves_torchs_generator_alone(student_file: Path) -> None:
+    before = torch.get_rng_state()
+    tspipe.load_student(student_file).predict([np.zeros((8, 8), np.uint8)])
+    assert torch.equal(torch.get_rng_state(), before)
