@@ -34,6 +34,11 @@ settings.register_profile("suite", deadline=None, max_examples=25)  # timings ar
 settings.load_profile("suite")
 
 
+def error_in(lines: list[str]) -> str:
+    """Return the text of the error among these lines."""
+    return "".join(line.removeprefix("Error: ") for line in lines if line.startswith("Error: "))
+
+
 class Result(NamedTuple):
     """The exit code, standard output and standard error of a command."""
 
@@ -43,14 +48,12 @@ class Result(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Return the text of the error panel as one line."""
-        lines = [line.strip("│ ") for line in self.err.splitlines() if line.startswith("│")]
-        return " ".join(lines)
+        """Return the text of the error."""
+        return error_in(self.err.splitlines())
 
     def says(self, sentence: str) -> bool:
-        """Return whether this is the panel's text, up to white space. A sentence that ends in … is a prefix of it."""
-        error, expected = ("".join(text.split()) for text in (self.error, sentence))
-        return error.startswith(expected[:-1]) if expected.endswith("…") else error == expected
+        """Return whether this is the text of the error. A sentence that ends in … is a prefix of it."""
+        return self.error.startswith(sentence[:-1]) if sentence.endswith("…") else self.error == sentence
 
 
 @pytest.fixture
@@ -81,8 +84,8 @@ class Run(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Return the text of the error panel without white space, because long paths are wrapped anywhere."""
-        return "".join("".join(line.strip("│ ").split()) for line in self.lines if line.startswith("│"))
+        """Return the text of the error."""
+        return error_in(self.lines)
 
 
 class Zygote:

@@ -12,7 +12,7 @@ from conftest import Zygote
 from shared import TEACHER
 from tspipe.cache import Cache
 
-KEPT = "Whatisalreadythereiskept:runthesamecommandagainwhenthisisputright."
+KEPT = "What is already there is kept: run the same command again when this is put right."
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_stage_one_on_a_full_disk(zygote: Zygote, digits: Cache, teacher: Path, 
     with filled(small_disk, 300_000):
         result = zygote.run(*stage_one(teacher, out))
         assert result.code == 1
-        assert result.error == f"{out}.partcannotbewritten:Nospaceleftondevice.{KEPT}"
+        assert result.error == f"{out}.part cannot be written: No space left on device. {KEPT}"
         assert [path.name for path in small_disk.iterdir()] == ["filler"]
     assert zygote.run(*stage_one(teacher, out)).code == 0
     assert out.read_bytes() == digits.path.read_bytes()
@@ -63,7 +63,7 @@ def test_stage_one_at_a_limit_on_files(zygote: Zygote, digits: Cache, teacher: P
     out = tmp_path / "digits.h5"
     result = zygote.run(*stage_one(teacher, out), limit=100_000)
     assert result.code == 1
-    assert result.error == f"{out}.partcannotbewritten:Filetoolarge.{KEPT}"
+    assert result.error == f"{out}.part cannot be written: File too large. {KEPT}"
     assert list(tmp_path.iterdir()) == []
     assert zygote.run(*stage_one(teacher, out)).code == 0
     assert out.read_bytes() == digits.path.read_bytes()
@@ -80,7 +80,7 @@ def test_a_limit_that_is_reached_in_the_middle(zygote: Zygote, teacher: Path, tm
     assert part.exists()
     result = zygote.run(*stage_one(teacher, out, blocks), limit=part.stat().st_size // 2)
     assert result.code == 1
-    assert result.error == f"{part}cannotbewritten:Filetoolarge.{KEPT}"
+    assert result.error == f"{part} cannot be written: File too large. {KEPT}"
     assert not out.exists()
     rest = zygote.run(*stage_one(teacher, out, blocks))
     assert rest.code == 0
@@ -97,7 +97,7 @@ def test_stage_two_on_a_full_disk(zygote: Zygote, digits: Cache, small_disk: Pat
         result = zygote.run(*stage_two(digits.path, out))
         assert result.code == 1
         assert result.error.startswith(str(out))
-        assert result.error.endswith(f"cannotbewritten:Nospaceleftondevice.{KEPT}")
+        assert result.error.endswith(f" cannot be written: No space left on device. {KEPT}")
     finished = zygote.run(*stage_two(digits.path, out))
     assert finished.code == 0, finished.lines
     (student,) = [path.name for path in complete.glob("student-*")]
@@ -113,5 +113,5 @@ def test_a_read_only_folder(zygote: Zygote, digits: Cache, teacher: Path, tmp_pa
     ):
         run = zygote.run(*arguments, obey=True)
         assert run.code == 1
-        assert run.error == f"{locked}/{name}cannotbewritten:Permissiondenied.{KEPT}"
+        assert run.error == f"{locked}/{name} cannot be written: Permission denied. {KEPT}"
     assert list(locked.iterdir()) == []

@@ -47,7 +47,7 @@ def test_torchrun_writes_the_file_of_one_process(tspipe: Callable[..., Result], 
     other = zygote.run(*command, "--weights", weights, "--out", out, "--set=compute.batch_size=3", ranks=2)
     assert other.code == 1
     assert sum("Error" in line for line in other.lines) == 1
-    assert "two.h5isanothercache:compute.batch_sizeis64,not3." in other.error
+    assert "two.h5 is another cache: compute.batch_size is 64, not 3." in other.error
     assert sum(line.startswith("Teacher lenet5") for line in other.lines) == 1
 
 

@@ -13,7 +13,7 @@ from tspipe.utils import distributed, heartbeat
 from tspipe.utils.device import pick_device
 from tspipe.utils.distributed import ALONE, group
 from tspipe.utils.threads import available_cores
-from zygote import places
+from zygote import rank_environments
 
 PROGRAM = """
 import os, pathlib, sys, time
@@ -52,7 +52,7 @@ def test_a_group_of_two(killed: int, tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for place in places(2)
+        for place in rank_environments(2)
     ]
     lines = [process.communicate(timeout=120)[0].splitlines() for process in started]
     both = "{'from': 0} ['of 0', 'of 1']"
@@ -91,7 +91,7 @@ def test_a_size_without_an_address_is_no_group(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_torchruns_job_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in places(1)[0].items():
+    for name, value in rank_environments(1)[0].items():
         monkeypatch.setenv(name, value)
     with group() as process_group:
         assert process_group is ALONE

@@ -3,14 +3,28 @@
 Stages are imported inside the commands, so that `tspipe --help` answers at once.
 """
 
+import contextlib
+import errno
 import gc
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tspipe.cli import cache, share, student, teacher
 from tspipe.errors import OtherProcessFailed, TspipeError, is_out_of_memory
+from tspipe.utils.console import printable
+
+_UsageError: Any = typer.BadParameter.__base__  # click's, wherever this version of typer has it
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, and run the same command again.",
+    errno.EDQUOT: "Free some of your quota, and run the same command again.",
+    errno.EACCES: "Check the permissions of the file and its folders.",
+    errno.EPERM: "Check the permissions of the file and its folders.",
+    errno.EROFS: "Choose a folder that can be written.",
+    errno.EIO: "The disk or its connection may be failing: copy what is on it, and use another.",
+    errno.EMFILE: "Allow more open files: ulimit -n 65536",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,31 +63,44 @@ app.command("list", rich_help_panel="Results")(share.list_)
 
 
 def main() -> None:
-    """Run the command line; an error of tspipe is one red panel and exit code 1."""
+    """Run the command line. An error is one message and exit code 1 (usage: 2), a traceback only with --debug."""
+    streams: tuple[Any, ...] = sys.stdout, sys.stderr
+    for stream in streams:
+        with contextlib.suppress(AttributeError, OSError):  # of streams that are replaced or closed
+            stream.reconfigure(errors="backslashreplace")  # of characters that the locale's encoding lacks
     try:
-        app()
-    except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C
-            print("Interrupted. Run the same command again to resume from the last checkpoint.", file=sys.stderr)
-        raise
+        code = app(standalone_mode=False)
+    except _UsageError as problem:
+        code = problem.exit_code
+        if sys.stderr.isatty():
+            from typer import rich_utils
+
+            rich_utils.rich_format_error(problem)
+        elif text := problem.format_message():
+            _print_error(text)
     except Exception as problem:
-        text = _message(problem)
+        text, code = _message(problem), 1
         if text is None or "--debug" in sys.argv:
             raise
-        if isinstance(problem, OtherProcessFailed):  # that process prints the panel
+        if isinstance(problem, OtherProcessFailed):  # that process prints its error
             print(problem, file=sys.stderr)
         else:
             _print_error(text)
-        sys.exit(1)
     finally:
         gc.freeze()  # or Python searches all imported modules for garbage at exit: 40 ms, with torch 0.6 s
+    if code == 130:  # Ctrl-C
+        print("Interrupted. Run the same command again to resume from the last checkpoint.", file=sys.stderr)
+    sys.exit(code)
 
 
 def _print_error(text: str) -> None:
+    """Print a panel on a terminal; elsewhere one line that is not wrapped, so that logs can be searched for it."""
+    if not sys.stderr.isatty():
+        print(f"Error: {printable(text)}", file=sys.stderr)
+        return
     from rich.panel import Panel
     from rich.text import Text
 
-    from tspipe.utils.console import printable
     from tspipe.utils.progress import stderr_console
 
     stderr_console.print(Panel(Text(printable(text)), title="Error", title_align="left", border_style="red"))
@@ -81,8 +108,14 @@ def _print_error(text: str) -> None:
 
 def _message(problem: Exception) -> str | None:
     """Return what to tell a user about an error; None if it is a bug."""
-    if isinstance(problem, TspipeError | OSError):
+    if isinstance(problem, TspipeError):
         return str(problem)
+    if isinstance(problem, OSError):
+        reason = f"{problem.strerror or problem}".rstrip(".")
+        text = f"{problem.filename}: {reason}." if problem.filename else f"The system reports an error: {reason}."
+        return f"{text} {_REMEDIES.get(problem.errno or 0, 'Run the same command again when this is put right.')}"
+    if isinstance(problem, OverflowError):
+        return f"A number in the flags, the recipe or a file is too large: {problem}."
     if is_out_of_memory(problem):
         return (
             "Out of memory. Use smaller batches in stage one (--set compute.batch_size=N) or in training (--set "

@@ -60,14 +60,14 @@ class RunFolder:
 
     def read_json(self, name: str) -> Any:
         """Read one of the folder's JSON files."""
-        return json.loads((self.path / name).read_text())
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def rows(self) -> list[Row]:
         """Return the rows of metrics.csv, with numbers converted."""
         path = self.path / "metrics.csv"
         if not path.exists():
             return []
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]  # a machine that stops may leave half a last line
         return [{name: _number(v) for name, v in row.items()} for row in csv.DictReader(io.StringIO(complete))]
 
@@ -75,7 +75,7 @@ class RunFolder:
         """Append rows to metrics.csv."""
         path = self.path / "metrics.csv"
         new = not path.exists()
-        with writing(path), path.open("a", newline="") as file:
+        with writing(path), path.open("a", encoding="utf-8", newline="") as file:
             _write_rows(file, rows, columns, header=new)
             file.flush()
             os.fsync(file.fileno())  # a later checkpoint must not survive its rows

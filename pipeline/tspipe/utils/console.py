@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:  # rich is imported where it is used, for quick shell completion
+    from rich.console import Console
+    from rich.table import Table
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -28,14 +30,18 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count > 1)}"
 
 
-def stdout_console() -> Console:
+def stdout_console() -> "Console":
     """Return a console on standard output, 80 columns wide if that is not a terminal."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=80)
 
 
-def plain_table(texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+def plain_table(texts: Sequence[str], numbers: Sequence[str] = ()) -> "Table":
     """Return a table without lines, with these headings: texts may be folded, numbers are to the right."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in texts:
         table.add_column(heading, overflow="fold")

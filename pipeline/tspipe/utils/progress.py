@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,20 +17,21 @@ LINE_SECONDS = 15.0  # between plain lines
 Advance = Callable[[float, str], None]
 _MIB = 2**20
 
-stderr_console = Console(stderr=True, highlight=False)
+# Where it is no terminal, lines are not wrapped, so that logs can be searched for them.
+stderr_console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 _remarks: dict[str, object] = {}
+
+
+def warn(text: str) -> None:
+    """Print a remark on standard error, made safe for a terminal."""
+    stderr_console.print(printable(text))
 
 
 def remark_once(key: str, text: str) -> None:
     """Print a remark on standard error, unless this process has printed one with the same key. Safe in threads."""
     token = object()
     if _remarks.setdefault(key, token) is token:
-        stderr_console.print(printable(text), markup=False, soft_wrap=True)
-
-
-def warn(text: str) -> None:
-    """Print a remark on standard error, made safe for a terminal; elsewhere it is one line that is not wrapped."""
-    stderr_console.print(Text(printable(text)), soft_wrap=not stderr_console.is_terminal)
+        warn(text)
 
 
 class _Rate(ProgressColumn):
@@ -99,7 +101,7 @@ def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Advance]:
             printed = now
             rate = (count - done) / (now - start)
             left = timedelta(seconds=int((total - count) / rate) if rate else 0)
-            stderr_console.print(f"{what}: {count:,.0f}/{total:,} {unit}, {_digits(rate)}/s, {left} left", markup=False)
+            stderr_console.print(f"{what}: {count:,.0f}/{total:,} {unit}, {_digits(rate)}/s, {left} left")
 
     yield advance
 
