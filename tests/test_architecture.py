@@ -124,3 +124,11 @@ def test_info_of_a_local_file_imports_no_transfer_code(digits: Cache) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program, digits.path], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "0 False True"
+
+
+def test_text_files_have_an_encoding() -> None:
+    """Otherwise they would have that of the locale."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert node.args or any(word.arg == "encoding" for word in node.keywords), ast.unparse(node)

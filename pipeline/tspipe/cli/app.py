@@ -90,7 +90,7 @@ def main() -> None:
         gc.freeze()  # or Python searches all imported modules for garbage at exit: 40 ms, with torch 0.6 s
     if code == 130:  # Ctrl-C
         print("Interrupted. Run the same command again to resume from the last checkpoint.", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _print_error(text: str) -> None:

@@ -32,7 +32,7 @@ def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
         (findings, [(_svg(drawing, number), drawing.caption) for drawing in drawings])
         for number, (findings, drawings) in enumerate(reports, 1)
     ]
-    style = Markup((resources.files("tspipe.experiments") / "report.css").read_text())
+    style = Markup((resources.files("tspipe.experiments") / "report.css").read_text(encoding="utf-8"))
     template = environment.get_template("report.html.jinja")
     return template.render(runs=runs, style=style, tables=tables, flatten=_flatten)
 

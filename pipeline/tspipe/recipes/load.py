@@ -127,7 +127,7 @@ def _text(name: str) -> str:
         if name.endswith(".toml"):
             return Path(name).read_text(encoding="utf-8")
         if name in names():
-            return (resources.files("tspipe") / "recipes" / f"{name}.toml").read_text()
+            return (resources.files("tspipe") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {name} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}.") from error
     raise RecipeError(unknown("recipe", name, names()))

@@ -52,13 +52,13 @@ def print_first_epoch(config: StudentConfig, folder: RunFolder, rows: list[Row],
     This comes after the first epoch and not before: no epoch needs it, and on a CPU it takes up to three seconds.
     """
     for sentence in loss_ratios(rows, hint=folder.config.get("mse_weight") != "auto"):
-        stderr_console.print(sentence, markup=False)
+        stderr_console.print(sentence)
     if random and not (folder.path / "random_labels.json").exists():
         labels = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
         ranked = Counter(sorted(labels.tolist())).most_common()
         counts = {config.cache.classes[label]: count for label, count in ranked}
         folder.write_json("random_labels.json", counts)
-        stderr_console.print(label_shares(counts), markup=False)
+        stderr_console.print(label_shares(counts))
 
 
 def label_shares(counts: dict[str, int]) -> str:

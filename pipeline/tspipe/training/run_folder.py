@@ -128,7 +128,7 @@ def processor(device: str) -> str:
 
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):  # absent on macOS
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if name := next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""):
             return name
     return platform.processor() or platform.machine()

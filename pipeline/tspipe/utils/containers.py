@@ -46,6 +46,6 @@ def _groups(root: Path, membership: Path) -> Iterator[Path]:
 def _numbers(file: Path) -> list[float]:
     """Return the numbers in a file, infinite where it says that there is no limit; none if it cannot be read."""
     try:
-        return [math.inf if word in ("max", "-1") else float(word) for word in file.read_text().split()]
+        return [math.inf if word in ("max", "-1") else float(word) for word in file.read_text("ascii").split()]
     except (OSError, ValueError):
         return []

@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unicodedata import normalize
 
@@ -264,3 +266,20 @@ def test_broken_link_is_named(root):
     with pytest.raises(DatasetError) as problem:
         folder.load(root, "train").read(0)
     assert str(problem.value) == f"{root}/train/cat/a.jpg does not exist."
+
+
+def test_keys_do_not_depend_on_the_locale(root):
+    """File names that the locale cannot decode have the keys and classes of a UTF-8 locale."""
+    (root / "train" / "dog").rename(root / "train" / "dög")
+    (root / "test" / "dog").rename(root / "test" / "dög")
+    program = (
+        "import sys; from pathlib import Path; from tspipe.data.datasets.folder import load\n"
+        "images = load(Path(sys.argv[1]), 'test'); print(ascii([images.classes, images.keys, images.read(1).shape]))"
+    )
+    outputs = set()
+    for variables in ({"PYTHONUTF8": "1"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}):
+        environment = {**os.environ, **variables}
+        command = [sys.executable, "-c", program, root]
+        outputs.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    (output,) = outputs
+    assert "d\\xf6g" in output

@@ -55,7 +55,7 @@ def load(root: Path, split: str) -> Images:
 
     return Images(
         np.array(labels, np.int64),
-        files,
+        [_utf8(file) for file in files],
         list(number),
         lambda i: decode.decode(folder / files[i], str(root)),
         check_header=lambda i: decode.check_header(folder / files[i]),
@@ -76,7 +76,10 @@ def _split(root: Path, split: str) -> Path:
 def _classes(folder: Path) -> dict[str, str]:
     """Return the folder of each class, sorted by the class's name in Unicode NFC."""
     folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    classes = {normalize("NFC", name): name for name in folders}
+    try:
+        classes = {normalize("NFC", _utf8(name)): name for name in folders}
+    except UnicodeDecodeError:
+        raise DatasetError(f"{str(folder)!a} holds a name that is not UTF-8. Rename it.") from None
     if not classes:
         raise DatasetError(f"{folder} has no class folders. {LAYOUT}")
     if len(classes) < len(folders):
@@ -93,10 +96,15 @@ def _files(folder: Path, class_folder: str, left_out: Counter[str]) -> list[str]
         else:
             left_out[PurePath(path).suffix.lower() or "without an extension"] += 1
     try:
-        "\n".join(files).encode()  # keys are stored as UTF-8
-    except UnicodeEncodeError:
+        _utf8("\n".join(files))
+    except UnicodeDecodeError:
         raise DatasetError(f"{str(folder / class_folder)!a} holds a name that is not UTF-8. Rename it.") from None
     return sorted(files, key=lambda path: normalize("NFC", path))
+
+
+def _utf8(name: str) -> str:
+    """Return a file name as UTF-8, in which keys and classes are stored, whatever the encoding of the locale."""
+    return os.fsencode(name).decode("utf-8")
 
 
 def _walk(folder: Path) -> Iterator[str]:
