@@ -5,7 +5,7 @@ import copy
 from collections import Counter
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tspipe.models.feature_net import FeatureNet, split
@@ -15,18 +15,28 @@ from tspipe.models.probe import eval_mode, probe_images
 def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
     """Return a classifier as a FeatureNet for inference: in eval mode, without gradients, on the device.
 
-    Batch norms are folded into the convolutions before them, and convolutions run channels-last. If folding changes
-    the features of a probe by more than 1e-4, max|Δ| / max|f|, nothing is folded. The module is modified.
+    Batch norms are folded into the convolutions before them; convolutions run channels-last. The module is modified.
     """
     probe = probe_images(input_shape)
     network = split(module.eval().requires_grad_(False), name, probe)
-    folded = FeatureNet(fold_batch_norms(network.backbone), network.head).eval()
-    with eval_mode(network):
-        expected = network(probe).features
-    with contextlib.suppress(Exception), eval_mode(folded):  # a folded part lacks attributes, as a Sequential's length
-        if (folded(probe).features - expected).abs().max() <= 1e-4 * expected.abs().max():
-            network = folded
+    network = FeatureNet(fold_if_equal(network.backbone, probe), network.head).eval()
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def fold_if_equal(module: nn.Module, probe: Tensor) -> nn.Module:
+    """Return `fold_batch_norms(module)`, or the module itself if that changes its output.
+
+    Args:
+        module: in eval mode, maps images to a tensor. It is not modified.
+        probe: a few images, on which the outputs may differ by 1e-4, max|Δ| / max|output|.
+    """
+    folded = fold_batch_norms(module).eval()
+    with eval_mode(module):
+        expected = module(probe)
+    with contextlib.suppress(Exception), eval_mode(folded):  # a folded part lacks attributes, as a Sequential's length
+        if (folded(probe) - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return folded
+    return module
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
