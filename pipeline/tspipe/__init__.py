@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tspipe.cache import open_cache
     from tspipe.data.cached_targets import CachedTargets
+    from tspipe.data.decode import load_image
     from tspipe.data.preprocess import Preprocess
     from tspipe.deploy.student import load_student
     from tspipe.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingError",
     "TspipeError",
     "kd_loss",
+    "load_image",
     "load_student",
     "open_cache",
     "student_of",
@@ -59,6 +61,7 @@ _MODULES = {
     "FeatureNet": "tspipe.models.feature_net",
     "Preprocess": "tspipe.data.preprocess",
     "kd_loss": "tspipe.losses.kd",
+    "load_image": "tspipe.data.decode",
     "load_student": "tspipe.deploy.student",
     "open_cache": "tspipe.cache",
     "student_of": "tspipe.models.feature_net",

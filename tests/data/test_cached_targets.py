@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
 
 import tspipe
-from shared import make_folder
+from shared import make_folder, small
 from tspipe.cache import Cache
 from tspipe.data import datasets
 from tspipe.data.preprocess import Preprocess
@@ -61,24 +63,24 @@ class Shuffled(Dataset):
 
 
 def test_a_sample_is_image_label_features_logits(digits: Cache) -> None:
-    run_teacher = tspipe.CachedTargets(plain(digits), digits)
-    assert len(run_teacher) == 1000
-    image, label, features, logits = run_teacher[7]
+    targets = tspipe.CachedTargets(plain(digits), digits)
+    assert len(targets) == 1000
+    image, label, features, logits = targets[7]
     assert image.equal(plain(digits)[7][0])
     assert label == digits.train.labels[7]
     assert (features.shape, features.dtype) == ((84,), torch.float32)
     assert (logits.shape, logits.dtype) == ((10,), torch.float32)
     np.testing.assert_array_equal(features, digits.train.features[7])
-    np.testing.assert_array_equal(run_teacher[-1][3], digits.train.logits[999])
+    np.testing.assert_array_equal(targets[-1][3], digits.train.logits[999])
     with pytest.raises(IndexError):
-        run_teacher[1000]
+        targets[1000]
 
 
 def test_images_are_found_by_key_not_by_position(digits: Cache) -> None:
     order = np.random.default_rng(0).permutation(1000)[:300]
-    run_teacher = tspipe.CachedTargets(Shuffled(order), digits.path)
+    targets = tspipe.CachedTargets(Shuffled(order), digits.path)
     for i in (0, 5, 299):
-        np.testing.assert_array_equal(run_teacher[i][2], digits.train.features[int(order[i])])
+        np.testing.assert_array_equal(targets[i][2], digits.train.features[int(order[i])])
 
 
 @pytest.mark.parametrize("keyed", [True, False])
@@ -86,33 +88,33 @@ def test_subsets(digits: Cache, keyed: bool) -> None:
     order = np.random.default_rng(1).permutation(1000) if keyed else np.arange(1000)
     complete = Shuffled(order) if keyed else plain(digits)
     part = Subset(Subset(complete, list(range(900, 100, -1))), [3, 0, 799])
-    run_teacher = tspipe.CachedTargets(part, digits)
+    targets = tspipe.CachedTargets(part, digits)
     for i, index in enumerate((897, 900, 101)):
-        np.testing.assert_array_equal(run_teacher[i][2], digits.train.features[int(order[index])])
+        np.testing.assert_array_equal(targets[i][2], digits.train.features[int(order[index])])
 
 
 def test_an_image_folder_has_its_paths_as_keys(photos: Cache) -> None:
     folder = images(photos)
     folder.samples.reverse()
-    run_teacher = tspipe.CachedTargets(folder, photos)
+    targets = tspipe.CachedTargets(folder, photos)
     assert photos.train.keys[15] == b"b/07.png"
-    np.testing.assert_array_equal(run_teacher[0][2], photos.train.features[15])
+    np.testing.assert_array_equal(targets[0][2], photos.train.features[15])
     # What the transform made of the image is what the teacher saw.
     network = networks.build("lenet5", 2, (3, 16, 16))
     network.load_state_dict(weights.parse(photos.teacher_weights(), "w"))
     with torch.no_grad():
-        torch.testing.assert_close(network.eval()(run_teacher[0][0][None])[0], run_teacher[0][3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network.eval()(targets[0][0][None])[0], targets[0][3], rtol=1e-4, atol=1e-5)
 
 
 def test_the_test_split(photos: Cache) -> None:
-    run_teacher = tspipe.CachedTargets(images(photos, "test"), photos, "test")
-    np.testing.assert_array_equal(run_teacher[6][2], photos.test.features[6])
+    targets = tspipe.CachedTargets(images(photos, "test"), photos, "test")
+    np.testing.assert_array_equal(targets[6][2], photos.test.features[6])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])  # a forkserver's workers get the dataset as spawned ones do
 def test_workers_of_every_kind(photos: Cache, method: str) -> None:
-    run_teacher = tspipe.CachedTargets(images(photos), photos)
-    loader = DataLoader(run_teacher, batch_size=6, num_workers=1 + (method == "fork"), multiprocessing_context=method)
+    targets = tspipe.CachedTargets(images(photos), photos)
+    loader = DataLoader(targets, batch_size=6, num_workers=1 + (method == "fork"), multiprocessing_context=method)
     result = [torch.cat(parts) for parts in zip(*loader, strict=True)]
     assert result[0].shape == (16, 3, 16, 16)
     assert result[1].tolist() == photos.train.labels.tolist()
@@ -122,9 +124,9 @@ def test_workers_of_every_kind(photos: Cache, method: str) -> None:
 
 def test_it_pickles_small(digits: Cache) -> None:
     dataset = plain(digits)
-    run_teacher = tspipe.CachedTargets(dataset, digits)
-    assert len(pickle.dumps(run_teacher)) - len(pickle.dumps(dataset)) < 1000
-    again = pickle.loads(pickle.dumps(run_teacher))
+    targets = tspipe.CachedTargets(dataset, digits)
+    assert len(pickle.dumps(targets)) - len(pickle.dumps(dataset)) < 1000
+    again = pickle.loads(pickle.dumps(targets))
     np.testing.assert_array_equal(again[3][2], digits.train.features[3])
 
 
@@ -141,10 +143,10 @@ def test_a_cache_replaced_meanwhile_is_noticed(photos: Cache, digits: Cache, tmp
 def test_another_label_names_the_image(digits: Cache) -> None:
     dataset = plain(digits)
     dataset.tensors[1][12] = (dataset.tensors[1][12] + 1) % 10
-    run_teacher = tspipe.CachedTargets(dataset, digits)
+    targets = tspipe.CachedTargets(dataset, digits)
     stored, local = int(digits.train.labels[12]), int(dataset.tensors[1][12])
     with pytest.raises(CacheMismatch) as refused:
-        run_teacher[12]
+        targets[12]
     assert str(refused.value) == (
         f"digits.h5: image 12 has label {local} in the dataset, {stored} in the cache (row 12). Give the dataset the "
         "cache was made from, or check_labels=False."
@@ -181,9 +183,9 @@ def test_importing_the_reader_loads_no_torch() -> None:
 def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Cache) -> None:
     order = np.random.default_rng(2).permutation(1000)
     parts = [Subset(Shuffled(order), list(range(600, 1000))), Subset(Shuffled(order), list(range(600)))]
-    run_teacher = tspipe.CachedTargets(ConcatDataset(parts), digits)
+    targets = tspipe.CachedTargets(ConcatDataset(parts), digits)
     for i, index in ((0, 600), (399, 999), (400, 0), (999, 599)):
-        np.testing.assert_array_equal(run_teacher[i][2], digits.train.features[int(order[index])])
+        np.testing.assert_array_equal(targets[i][2], digits.train.features[int(order[index])])
     with pytest.raises(DatasetError) as refused:
         tspipe.CachedTargets(ConcatDataset([Shuffled(order[:500]), plain(digits)]), digits)
     assert str(refused.value) == "Some of the concatenated datasets have keys and some have not. Give all: keys=[…]"
@@ -205,3 +207,90 @@ def test_a_dataset_without_a_length(photos: Cache) -> None:
     with pytest.raises(DatasetError) as refused:
         tspipe.CachedTargets(iter([]), photos)
     assert str(refused.value) == "CachedTargets takes a map-style dataset, one with a length and dataset[i]."
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Cache:
+    """The cache of a folder with a photograph that EXIF rotates, and an image of 16 bits."""
+    folder = tmp_path / "photos"
+    config, draw, exif = small(folder), np.random.default_rng(1), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "train/a/rotated.jpg", exif=exif)
+    Image.fromarray(draw.integers(0, 65536, (16, 16), np.uint16)).save(folder / "train/b/wide.png")
+    return extract(config)
+
+
+def teacher_error(cache: Cache, samples: tspipe.CachedTargets) -> float:
+    """Return how far the cached logits are from those of the cache's teacher for the images of the dataset."""
+    network = networks.build("lenet5", 2, (3, 16, 16)).eval()
+    network.load_state_dict(weights.parse(cache.teacher_weights(), "w"))
+    with torch.no_grad():
+        return max(float((network(image[None])[0] - logits).abs().max()) for image, _, _, logits in samples)
+
+
+def test_students_get_the_pixels_that_the_teacher_saw(mixed: Cache) -> None:
+    transform, folder = Preprocess.from_dict(mixed.manifest["preprocess"]), mixed.path.with_suffix("") / "train"
+    decoded = ImageFolder(str(folder), transform, loader=tspipe.load_image)
+    assert teacher_error(mixed, tspipe.CachedTargets(decoded, mixed)) < 1e-4
+    with pytest.raises(CacheMismatch) as refused:
+        tspipe.CachedTargets(ImageFolder(str(folder), transform), mixed)
+    assert str(refused.value) == (
+        "photos.h5: image 17 has other pixels in the dataset than the teacher saw. If the file is the same, it is "
+        "decoded differently: use ImageFolder(…, loader=tspipe.load_image)"
+    )
+    (folder / "b/wide.png").unlink()  # Preprocess can rotate what torchvision's loader did not
+    assert teacher_error(mixed, tspipe.CachedTargets(ImageFolder(str(folder), transform), mixed)) < 1e-4
+    with pytest.raises(CacheMismatch, match=r"^photos.h5: image 8 has other pixels"):
+        tspipe.CachedTargets(ImageFolder(str(folder), ToTensor()), mixed)
+
+
+class InMemory(TensorDataset):
+    """A dataset that shows its images as torchvision's CIFAR and MNIST do."""
+
+    def __init__(self, data: np.ndarray | torch.Tensor, labels: np.ndarray):
+        super().__init__(torch.as_tensor(data), torch.from_numpy(labels))
+        self.data = data
+
+
+@pytest.mark.parametrize("planes_first", [False, True])
+def test_the_pixels_of_a_dataset_in_memory_are_compared(digits: Cache, planes_first: bool) -> None:
+    train = datasets.open_dataset("digits").train
+    array = np.array(train.array)
+    data = torch.from_numpy(array.transpose(0, 3, 1, 2)) if planes_first else array[..., 0]
+    np.testing.assert_array_equal(
+        tspipe.CachedTargets(InMemory(data, train.labels), digits)[3][2], digits.train.features[3]
+    )
+    other = InMemory(255 - data, train.labels)
+    with pytest.raises(CacheMismatch, match=r"has other pixels in the dataset than .*check_pixels=False$"):
+        tspipe.CachedTargets(other, digits)
+    assert len(tspipe.CachedTargets(other, digits, check_pixels=False)) == 1000
+
+
+def test_images_with_one_key_are_refused(photos: Cache) -> None:
+    """Names without their folders: two images would get the targets of one."""
+    folder = images(photos)
+    names = [Path(path).name for path, _ in folder.samples]
+    remedy = "which would get the targets of one. Use keys that occur once, such as paths below a common folder."
+    with pytest.raises(CacheMismatch) as refused:
+        tspipe.CachedTargets(folder, photos, keys=names)
+    assert str(refused.value) == f"The dataset has 2 images with the key '00.png', {remedy}"
+    again = images(photos)
+    with pytest.raises(CacheMismatch) as refused:
+        tspipe.CachedTargets(ConcatDataset([folder, again]), photos)
+    assert str(refused.value) == f"The dataset has 2 images with the key 'a/00.png', {remedy}"
+    for repeated, row in ((ConcatDataset([folder, folder]), 1), (Subset(folder, [3, 3, 4]), 3)):
+        np.testing.assert_array_equal(tspipe.CachedTargets(repeated, photos)[1][2], photos.train.features[row])
+
+
+def test_a_cache_with_one_key_twice_is_refused(photos: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(photos.train.keys), "load", lambda column: np.array([b"a"] * 16))
+    with pytest.raises(CacheMismatch, match=r"^photos.h5 has 16 images with the key 'a', which would get"):
+        tspipe.CachedTargets(images(photos), photos)
+
+
+def test_keys_are_compared_in_one_unicode_form(photos: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache and a dataset made on different systems."""
+    keys = [f"e\u0301{i}" for i in range(16)]
+    monkeypatch.setattr(type(photos.train.keys), "load", lambda column: np.array([key.encode() for key in keys]))
+    composed = [f"\u00e9{i}" for i in range(16)]
+    assert len(tspipe.CachedTargets(images(photos), photos, keys=composed)) == 16

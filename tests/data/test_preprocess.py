@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tspipe.data.decode import to_pixels
 from tspipe.data.preprocess import Preprocess, shift_and_flip
 from tspipe.errors import DatasetError
 
@@ -93,3 +94,58 @@ def test_the_layout_in_memory_changes_no_bit(dtype: torch.dtype) -> None:
     assert torch.equal(result, preprocess.normalise(images))
     assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(last, before), "what is given is left as it is"
+
+
+def pillow_images() -> dict[str, Image.Image]:
+    colour = Image.fromarray(image(6, 5, 3))
+    palette = colour.quantize(16)
+    palette.info["transparency"] = 3
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (6, 5), np.uint16))
+    modes = {mode: colour.convert(mode) for mode in ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")}
+    return {**modes, "P": palette, "I;16": wide}
+
+
+@pytest.mark.parametrize("mode", list(pillow_images()))
+def test_pillow_images_become_what_is_decoded_from_their_file(mode: str) -> None:
+    picture = pillow_images()[mode]
+    expected = to_pixels(picture)
+    three, one = Preprocess((0.0,) * 3, (1.0,) * 3), Preprocess((0.0,), (1.0,))
+    np.testing.assert_array_equal((three(picture) * 255).round().permute(1, 2, 0), expected)
+    if mode in ("1", "L", "LA", "I;16"):
+        np.testing.assert_array_equal((one(picture) * 255).round()[0], expected[:, :, 0])
+    else:
+        with pytest.raises(DatasetError, match="the image has 3 channels, mean and std have 1"):
+            one(picture)
+
+
+def test_a_pillow_image_is_rotated_by_its_exif() -> None:
+    picture, exif = Image.fromarray(image(6, 5, 3)), Image.Exif()
+    exif[0x0112] = 6
+    picture.info["exif"] = exif.tobytes()
+    assert Preprocess((0.0,) * 3, (1.0,) * 3)(picture).shape == (3, 5, 6)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_pillow_image_without_an_agreed_range(dtype: type) -> None:
+    with pytest.raises(DatasetError) as refused:
+        Preprocess((0.5,), (0.5,))(Image.fromarray(np.full((4, 4), 300, dtype)))
+    mode = "I" if dtype == np.int32 else "F"
+    assert str(refused.value).startswith(
+        f"An image of Pillow's mode {mode} cannot be converted: signed, 32-bit and floating-point pixels"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "description"),
+    [
+        (np.zeros((4, 5, 3), np.float32), "float32 of shape (4, 5, 3)"),
+        (np.zeros((1, 4, 5, 3), np.uint8), "uint8 of shape (1, 4, 5, 3)"),
+        (torch.zeros((3, 4, 5), dtype=torch.uint8), "Tensor"),
+    ],
+)
+def test_what_is_no_image_is_refused(value: object, description: str) -> None:
+    with pytest.raises(DatasetError) as refused:
+        Preprocess((0.5,) * 3, (0.5,) * 3)(value)
+    assert str(refused.value) == (
+        f"Preprocess takes a Pillow image or a uint8 array of shape (H, W, C), not {description}."
+    )

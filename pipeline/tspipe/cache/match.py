@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def match_classes(name: str, stored: Sequence[str], local: Sequence[str]) -> Non
     if len(stored) != len(local):
         raise CacheMismatch(f"{name} has {len(stored)} classes, the dataset {len(local)}. {_REMEDY}")
     for i, (cached, actual) in enumerate(zip(stored, local, strict=True)):
-        if cached != actual:
+        if normalize("NFC", cached) != normalize("NFC", actual):
             raise CacheMismatch(f"{name}: class {i} is {cached!r} in the cache, {actual!r} in the dataset. {_REMEDY}")
 
 
@@ -82,7 +83,7 @@ def match_split(
 
     Raises CacheMismatch naming the first image that differs: its key, its index, and both values.
     """
-    keys = [key.decode("utf-8", "replace") for key in stored.keys.load().tolist()]
+    keys = [normalize("NFC", key.decode("utf-8", "replace")) for key in stored.keys.load().tolist()]
     compared = np.arange(max(len(keys), len(local.keys)) if rows is None else len(keys)) if rows is None else rows
     sampled = compared
     if sample is not None and sample < len(compared):

@@ -1,18 +1,25 @@
 """The targets of a cache for any PyTorch dataset, for custom training loops."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from tspipe.cache import Cache, Column, open_cache
+from tspipe.cache.layout import digest
+from tspipe.data.decode import to_pixels
+from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
+
+_SAMPLE = 64  # images whose pixels are compared
 
 
 class _Opened(NamedTuple):
@@ -26,7 +33,8 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
 
     Images are matched by key if the dataset has keys: a sequence `dataset.keys`, or the files of torchvision's
     `ImageFolder`, whose keys are the paths below its root. Any other dataset must have the cache's length and order.
-    `Subset` and `ConcatDataset` of either work. Every label is compared with the cache's.
+    `Subset` and `ConcatDataset` of either work. Every label is compared with the cache's, and a sample of the images
+    if the dataset shows what it decodes: by `loader` and `samples` as `ImageFolder`, or as an array `data` of uint8.
 
     It works in a `DataLoader` with any start method: rows are not pickled, and each worker opens the file.
 
@@ -37,6 +45,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         split: `train` or `test`.
         keys: the keys of a dataset that does not provide them.
         check_labels: False for a dataset whose labels differ from the cache's on purpose.
+        check_pixels: False for a dataset whose images differ from those that the teacher saw on purpose.
 
     Raises CacheMismatch when an image or its label is not the cache's, naming the first.
     """
@@ -49,23 +58,33 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         *,
         keys: Sequence[str] | None = None,
         check_labels: bool = True,
+        check_pixels: bool = True,
     ):
         cache = cache if isinstance(cache, Cache) else open_cache(cache)
         if split not in ("train", "test"):
             raise DatasetError(f"There is no split {split!r}: give train or test.")
         if cache.manifest["views"]:
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which CachedTargets cannot replay.")
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise DatasetError("CachedTargets takes a map-style dataset, one with a length and dataset[i].")
         self.dataset, self.path, self.id, self.split = dataset, cache.path, cache.id, split
         self.check_labels = check_labels
-        self._rows = _rows(dataset, cache, split, keys)
+        source = _source(dataset)
+        rows = _rows(source, cache, split, keys)
+        if check_pixels:
+            _check_pixels(source, rows, cache, split)
+        self._rows = None if np.array_equal(rows, np.arange(len(cache.split(split)))) else rows
         self._opened: _Opened | None = _open(cache, split)
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any, Tensor, Tensor]:
         """Return image and label as the dataset does, and features (d,) and logits (c,), float32."""
-        image, label = self._sample(index)
+        sample = self.dataset[index]
+        if not isinstance(sample, tuple | list) or len(sample) < 2:
+            raise DatasetError(f"dataset[{index}] is no (image, label).")
+        image, label = sample[0], sample[1]
         row = range(len(self))[index] if self._rows is None else int(self._rows[index])
         opened = self._open()
         if self.check_labels and _number(label, index) != opened.labels[row]:
@@ -75,12 +94,6 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
             )
         features, logits = (torch.from_numpy(column[row]).float() for column in (opened.features, opened.logits))
         return image, label, features, logits
-
-    def _sample(self, index: int) -> tuple[Any, Any]:
-        sample = self.dataset[index]
-        if not isinstance(sample, tuple | list) or len(sample) < 2:
-            raise DatasetError(f"dataset[{index}] is no (image, label).")
-        return sample[0], sample[1]
 
     def _open(self) -> _Opened:
         if self._opened is None:  # in a worker that was not forked
@@ -111,58 +124,77 @@ def _open(cache: Cache, split: str) -> _Opened:
     return _Opened(rows.features, rows.logits, rows.labels)
 
 
-def _rows(dataset: Any, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64] | None:
-    """Return the cache's row of each image of the dataset; None if the order is the same."""
+class _Source(NamedTuple):
+    """Where each image of a dataset comes from: the base dataset, and its position there, (n,) each."""
+
+    bases: list[Any]
+    base: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+
+def _source(dataset: Any) -> _Source:
+    """Return the datasets below any number of `Subset`s and `ConcatDataset`s."""
+    if isinstance(dataset, Subset):
+        bases, base, position = _source(dataset.dataset)
+        chosen = np.asarray(dataset.indices, np.int64)
+        return _Source(bases, base[chosen], position[chosen])
+    if isinstance(dataset, ConcatDataset):
+        parts = [_source(part) for part in dataset.datasets]
+        firsts = np.cumsum([0, *(len(part.bases) for part in parts)]).tolist()
+        return _Source(
+            [base for part in parts for base in part.bases],
+            np.concatenate([part.base + first for part, first in zip(parts, firsts[:-1], strict=True)]),
+            np.concatenate([part.position for part in parts]),
+        )
+    return _Source([dataset], np.zeros(len(dataset), np.int64), np.arange(len(dataset)))
+
+
+def _rows(source: _Source, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64]:
+    """Return the cache's row of each image of the dataset."""
     stored, name = cache.split(split), cache.path.name
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DatasetError("CachedTargets takes a map-style dataset, one with a length and dataset[i].")
-    base, indices = _unwrap(dataset)
-    image_keys = keys if keys is not None else _keys(base)
-    if image_keys is None:
-        if len(base) != len(stored):
-            raise CacheMismatch(
-                f"{name} has {len(stored):,} {split} images, the dataset {len(base):,} and no keys to find them by. "
-                "Give them: CachedTargets(…, keys=[…])"
-            )
-        return indices
-    if keys is None and indices is not None:
-        image_keys = [image_keys[i] for i in indices]
-    if len(image_keys) != len(dataset):
-        raise DatasetError(f"{len(image_keys):,} keys for {len(dataset):,} images.")
-    row_of = {key.decode("utf-8", "replace"): row for row, key in enumerate(stored.keys.load().tolist())}
-    for i, key in enumerate(image_keys):
-        if key not in row_of:
-            raise CacheMismatch(f"{name} has no {split} image {key!r}, which the dataset has at index {i}.")
-    rows = np.array([row_of[key] for key in image_keys], np.int64)
-    return None if np.array_equal(rows, np.arange(len(stored))) else rows
+    if keys is None:
+        keys_of_bases = list(map(_keys, source.bases))
+        if all(base_keys is None for base_keys in keys_of_bases):
+            sizes = [len(base) for base in source.bases]
+            if sum(sizes) != len(stored):
+                raise CacheMismatch(
+                    f"{name} has {len(stored):,} {split} images, the dataset {sum(sizes):,} and no keys to find them "
+                    "by. Give them: CachedTargets(…, keys=[…])"
+                )
+            return np.cumsum([0, *sizes])[source.base] + source.position
+        if any(base_keys is None for base_keys in keys_of_bases):
+            raise DatasetError("Some of the concatenated datasets have keys and some have not. Give all: keys=[…]")
+        known_keys = [base_keys or [] for base_keys in keys_of_bases]
+        keys = [known_keys[base][i] for base, i in zip(source.base, source.position, strict=True)]
+        same_base = np.array([[a is b for a in source.bases] for b in source.bases]).argmax(1)
+        images = np.stack([same_base[source.base], source.position])  # a `Subset` may have an image several times
+        _check_unique("The dataset", [keys[i] for i in np.unique(images, axis=1, return_index=True)[1]])
+    elif len(keys) != len(source.position):
+        raise DatasetError(f"{len(keys):,} keys for {len(source.position):,} images.")
+    else:
+        _check_unique("The dataset", keys)
+    stored_keys = [normalize("NFC", key.decode("utf-8", "replace")) for key in stored.keys.load().tolist()]
+    _check_unique(name, stored_keys)
+    row_of = {key: row for row, key in enumerate(stored_keys)}
+    rows = [row_of.get(normalize("NFC", key), -1) for key in keys]
+    if -1 in rows:
+        i = rows.index(-1)
+        raise CacheMismatch(f"{name} has no {split} image {keys[i]!r}, which the dataset has at index {i}.")
+    return np.array(rows, np.int64)
 
 
-def _concatenated(datasets: Sequence[Any]) -> list[str] | None:
-    """Return the keys of several datasets, one after the other; None if no dataset has keys."""
-    keys_of_each = []
-    for base, indices in map(_unwrap, datasets):
-        keys = _keys(base)
-        keys_of_each.append(keys if keys is None or indices is None else [keys[i] for i in indices])
-    if all(keys is None for keys in keys_of_each):
-        return None
-    if any(keys is None for keys in keys_of_each):
-        raise DatasetError("Some of the concatenated datasets have keys and some have not. Give all: keys=[…]")
-    return [key for keys in keys_of_each if keys is not None for key in keys]
-
-
-def _unwrap(dataset: Any) -> tuple[Any, NDArray[np.int64] | None]:
-    """Return the dataset below any number of `Subset`s, and the indices of its images; None for all."""
-    if not isinstance(dataset, torch.utils.data.Subset):
-        return dataset, None
-    base, below = _unwrap(dataset.dataset)
-    indices = np.asarray(dataset.indices, np.int64)
-    return base, indices if below is None else below[indices]
+def _check_unique(owner: str, keys: Sequence[str]) -> None:
+    """Raise CacheMismatch if two images have one key: one of them would get the other's targets."""
+    key, count = Counter(keys).most_common(1)[0] if keys else ("", 0)
+    if count > 1:
+        raise CacheMismatch(
+            f"{owner} has {count} images with the key {key!r}, which would get the targets of one. Use keys that occur "
+            "once, such as paths below a common folder."
+        )
 
 
 def _keys(dataset: Any) -> list[str] | None:
     """Return a dataset's keys; those of torchvision's `ImageFolder` are the paths below its root, as for `folder`."""
-    if isinstance(dataset, torch.utils.data.ConcatDataset):
-        return _concatenated(dataset.datasets)
     keys = getattr(dataset, "keys", None)
     if keys is not None and not callable(keys):
         return [str(key) for key in keys]
@@ -170,3 +202,37 @@ def _keys(dataset: Any) -> list[str] | None:
     if root is None or not samples or not isinstance(samples[0][0], str):
         return None
     return [PurePath(os.path.relpath(path, Path(root))).as_posix() for path, _ in samples]
+
+
+def _check_pixels(source: _Source, rows: NDArray[np.int64], cache: Cache, split: str) -> None:
+    """Compare the pixels of a random sample with those that the teacher saw; raise CacheMismatch if they differ."""
+    chosen = np.sort(np.random.default_rng().choice(len(rows), min(_SAMPLE, len(rows)), replace=False))
+    for i, stored in zip(chosen, cache.split(split).digests.take(rows[chosen]), strict=True):
+        base = source.bases[source.base[i]]
+        reader = _reader(base)
+        if reader is not None and digest(reader(int(source.position[i]))) != stored.tobytes():
+            remedy = "ImageFolder(…, loader=tspipe.load_image)" if hasattr(base, "loader") else "check_pixels=False"
+            raise CacheMismatch(
+                f"{cache.path.name}: image {i} has other pixels in the dataset than the teacher saw. If the file is "
+                f"the same, it is decoded differently: use {remedy}"
+            )
+
+
+def _reader(dataset: Any) -> Callable[[int], NDArray[np.uint8]] | None:
+    """Return a function that gives the pixels (H, W, C) of image i before any transform, if the dataset shows them."""
+    if callable(loader := getattr(dataset, "loader", None)) and getattr(dataset, "samples", None):
+        transform = getattr(dataset, "transform", None)
+
+        def load(index: int) -> NDArray[np.uint8]:
+            image = loader(dataset.samples[index][0])
+            # Preprocess rotates an image that was not rotated, and no other transform does.
+            return to_pixels(image) if isinstance(transform, Preprocess) else np.asarray(image)
+
+        return load
+    data = getattr(dataset, "data", None)
+    if not isinstance(data, np.ndarray | Tensor) or len(data) != len(dataset) or not 3 <= data.ndim <= 4:
+        return None
+    array = np.asarray(data)
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):  # (N, C, H, W)
+        array = array.transpose(0, 2, 3, 1)
+    return (lambda index: array[index].reshape(*array.shape[1:3], -1)) if array.dtype == np.uint8 else None

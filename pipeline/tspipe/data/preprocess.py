@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
+from tspipe.data.decode import to_pixels
 from tspipe.errors import DatasetError
 
 if TYPE_CHECKING:  # recipes describe preprocessing, and are listed without the seconds that importing torch takes
@@ -124,13 +125,30 @@ class Preprocess:
         return slice(top, top + self.crop), slice(left, left + self.crop)
 
     def __call__(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
-        """Apply both parts to one image, (H, W) or (H, W, C) uint8: a transform for torchvision's datasets."""
+        """Apply both parts to one image: a transform for torchvision's datasets.
+
+        Args:
+            image: (H, W) or (H, W, C) uint8; or Pillow's, which becomes the pixels that tspipe decodes from its file.
+
+        Raises DatasetError for pixels of another type, or without an agreed range.
+        """
         import torch
 
-        array = np.asarray(image)
-        # A copy, since PyTorch warns of Pillow's read-only memory.
-        pixels = torch.from_numpy(self.apply(array.reshape(*array.shape[:2], -1)).copy())
-        return self.normalise(pixels.permute(2, 0, 1))
+        if isinstance(image, Image.Image):
+            try:
+                pixels = to_pixels(image)
+            except ValueError as problem:
+                raise DatasetError(
+                    f"An image of Pillow's mode {image.mode} cannot be converted: {problem}."
+                ) from problem
+            pixels = pixels[:, :, :1] if Image.getmodebase(image.mode) == "L" else pixels
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+            pixels = image.reshape(*image.shape[:2], -1)
+        else:
+            kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise DatasetError(f"Preprocess takes a Pillow image or a uint8 array of shape (H, W, C), not {kind}.")
+        pixels = np.array(self.apply(pixels))  # a copy, since PyTorch warns of read-only memory
+        return self.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise (n, C, H, W) uint8, or float32 in [0, 1], to float32 of the same shape."""
