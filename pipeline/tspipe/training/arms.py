@@ -53,6 +53,11 @@ class LearnerSpec:
         """The learner in file names: `lenet5-taught-random-seed0`, with another loss `lenet5-taught-kd-seed0`."""
         return learner_name(self.student, self.arm, self.loss_name, self.seed)
 
+    @property
+    def file_name(self) -> str:
+        """The file of the trained student in the run folder."""
+        return f"student-{self.name}.safetensors"
+
 
 def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
     """Return the learner's name in file names."""

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tspipe.errors import TrainingError
 from tspipe.models import weights
+from tspipe.training.run_folder import FileFacts
 from tspipe.utils.files import writing
 from tspipe.utils.progress import warn
 from tspipe.utils.reading import read_file
@@ -28,28 +30,44 @@ class Position(NamedTuple):
     batch: int = 0
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint: state, the next batch, the run's identity, and the files of the students that are finished."""
+
+    tensors: dict[str, Tensor]
+    position: Position
+    identity: str
+    students: dict[str, FileFacts]
+
+
 class Checkpointer:
     """Saves a run's state in a file, at intervals of `seconds`, and keeps the checkpoint before it.
 
     Args:
         identity: what determines the results; a checkpoint of another identity is not used. None accepts any.
+
+    Attributes:
+        students: the files of the students that are finished; every checkpoint states them.
     """
 
     def __init__(self, path: Path, seconds: float, identity: str | None):
         self.path, self.previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
-        self.clock, self.identity = Clock(seconds), identity
+        self.clock, self.identity, self.students = Clock(seconds), identity, dict[str, FileFacts]()
 
     def save(self, tensors: Mapping[str, Tensor], position: Position) -> None:
         """Write a checkpoint atomically; the last one becomes the previous one."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"identity": self.identity or "", "position": json.dumps(position._asdict())}
+        metadata = {
+            "identity": self.identity or "",
+            "position": json.dumps(position._asdict()),
+            "students": json.dumps(self.students),
+        }
         if self.path.exists():
             with writing(self.previous):
                 self.path.replace(self.previous)
         weights.save(self.path, tensors, {**metadata, "sha256": _checksum(tensors, metadata)})
 
-    def load(self, *, visible: bool = True, refuse_foreign: bool = False) -> tuple[dict[str, Tensor], Position] | None:
-        """Return the tensors and the position of the last checkpoint that can be used, or None if there is none.
+    def load(self, *, visible: bool = True, refuse_foreign: bool = False) -> Checkpoint | None:
+        """Return the last checkpoint that can be used, or None if there is none.
 
         Args:
             visible: print why a checkpoint cannot be used.
@@ -59,12 +77,13 @@ class Checkpointer:
             if not os.path.lexists(path):
                 continue
             try:
-                tensors, position, identity = read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
             except TrainingError as problem:
                 reason = str(problem)
             else:
-                if self.identity in (None, identity):
-                    return tensors, position
+                if self.identity in (None, checkpoint.identity):
+                    self.students = checkpoint.students
+                    return checkpoint
                 reason = f"{path} is a checkpoint of other settings or data."
                 if refuse_foreign:
                     raise TrainingError(f"{reason} Use those to resume it, or delete it to start again.")
@@ -78,14 +97,15 @@ class Checkpointer:
         self.previous.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Position, str]:
-    """Return a checkpoint's tensors, position and identity. Raises TrainingError if it is damaged or not finite."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises TrainingError if it is damaged or not finite."""
     try:
         data = read_file(path)
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = weights.unpack_metadata(header.get("__metadata__"))
         position = Position(**json.loads(metadata["position"]))
+        students = TypeAdapter(dict[str, FileFacts]).validate_json(metadata["students"])
         checksum = metadata.pop("sha256")
     except OSError as problem:
         raise TrainingError(f"The checkpoint {path} cannot be read: {problem.strerror}.") from problem
@@ -95,7 +115,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Position, str]:
         raise TrainingError(f"The checkpoint {path} is damaged: its checksum is wrong.")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise TrainingError(f"The checkpoint {path} has weights that are not finite.")
-    return tensors, position, metadata["identity"]
+    return Checkpoint(tensors, position, metadata["identity"], students)
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -3,7 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
+from pydantic import Field, TypeAdapter
+
+from tspipe.errors import RecipeError
 from tspipe.training.config import StudentConfig
 from tspipe.training.learner import Learner
 from tspipe.training.random_source import RandomSource
@@ -46,19 +50,36 @@ class MetricsLog:
             self.board.close()
 
 
-def print_first_epoch(config: StudentConfig, folder: RunFolder, rows: list[Row], random: RandomSource | None) -> None:
-    """Print how the loss terms compare and which labels random images get, and keep the latter in the run folder.
+def print_loss_ratios(folder: RunFolder, rows: list[Row]) -> None:
+    """Print how the loss terms of an epoch compare."""
+    for sentence in loss_ratios(rows, hint=folder.config.get("mse_weight") != "auto"):
+        stderr_console.print(sentence)
+
+
+def record_random_labels(config: StudentConfig, folder: RunFolder, random: RandomSource | None) -> None:
+    """Count the teacher's labels for random images; write and print them, unless the run folder has them.
 
     This comes after the first epoch and not before: no epoch needs it, and on a CPU it takes up to three seconds.
     """
-    for sentence in loss_ratios(rows, hint=folder.config.get("mse_weight") != "auto"):
-        stderr_console.print(sentence)
-    if random and not (folder.path / "random_labels.json").exists():
-        labels = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
-        ranked = Counter(sorted(labels.tolist())).most_common()
-        counts = {config.cache.classes[label]: count for label, count in ranked}
-        folder.write_json("random_labels.json", counts)
-        stderr_console.print(label_shares(counts))
+    if random is None or _has_labels(folder):
+        return
+    labels = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
+    ranked = Counter(sorted(labels.tolist())).most_common()
+    counts = {config.cache.classes[label]: count for label, count in ranked}
+    folder.write_json("random_labels.json", counts)
+    stderr_console.print(label_shares(counts))
+
+
+def _has_labels(folder: RunFolder) -> bool:
+    """Return whether the folder's random_labels.json is sound."""
+    name = "random_labels.json"
+    if facts := folder.recorded_files().get(name):
+        return folder.is_intact(name, facts)
+    try:
+        TypeAdapter(dict[str, Annotated[int, Field(ge=1, le=_LABELLED)]]).validate_python(folder.read_json(name))
+    except (RecipeError, RecursionError, ValueError):
+        return False
+    return True
 
 
 def label_shares(counts: dict[str, int]) -> str:
@@ -74,7 +95,7 @@ def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:
     With `hint`, it ends with what to do if they are far apart.
     """
     for row in rows:
-        learner = f"{printable(row['student'])}, {row['arm']}, epoch {row['epoch']}"
+        learner = f"{printable(row['student'])}, {printable(row['arm'])}, epoch {row['epoch']}"
         for term in ("mse", "kl", "vid"):
             if isinstance(row.get(term), float) and row.get("xent"):
                 ratio = row[term] / row["xent"]

@@ -4,8 +4,8 @@ config.json           the configuration; the cache's id; versions, device and th
 random_labels.json    the teacher's labels for random images
 metrics.csv           one row per learner and epoch
 student-*.safetensors the trained students; their metadata says how to build them
-checkpoint.safetensors  until the run is finished
-summary.json          once the run is finished
+checkpoint.safetensors  until the run is finished, and the one before it: checkpoint.previous.safetensors
+summary.json          once the run is finished: what a report needs; the size and SHA-256 of the files above
 """
 
 import contextlib
@@ -21,11 +21,40 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # which pydantic requires before Python 3.12
+
 from tspipe.cache.manifest import describe_differences
 from tspipe.errors import RecipeError
-from tspipe.utils.files import write_whole, writing
+from tspipe.utils.files import remove_abandoned, write_whole, writing
+from tspipe.utils.reading import read_file
 
 Row = dict[str, Any]
+NAMES = ("student", "arm", "loss")  # the columns of metrics.csv that are no numbers
+CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
+_MAX_THREADS = 1024
+
+
+class FileFacts(TypedDict):
+    """What summary.json states of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class _Environment(BaseModel):
+    """The fields of an environment that a run resumes with."""
+
+    model_config = ConfigDict(extra="allow")
+    device: str
+    threads: int = Field(ge=1, le=_MAX_THREADS)
+
+
+class _ConfigFile(BaseModel):
+    """config.json."""
+
+    config: dict[str, Any]
+    environment: _Environment
 
 
 @dataclass(frozen=True)
@@ -59,23 +88,67 @@ class RunFolder:
         write_whole(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
 
     def read_json(self, name: str) -> Any:
-        """Read one of the folder's JSON files."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        """Read one of the folder's JSON files. Raises ValueError or RecursionError if it is damaged."""
+        return json.loads(self._read(name))
+
+    def _read(self, name: str) -> str:
+        try:
+            return read_file(self.path / name).decode()
+        except OSError as problem:
+            raise RecipeError(f"{self.path / name} cannot be read: {problem.strerror}.") from problem
 
     def rows(self) -> list[Row]:
-        """Return the rows of metrics.csv, with numbers converted."""
-        path = self.path / "metrics.csv"
-        if not path.exists():
+        """Return the rows of metrics.csv, with numbers converted. Raises ValueError or csv.Error if it is damaged."""
+        if not (self.path / "metrics.csv").exists():
             return []
-        text = path.read_text(encoding="utf-8")
+        text = self._read("metrics.csv")
         complete = text[: text.rfind("\n") + 1]  # a machine that stops may leave half a last line
-        return [{name: _number(v) for name, v in row.items()} for row in csv.DictReader(io.StringIO(complete))]
+        rows = csv.DictReader(io.StringIO(complete))
+        return [{name: v if name in NAMES else _number(v) for name, v in row.items()} for row in rows]
+
+    def describe(self, names: Iterable[str]) -> dict[str, FileFacts]:
+        """Return the size and SHA-256 of some of the folder's files, as summary.json states them."""
+        contents = {name: read_file(self.path / name) for name in names}
+        return {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()
+        }
+
+    def damaged_files(self) -> list[str]:
+        """Return the files of a finished run that are not as its summary.json states, which may itself be damaged."""
+        files = self.recorded_files()
+        return [name for name, facts in files.items() if not self.is_intact(name, facts)] if files else ["summary.json"]
+
+    def recorded_files(self) -> dict[str, FileFacts]:
+        """Return the size and SHA-256 of files as summary.json states them; none if it is absent or damaged."""
+        try:
+            return TypeAdapter(dict[str, FileFacts]).validate_python(self.read_json("summary.json")["files"])
+        except (KeyError, RecursionError, TypeError, ValueError, RecipeError):
+            return {}
+
+    def is_intact(self, name: str, facts: FileFacts) -> bool:
+        """Return whether a file of the folder has this size and SHA-256."""
+        try:
+            return Path(name).name == name and self.describe([name])[name] == facts
+        except OSError:
+            return False
+
+    def reopen(self) -> None:
+        """Make a finished run unfinished."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that was killed after the run was finished has left."""
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            remove_abandoned(self.path)
+            for name in (*CHECKPOINTS, "run.lock"):
+                (self.path / name).unlink(missing_ok=True)
 
     def append(self, rows: Iterable[Row], columns: list[str]) -> None:
         """Append rows to metrics.csv."""
         path = self.path / "metrics.csv"
         new = not path.exists()
-        with writing(path), path.open("a", encoding="utf-8", newline="") as file:
+        with writing(path), open(path, "a", newline="", encoding="utf-8", opener=_open_without_links) as file:
             _write_rows(file, rows, columns, header=new)
             file.flush()
             os.fsync(file.fileno())  # a later checkpoint must not survive its rows
@@ -99,12 +172,19 @@ def find_run(config: dict[str, Any], environment: dict[str, Any], stem: str, out
     digits = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
     path = out or Path("runs") / f"{stem}-{digits}"
     run = RunFolder(path, config, environment)
-    if not (path / "config.json").exists():
+    if not os.path.lexists(path / "config.json"):
         return run
-    recorded = run.read_json("config.json")
-    if differences := describe_differences(recorded["config"], config):
+    try:
+        recorded = _ConfigFile.model_validate(run.read_json("config.json"))
+    except (RecursionError, ValueError) as problem:
+        errors = problem.errors() if isinstance(problem, ValidationError) else []
+        reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in errors) or str(problem)
+        raise RecipeError(
+            f"{path / 'config.json'} is not as tspipe student writes it: {reason}. Restore it, or choose another --out."
+        ) from None
+    if differences := describe_differences(recorded.config, config):
         raise RecipeError(f"{path} is the folder of another run: {differences}. Choose another --out.")
-    return RunFolder(path, config, recorded["environment"])
+    return RunFolder(path, config, recorded.environment.model_dump())
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -141,10 +221,14 @@ def _write_rows(file: Any, rows: Iterable[Row], columns: list[str], *, header: b
     writer.writerows(rows)
 
 
+def _open_without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _number(text: str) -> Any:
     for kind in (int, float):
         try:
             return kind(text)
-        except ValueError:
+        except (TypeError, ValueError):  # of None where a line is short, of a list where it is long
             continue
     return text

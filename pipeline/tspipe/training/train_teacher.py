@@ -132,8 +132,8 @@ def _fit(network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor,
     optimizer = make_optimizer(settings, network.parameters(), train.device)
     start = Position()
     if checkpoint := checkpointer.load(refuse_foreign=True):
-        tensors, start = checkpoint
-        load_training_state(tensors, network, optimizer)
+        start = checkpoint.position
+        load_training_state(checkpoint.tensors, network, optimizer)
     description = f"teacher {settings.network}"
     done = start.epoch * len(train) + start.batch * settings.batch_size
     with progress(description, settings.epochs * len(train), "images", done) as advance:

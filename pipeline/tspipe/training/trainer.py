@@ -24,10 +24,11 @@ from tspipe.training.config import StudentConfig, identity
 from tspipe.training.evaluation import Evaluator
 from tspipe.training.learner import Learner, TaskShape
 from tspipe.training.live_teacher import LiveTeacher
-from tspipe.training.metrics_log import MetricsLog, print_first_epoch
+from tspipe.training.metrics_log import MetricsLog, print_loss_ratios, record_random_labels
 from tspipe.training.partition import Partition, choose_partition
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.random_source import RandomSource, RandomSpec
+from tspipe.training.resume import WrittenResults
 from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
@@ -36,7 +37,7 @@ from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.files import lock
 from tspipe.utils.memory import keep_freed_memory, memory_limit
-from tspipe.utils.progress import Advance, progress, stderr_console
+from tspipe.utils.progress import Advance, progress, warn
 from tspipe.utils.rng import seed_torch_with, torch_seeds
 
 
@@ -53,7 +54,7 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
     stem = config.cache.path.name.removesuffix(".h5")
     with group.rank_zero_first():
         folder = find_run(identity(config), environment(device.type, torch.get_num_threads()), stem, config.out)
-    if group.broadcast(folder.finished):
+    if group.broadcast(group.rank == 0 and _is_finished(folder)):
         return folder
     if (begun_on := folder.environment["device"]) != device.type:
         raise RecipeError(
@@ -67,11 +68,22 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
         if trainer.partition.is_writer:
             folder.create()
     with lock(folder.path / "run", RecipeError) if trainer.partition.is_writer else nullcontext():
-        if not group.broadcast(folder.finished):  # another job may have finished it while this one read the data
+        # Another job may have finished it while this one read the data.
+        if not group.broadcast(folder.finished and not folder.damaged_files()):
             with group.abort_on_lost_peer():
                 trainer.train()
         group.barrier()
     return folder
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    """Return whether the run is finished, and its files are as it wrote them."""
+    damaged = folder.damaged_files() if folder.finished else []
+    if damaged:
+        warn(f"{folder.path} is a finished run, but missing or damaged: {', '.join(damaged)}. They are made again.")
+    elif folder.finished:
+        folder.remove_leftovers()
+    return folder.finished and not damaged
 
 
 @dataclass(frozen=True)
@@ -115,14 +127,16 @@ class Trainer:
                     if is_writer:
                         rows = self.log.write(rows)
                         if (seed, epoch) == (0, 0):
-                            print_first_epoch(self.config, self.folder, rows, self.batches.random)
+                            print_loss_ratios(self.folder, rows)
+                            record_random_labels(self.config, self.folder, self.batches.random)
                     position = Position(seed, epoch + 1)
                 self._save_students(seed, learners)
                 states, position = {}, Position(seed + 1)
                 if is_writer:
                     self.checkpointer.save({}, position)
         if is_writer:
-            self.folder.write_json("summary.json", self._summary())
+            record_random_labels(self.config, self.folder, self.batches.random)
+            self.folder.write_json("summary.json", run_summary(self))
             self.checkpointer.delete()
 
     def learners(self, seed: int) -> list[Learner]:
@@ -156,11 +170,22 @@ class Trainer:
 
     def _resume(self) -> tuple[Position, dict[str, Tensor]]:
         """Return where an earlier run stopped and its learners' state; drop the metrics of epochs to be run again."""
-        states, position = self.checkpointer.load(visible=self.partition.is_writer) or ({}, Position())
-        if self.partition.is_writer:
+        recipe, is_writer, recorded = self.config.recipe, self.partition.is_writer, self.folder.recorded_files()
+        checkpoint = self.checkpointer.load(visible=is_writer)
+        recorded |= self.checkpointer.students
+        self.checkpointer.students = {name: recorded[name] for name in recorded if name.startswith("student-")}
+        written = WrittenResults(self.folder, learner_specs(self.config, 0), self.log.columns, recipe.epochs, recorded)
+        position, reason = self.partition.group.broadcast(
+            written.resume_from(checkpoint and checkpoint.position, recipe.seeds)
+        )
+        if is_writer:
+            if reason:
+                warn(f"{self.folder.path}: {reason}. Seed {position.seed} is trained again.")
+            if position.seed < recipe.seeds:
+                self.folder.reopen()
             end = (position.seed, position.epoch + 1)
-            self.folder.keep([row for row in self.folder.rows() if (row["seed"], row["epoch"]) < end])
-        return position, states
+            self.folder.keep([row for row in written.rows if (row["seed"], row["epoch"]) < end])
+        return position, checkpoint.tensors if checkpoint and checkpoint.position == position else {}
 
     def _progress(self, position: Position) -> AbstractContextManager[Advance]:
         recipe, (before, after) = self.config.recipe, self.config.progress_offset
@@ -179,36 +204,9 @@ class Trainer:
         """Write the trained students of a cohort, those of other processes included."""
         states = self.partition.gather_states(learners)
         for spec in learner_specs(self.config, seed) if self.partition.is_writer else []:
-            path = self.folder.path / f"student-{spec.name}.safetensors"
-            weights.save(path, network_state(spec.name, states), self._student_metadata(spec))
-
-    def _student_metadata(self, spec: LearnerSpec) -> dict[str, str]:
-        cache, data = self.config.cache, self.batches.data
-        return {
-            "arm": spec.arm,
-            "cache": cache.id,
-            "classes": json.dumps(cache.classes),
-            "input_shape": json.dumps(data.train.shape),
-            "network": networks.recorded_name(spec.student),
-            "options": json.dumps(self.config.recipe.student_options(spec.student), sort_keys=True),
-            "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
-            "width": str(cache.dimensions.width),
-        }
-
-    def _summary(self) -> dict[str, Any]:
-        """Return what a report needs beside the metrics."""
-        manifest, recipe = self.config.cache.manifest, self.config.recipe
-        correct, rows = manifest["teacher"]["correct"]["test"], manifest["dataset"]["rows"]["test"]
-        return {
-            "dataset": manifest["dataset"]["name"],
-            "teacher": {
-                "network": manifest["teacher"]["network"],
-                "test_accuracy": correct / rows,
-                "parameters": count_teacher_parameters(self.config.cache, recipe, self.batches.data.train.shape),
-            },
-            "parameters": self.parameters,
-            **({"mse_weight": recipe.mse_weight} if self.folder.config.get("mse_weight") == "auto" else {}),
-        }
+            path = self.folder.path / spec.file_name
+            weights.save(path, network_state(spec.name, states), student_metadata(self.config, self.batches.data, spec))
+            self.checkpointer.students |= self.folder.describe([spec.file_name])
 
 
 def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
@@ -219,6 +217,39 @@ def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
         for arm in config.arms
         for loss in arm_losses(arm, config.recipe.loss)
     ]
+
+
+def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec) -> dict[str, str]:
+    """Return what a student's file says of it, as safetensors metadata."""
+    return {
+        "arm": spec.arm,
+        "cache": config.cache.id,
+        "classes": json.dumps(config.cache.classes),
+        "input_shape": json.dumps(data.train.shape),
+        "network": networks.recorded_name(spec.student),
+        "options": json.dumps(config.recipe.student_options(spec.student), sort_keys=True),
+        "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
+        "width": str(config.cache.dimensions.width),
+    }
+
+
+def run_summary(trainer: Trainer) -> dict[str, Any]:
+    """Return summary.json: what a report needs beside the metrics, and what the run has written."""
+    config, folder, random = trainer.config, trainer.folder, trainer.batches.random
+    manifest, recipe = config.cache.manifest, config.recipe
+    specs = [spec for seed in range(recipe.seeds) for spec in learner_specs(config, seed)]
+    files = ["metrics.csv", *(["random_labels.json"] if random else []), *(spec.file_name for spec in specs)]
+    return {
+        "dataset": manifest["dataset"]["name"],
+        "teacher": {
+            "network": manifest["teacher"]["network"],
+            "test_accuracy": manifest["teacher"]["correct"]["test"] / manifest["dataset"]["rows"]["test"],
+            "parameters": count_teacher_parameters(config.cache, recipe, trainer.batches.data.train.shape),
+        },
+        "parameters": trainer.parameters,
+        **({"mse_weight": recipe.mse_weight} if folder.config.get("mse_weight") == "auto" else {}),
+        "files": folder.describe(files),
+    }
 
 
 def build_learner(config: StudentConfig, data: RunData, spec: LearnerSpec) -> Learner:
@@ -266,5 +297,5 @@ def open_random_source(config: StudentConfig, data: RunData, partition: Partitio
     images = recipe.random_images * batches_per_epoch * recipe.epochs
     warning = random_images.period_warning(recipe.random_generator, images, "A seed", shape)
     if warning and partition.is_writer:
-        stderr_console.print(warning)
+        warn(warning)
     return LiveTeacher(teacher, spec, recipe.random_generator)
