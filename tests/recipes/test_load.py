@@ -1,6 +1,7 @@
 """Loading recipes: precedence, inheritance, and the messages for wrong fields."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -143,6 +144,13 @@ def test_a_missing_file(tmp_path):
     assert (
         error_message(f"{tmp_path}/x.toml")
         == f"The recipe {tmp_path}/x.toml cannot be read: No such file or directory."
+    )
+
+
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "x.toml")
+    assert (
+        error_message(f"{tmp_path}/x.toml") == f"The recipe {tmp_path}/x.toml cannot be read: it is not a regular file."
     )
 
 

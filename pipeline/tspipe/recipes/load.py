@@ -15,6 +15,7 @@ from tspipe.errors import DatasetError, RecipeError
 from tspipe.recipes.schema import Recipe
 from tspipe.recipes.settings import settings as all_settings
 from tspipe.utils.plugins import is_file, unknown
+from tspipe.utils.reading import read_file
 
 
 def names() -> list[str]:
@@ -125,7 +126,7 @@ def _merge(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 def _text(name: str) -> str:
     try:
         if name.endswith(".toml"):
-            return Path(name).read_text(encoding="utf-8")
+            return read_file(Path(name)).decode()
         if name in names():
             return (resources.files("tspipe") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

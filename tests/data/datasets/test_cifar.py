@@ -102,6 +102,16 @@ def test_missing_batch(archive):
     assert str(problem.value) == f"{path} cannot be read: No such file or directory."
 
 
+def test_a_pipe_is_refused_without_waiting_for_its_other_end(archive):
+    root = archive("cifar10")
+    path = root / cifar10.FOLDER / "test_batch"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DatasetError) as problem:
+        cifar10.load(root, "test")
+    assert str(problem.value) == f"{path} cannot be read: it is not a regular file."
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(DatasetError) as problem:
         cifar10.load(tmp_path / "x", "train")

@@ -2,12 +2,14 @@
 
 import gzip
 import hashlib
+import io
 import shlex
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from tspipe.errors import DatasetError
+from tspipe.utils.reading import read_file
 
 _LARGEST = 256 << 20  # no published file is larger, so a .gz that would be is not unpacked to its end
 FETCH = "Give its folder (--data FOLDER) or fetch it (--download)."
@@ -41,8 +43,8 @@ def read(path: Path, md5: str | None = None) -> bytes:
     forgery needs a second preimage, not a collision.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(_LARGEST)
+        data = read_file(path)
+        data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_LARGEST) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as problem:
         raise DatasetError(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}.") from problem
     if md5 and (actual_md5 := hashlib.md5(data).hexdigest()) != md5:
