@@ -15,6 +15,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -335,18 +336,30 @@ def kill_pull(web: Web, path: Path, url: str) -> None:
     web.stalled.set()
 
 
-def test_a_killed_push_leaves_a_part_file_that_a_later_one_removes(cache: Path, tmp_path: Path) -> None:
-    """Not the next one at once: the file could be that of another push, which is running."""
+def test_the_temporary_file_of_a_killed_push_is_removed_by_the_next(cache: Path, tmp_path: Path) -> None:
+    """That of another host, whose process may still run, only after a day."""
     team = tmp_path / "team"
     kill_after(1, "push", cache, str(team))
-    [left] = names(team)
-    assert re.fullmatch(r"\.pets\.h5\.push-[0-9a-f]{8}\.part", left)
+    [abandoned] = names(team)
+    remote = re.sub("@.*", f"@elsewhere.{'0' * 16}.tmp", abandoned)
+    shutil.copy(team / abandoned, team / remote)
     assert push(cache, str(team), nothing).new
-    assert names(team) == [left, "pets.h5", "pets.h5.sha256"]
+    assert names(team) == [remote, "pets.h5", "pets.h5.sha256"]
     long_ago = time.time() - 2 * 24 * 3600
-    os.utime(team / left, (long_ago, long_ago))
+    os.utime(team / remote, (long_ago, long_ago))
     assert push(cache, str(team), nothing, force=True).new
     assert names(team) == ["pets.h5", "pets.h5.sha256"]
+
+
+def test_in_a_remote_store_temporary_files_are_removed_after_a_day(cache: Path) -> None:
+    store = fsspec.filesystem("memory")
+    path = f"/abandoned/.pets.h5.1@{socket.gethostname()}.{'0' * 16}.tmp"
+    store.pipe(path, b"half")
+    push(cache, "memory://abandoned", nothing)
+    assert store.exists(path)
+    store.store[path].modified -= timedelta(days=2)
+    push(cache, "memory://abandoned", nothing)
+    assert not store.exists(path)
 
 
 def test_a_file_damaged_at_the_other_end_is_not_taken_for_the_same(cache: Path, tmp_path: Path) -> None:

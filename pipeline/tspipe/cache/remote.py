@@ -8,15 +8,16 @@ import hashlib
 import io
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from tspipe.cache.address import is_url, is_well_formed, without_secrets
 from tspipe.errors import CacheError, TspipeError
+from tspipe.utils.files import TEMPORARY_NAME, remove_abandoned, temporary_name
 
 Advance = Callable[[int], object]  # bytes moved since the last call
 
@@ -149,7 +150,7 @@ class Remote:
     def publish(self, write: Callable[["Remote"], None]) -> None:
         """Have `write` make the file under a temporary name, then rename it; clean up if that fails."""
         folder = self.path.rpartition("/")[0]
-        part = replace(self, path=f"{folder}/.{self.name}.push-{secrets.token_hex(4)}.part")
+        part = replace(self, path=f"{folder}/{temporary_name(self.name)}")
         try:
             write(part)
             with driver_errors(self.shown):
@@ -168,11 +169,16 @@ class Remote:
                 os.fsync(file.fileno())
 
     def remove_abandoned(self) -> None:
-        """Remove old temporary files of killed pushes; recent ones may belong to a running push."""
-        left = re.compile(rf"\.{re.escape(self.name)}(\.sha256)?\.push-[0-9a-f]{{8}}\.part")
+        """Remove temporary files of killed pushes: after a day, in a local folder those of this host at once."""
+        folder = self.path.rpartition("/")[0]
         with contextlib.suppress(Exception):  # a folder that cannot be listed may still be writable
-            for path in self.fs.ls(self.path.rpartition("/")[0], detail=False):
-                if left.fullmatch(path.rpartition("/")[2]) and _age(self.fs.modified(path)) > _ABANDONED:
+            if "file" in self.fs.protocol:
+                remove_abandoned(Path(folder))
+                return
+            for path in self.fs.ls(folder, detail=False):
+                name = path.rpartition("/")[2]
+                temporary = name.startswith(f".{self.name[:100]}.") and TEMPORARY_NAME.fullmatch(name)
+                if temporary and _age(self.fs.modified(path)) > _ABANDONED:
                     self.fs.rm_file(path)
 
     def remove(self) -> None:

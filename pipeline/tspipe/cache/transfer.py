@@ -79,6 +79,7 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
     Raises CacheMismatch if another file has that name, CacheDamaged if the bytes read back differ, CacheError.
     """
     target = _target(path, url)
+    target.remove_abandoned()
     if not force and (info := target.info_if_present()) is not None:
         if (pushed := _same(path, target, info.get("size"))) is not None:
             return pushed
@@ -92,7 +93,6 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
             raise CacheDamaged(f"{target.shown} differs from what was written. Run the same command again.")
         target.checksum.remove()  # that of an older file: until the new one exists, none is better than a wrong one
 
-    target.remove_abandoned()
     target.publish(upload)
     _publish_sha256(target, digest.hexdigest())
     return Pushed(target.shown, digest.hexdigest(), new=True)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from tspipe.errors import TspipeError
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{16}\.tmp")  # process, host
+TEMPORARY_NAME = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{16}\.tmp")  # process, host
 _DAY = 24 * 3600  # seconds
 
 
@@ -44,8 +44,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     nobody can divert what is written. Files that killed processes have left in the folder are removed.
     """
     remove_abandoned(path.parent)
-    unique = f"{os.getpid()}@{socket.gethostname()}.{secrets.token_hex(8)}"
-    temporary = path.with_name(f".{path.name[:100]}.{unique}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o666)
     try:
@@ -59,10 +58,15 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def temporary_name(name: str) -> str:
+    """Return an unpredictable name for a file that is later renamed to `name`; it states this process and host."""
+    return f".{name[:100]}.{os.getpid()}@{socket.gethostname()}.{secrets.token_hex(8)}.tmp"
+
+
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files of dead processes of this host, and those of other hosts after a day."""
     for file in folder.iterdir():
-        if match := _TEMPORARY.fullmatch(file.name):
+        if match := TEMPORARY_NAME.fullmatch(file.name):
             with contextlib.suppress(OSError):  # another process removes it too, or it is another user's
                 if _is_abandoned(file, int(match[1]), match[2]):
                     file.unlink()
