@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pty
+import pwd
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,3 +158,27 @@ def test_a_file_without_permission(zygote: Zygote, digits: Cache, tmp_path: Path
     for command, code, expected in commands:
         result = zygote.run(*command, obey=True)
         assert (result.code, result.lines) == (code, [f"Error: {expected}"])
+
+
+@pytest.mark.parametrize("home", [None, "/proc/none"])
+def test_without_a_home_folder(
+    tspipe: Tspipe, digits: Cache, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's user may have no entry in the password file, and a home folder that cannot be written."""
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for variable in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    url = f"file://{digits.path}"
+    result = tspipe("student", "--cache", url)
+    assert result.code == 1
+    assert result.error.startswith("There is no folder for copies of remote caches (")
+    assert result.error.endswith("). Name one: export XDG_CACHE_HOME=FOLDER")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
+    assert tspipe("diff", url, digits.path).out.endswith("They hold the same.\n")
+    assert tspipe("cache", "--dataset", "folder:~/photos").code == 1

@@ -134,8 +134,7 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
     `home` is the folder of all copies, by default `$XDG_CACHE_HOME/tspipe`. Raises as `pull`, except that an existing
     copy is returned if the remote cannot be reached.
     """
-    home = home or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tspipe"
-    path = home / hashlib.sha256(url.encode()).hexdigest()[:16] / file_name(url)
+    path = (home or _copies()) / hashlib.sha256(url.encode()).hexdigest()[:16] / file_name(url)
     record = path.with_suffix(".json")
     if path.exists() and _recorded(record, "copy") != _stamp(path):  # truncated or modified since
         with local_errors(path):
@@ -153,6 +152,18 @@ def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
         facts = {"url": without_secrets(url), "version": version, "copy": _stamp(path)}
         write_whole(record, json.dumps(facts).encode())
     return Fetched(path, "fetched" if pulled.new else "unchanged")
+
+
+def _copies() -> Path:
+    """Return the folder of all copies, and create it."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tspipe"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as problem:  # no home folder is a RuntimeError
+        raise CacheError(
+            f"There is no folder for copies of remote caches ({problem}). Name one: export XDG_CACHE_HOME=FOLDER"
+        ) from problem
+    return folder
 
 
 def carried(cache: Cache) -> list[str]:
