@@ -37,3 +37,13 @@ def test_the_message_is_the_first_line_of_any_error() -> None:
         run_probe(nn.Conv2d(1, 1, 3), "net", probe_images((3, 8, 8)))
     assert str(error.value).startswith("net does not take images of (3, 8, 8): Given groups=1, ")
     assert "\n" not in str(error.value)
+
+
+def test_a_probe_in_training_mode_leaves_statistics_as_they_are() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout()).eval()
+    before, state = {key: value.clone() for key, value in module.state_dict().items()}, torch.get_rng_state()
+    output = run_probe(module, "net", probe_images((3, 4, 4)), training=True)
+    assert (output == 0).any()
+    assert not module.training
+    assert all(before[key].equal(value) for key, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tspipe.errors import NetworkError
 from tspipe.models.output import Output
-from tspipe.models.probe import eval_mode, run_probe
+from tspipe.models.probe import check_trainable, eval_mode, run_probe
 
 
 class FeatureNet(nn.Module):
@@ -80,6 +80,7 @@ def student_of(module: nn.Module, name: str, width: int, num_classes: int, probe
         num_classes: c.
         probe: a small batch of images.
     """
+    check_trainable(module, name, probe)
     path, _ = last_linear(module, name, probe)
     parent_path, _, last = path.rpartition(".")
     parent = module.get_submodule(parent_path)

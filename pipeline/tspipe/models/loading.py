@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tspipe.errors import NetworkError
 from tspipe.models import networks
@@ -29,10 +30,26 @@ class NetworkSpec(NamedTuple):
         options = {key: value for key, value in self.options.items() if key != "input_shape"}
         return networks.build(self.name, self.num_classes, self.input_shape, options)
 
+    def build_on_meta(self) -> nn.Module:
+        """Build the network without memory for its weights."""
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except (NetworkError, NotImplementedError, RuntimeError):  # RegNet computes its widths with tensors
+            with _WeightsOnMeta():
+                return self.build()
+
     def count_parameters(self) -> int:
-        """Return the number of the network's parameters, without allocating them."""
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.build().parameters())
+        """Return the number of the network's parameters."""
+        return sum(parameter.numel() for parameter in self.build_on_meta().parameters())
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Creates on the meta device what layers create their weights with, and other tensors on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = {"device": "meta"} if function in (torch.empty, torch.zeros, torch.ones) else {}
+        return function(*args, **{**(kwargs or {}), **on_meta})
 
 
 def adapt(spec: NetworkSpec, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,9 +63,8 @@ def adapt(spec: NetworkSpec, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
         prefix = next((wrapper for wrapper in _WRAPPERS if all(key.startswith(wrapper) for key in tensors)), None)
         if not (tensors and prefix):
             return state, options
-        with torch.device("meta"):
-            if state.keys() & spec._replace(options=options).build().state_dict().keys():
-                return state, options
+        if state.keys() & spec._replace(options=options).build_on_meta().state_dict().keys():
+            return state, options
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
@@ -63,8 +79,7 @@ def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) 
     """
     tensors, options = adapt(spec, tensors)
     spec = spec._replace(options=options)
-    with torch.device("meta"):
-        check_fit(spec.build(), tensors, spec.name, source)
+    check_fit(spec.build_on_meta(), tensors, spec.name, source)
     module = spec.build()
     load_into(module, tensors, spec.name, source)
     return module, options
@@ -73,8 +88,9 @@ def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:
     """Copy weights into a module. Raises NetworkError if they do not fit; see `check_fit`."""
     check_fit(module, tensors, network, source)
-    counters = {key: value for key, value in module.state_dict().items() if key.endswith(_COUNTER)}
-    module.load_state_dict({**counters, **tensors})
+    state = module.state_dict()  # it has the counters, and the versions of layers as metadata
+    state.update(tensors)
+    module.load_state_dict(state)
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, source: str) -> None:

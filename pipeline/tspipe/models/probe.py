@@ -34,14 +34,28 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def run_probe(module: nn.Module, name: str, images: Tensor) -> Any:
-    """Return the output of a network for images (n, C, H, W), in eval mode; `name` is its name in an error.
+def run_probe(module: nn.Module, name: str, images: Tensor, *, training: bool = False) -> Any:
+    """Return the output of a network for images (n, C, H, W), in eval or training mode.
 
-    Raises NetworkError where the network does not take such images.
+    Raises NetworkError, with the network's `name`, where it does not take such images.
     """
+    statistics = [buffer.clone() for buffer in module.buffers()] if training else []
     try:
         with eval_mode(module):
-            return module(images)
+            output = module.train(training)(images)
+            for buffer, before in zip(module.buffers(), statistics, strict=False):
+                buffer.copy_(before)
+            return output
     except Exception as error:  # the type for images that do not fit differs from network to network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NetworkError(f"{name} does not take images of {tuple(images.shape[1:])}: {reason}") from error
+
+
+def check_trainable(module: nn.Module, name: str, images: Tensor) -> None:
+    """Raise NetworkError unless the network returns one tensor for images (n, C, H, W) in training mode, too."""
+    output = run_probe(module, name, images, training=True)
+    if not isinstance(output, Tensor):
+        raise NetworkError(
+            f"{name} returns a {type(output).__name__} in training mode, not one tensor of logits. Leave out its "
+            "auxiliary heads, as torchvision's option aux_logits=false does."
+        )

@@ -16,7 +16,7 @@ from tspipe.data.image_loader import ImageLoader, input_shape
 from tspipe.data.preprocess import shift_and_flip
 from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import feature_net, loading, networks, weights
-from tspipe.models.probe import probe_images
+from tspipe.models.probe import check_trainable, probe_images
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.training import training_data
@@ -220,6 +220,8 @@ def _build_network(
         tensors, options = loading.adapt(spec, start.tensors) if start else ({}, dict(settings.options))
         seed_torch(_SEED, "weights")
         network = networks.build(settings.network, spec.num_classes, shape, options)
+        if not hasattr(network, "losses"):
+            check_trainable(network, settings.network, probe_images(shape))
         if start:
             state = network.state_dict()
             completed = networks.complete(settings.network, tensors, state)

@@ -34,6 +34,7 @@ from tspipe.models.probe import probe_images, run_probe
 from tspipe.utils import plugins
 
 _TORCHVISION = "torchvision:"
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads that only training uses
 
 
 def names() -> list[str]:
@@ -83,6 +84,8 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
 def adapt(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors under the network's keys, and the build options that its keys imply."""
     function = _attribute(name, "adapt")
+    unused = _AUXILIARY.get(name.removeprefix(_TORCHVISION), ())
+    state = {key: value for key, value in state.items() if not key.startswith(unused)} if unused else state
     return function(state) if function else (state, {})
 
 
@@ -131,8 +134,9 @@ def _build_torchvision(
             f"{name} takes images of 3 channels, these have {input_shape[0]}. "
             f"tspipe's own networks take any number: {', '.join(names())}."
         )
+    defaults: dict[str, Any] = {"aux_logits": False, "init_weights": True} if model in _AUXILIARY else {}
     try:
-        return models.get_model(model, weights=None, num_classes=num_classes, **options)
+        return models.get_model(model, weights=None, num_classes=num_classes, **{**defaults, **options})
     except Exception as error:  # the type for a wrong option differs from network to network
         if not options:
             raise
