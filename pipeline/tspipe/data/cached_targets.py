@@ -13,19 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from tspipe.cache import Cache, Column, open_cache
+from tspipe.cache import Cache, Split, open_cache
 from tspipe.cache.layout import digest
 from tspipe.data.decode import to_pixels
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 
 _SAMPLE = 64  # images whose pixels are compared
-
-
-class _Opened(NamedTuple):
-    features: Column
-    logits: Column
-    labels: NDArray[np.int64]
 
 
 class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
@@ -74,7 +68,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         if check_pixels:
             _check_pixels(source, rows, cache, split)
         self._rows = None if np.array_equal(rows, np.arange(len(cache.split(split)))) else rows
-        self._opened: _Opened | None = _open(cache, split)
+        self._opened: Split | None = cache.split(split)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,7 +81,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         image, label = sample[0], sample[1]
         row = range(len(self))[index] if self._rows is None else int(self._rows[index])
         opened = self._open()
-        if self.check_labels and _number(label, index) != opened.labels[row]:
+        if self.check_labels and _class_number(label, index) != opened.labels[row]:
             raise CacheMismatch(
                 f"{self.path.name}: image {index} has label {label} in the dataset, {opened.labels[row]} in the cache "
                 f"(row {row}). Give the dataset the cache was made from, or check_labels=False."
@@ -95,19 +89,19 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         features, logits = (torch.from_numpy(column[row]).float() for column in (opened.features, opened.logits))
         return image, label, features, logits
 
-    def _open(self) -> _Opened:
+    def _open(self) -> Split:
         if self._opened is None:  # in a worker that was not forked
             cache = open_cache(self.path)
             if cache.id != self.id:
                 raise CacheMismatch(f"{self.path} was replaced by another cache meanwhile. Start again.")
-            self._opened = _open(cache, self.split)
+            self._opened = cache.split(self.split)
         return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
 
-def _number(label: Any, index: int) -> int:
+def _class_number(label: Any, index: int) -> int:
     try:
         if isinstance(label, str | bytes):
             raise TypeError
@@ -117,11 +111,6 @@ def _number(label: Any, index: int) -> int:
             f"The label of image {index} is no class number, so it cannot be compared with the cache's. Where that is "
             "meant: CachedTargets(…, check_labels=False)"
         ) from problem
-
-
-def _open(cache: Cache, split: str) -> _Opened:
-    rows = cache.split(split)
-    return _Opened(rows.features, rows.logits, rows.labels)
 
 
 class _Source(NamedTuple):
@@ -206,12 +195,13 @@ def _keys(dataset: Any) -> list[str] | None:
 
 def _check_pixels(source: _Source, rows: NDArray[np.int64], cache: Cache, split: str) -> None:
     """Compare the pixels of a random sample with those that the teacher saw; raise CacheMismatch if they differ."""
+    readers = [_reader(base) for base in source.bases]
     chosen = np.sort(np.random.default_rng().choice(len(rows), min(_SAMPLE, len(rows)), replace=False))
     for i, stored in zip(chosen, cache.split(split).digests.take(rows[chosen]), strict=True):
-        base = source.bases[source.base[i]]
-        reader = _reader(base)
-        if reader is not None and digest(reader(int(source.position[i]))) != stored.tobytes():
-            remedy = "ImageFolder(…, loader=tspipe.load_image)" if hasattr(base, "loader") else "check_pixels=False"
+        read = readers[source.base[i]]
+        if read is not None and digest(read(int(source.position[i]))) != stored.tobytes():
+            decoded = hasattr(source.bases[source.base[i]], "loader")
+            remedy = "ImageFolder(…, loader=tspipe.load_image)" if decoded else "check_pixels=False"
             raise CacheMismatch(
                 f"{cache.path.name}: image {i} has other pixels in the dataset than the teacher saw. If the file is "
                 f"the same, it is decoded differently: use {remedy}"

@@ -233,7 +233,8 @@ def test_class_without_images(root, capsys):
     for split in ("train", "test"):
         shutil.rmtree(root / split / "dog")
         (root / split / "dog").mkdir()
-        (root / split / "dog/1.heic").touch()
+        for name in ("dog/1.heic", "cat/2.heic"):
+            (root / split / name).touch()
     with pytest.raises(DatasetError) as problem:
         folder.load(root, "train")
     assert str(problem.value) == f"{root}/train/dog holds no images that Pillow decodes: 1 × .heic."
@@ -242,7 +243,7 @@ def test_class_without_images(root, capsys):
     folder.load(root, "test")
     remarks = [
         f"{root}/test/dog holds no images that Pillow decodes: 1 × .heic.",
-        f"{root}/test: files are left out: 1 × .heic.",
+        f"{root}/test: files are left out: 2 × .heic.",
     ]
     assert capsys.readouterr().err.splitlines() == remarks, "each remark is made once"
     shutil.rmtree(root / "test/cat")

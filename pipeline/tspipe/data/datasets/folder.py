@@ -38,9 +38,10 @@ def load(root: Path, split: str) -> Images:
     for name, class_folder in _classes(folder).items():
         if name not in number:
             raise DatasetError(f"{folder / class_folder}: there is no class {name!r} in {train}.")
-        class_files = _files(folder, class_folder, left_out)
+        class_files, others = _files(folder, class_folder)
+        left_out += others
         if not class_files:
-            empty = f"{folder / class_folder} holds no images that Pillow decodes{_list(left_out)}."
+            empty = f"{folder / class_folder} holds no images that Pillow decodes{_list(others)}."
             if split == "train":
                 raise DatasetError(empty)
             remark_once(empty, empty)
@@ -87,19 +88,19 @@ def _classes(folder: Path) -> dict[str, str]:
     return dict(sorted(classes.items()))
 
 
-def _files(folder: Path, class_folder: str, left_out: Counter[str]) -> list[str]:
-    """Return the image files of a class, relative to the split's folder, sorted by Unicode NFC; count other files."""
-    files = []
+def _files(folder: Path, class_folder: str) -> tuple[list[str], Counter[str]]:
+    """Return a class's image files, relative to the split's folder, sorted by Unicode NFC, and the counts of others."""
+    files, others = [], Counter[str]()
     for path in _walk(folder / class_folder):
         if decode.has_image_extension(path):
             files.append(f"{class_folder}/{path}")
         else:
-            left_out[PurePath(path).suffix.lower() or "without an extension"] += 1
+            others[PurePath(path).suffix.lower() or "without an extension"] += 1
     try:
         _utf8("\n".join(files))
     except UnicodeDecodeError:
         raise DatasetError(f"{str(folder / class_folder)!a} holds a name that is not UTF-8. Rename it.") from None
-    return sorted(files, key=lambda path: normalize("NFC", path))
+    return sorted(files, key=lambda path: normalize("NFC", path)), others
 
 
 def _utf8(name: str) -> str:
