@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tspipe.cli import cache, share, student, teacher
+from tspipe.cli import cache, deploy, share, student, teacher
 from tspipe.errors import OtherProcessFailed, TspipeError, is_out_of_memory
 from tspipe.utils.console import printable
 
@@ -55,6 +55,7 @@ def _options(
 for panel, commands in {
     "Train": (teacher.teacher, cache.cache, student.student),
     "Feature caches": (cache.info, cache.verify, cache.diff, share.push, share.pull),
+    "Students in use": (deploy.export,),
     "Results": (student.report, student.reproduce, student.bench),
 }.items():
     for command in commands:

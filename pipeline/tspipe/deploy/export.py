@@ -1,0 +1,187 @@
+"""Export of a student to a file that runs without tspipe; the file is run before it gets its name."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tspipe.data.preprocess import Preprocess
+from tspipe.deploy.fold import count_parameters, fold
+from tspipe.deploy.formats import FORMATS, Files, Run, check_installed, quiet
+from tspipe.deploy.labelled_images import LabelledImages
+from tspipe.deploy.student import Student, last_rows
+from tspipe.errors import NetworkError
+from tspipe.models.probe import probe_images
+from tspipe.utils.files import write_whole, writing
+from tspipe.utils.progress import progress
+
+_TOLERANCE = 1e-3  # max|Δ| / max|output|
+_BATCH = 64
+_RANDOM_IMAGES = 16
+
+
+class WithPreprocessing(nn.Module):
+    """A network with normalisation before it and softmax after it.
+
+    Maps images (n, H, W, C) uint8, resized and cropped, to probabilities (n, c).
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess):
+        super().__init__()
+        self.network = network
+        mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", mean / std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (n, H, W, C) uint8 to probabilities (n, c)."""
+        pixels = images.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+        return self.network(pixels * self.scale - self.shift).softmax(1)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An export compared with its student on the same images.
+
+    Attributes:
+        images: how many.
+        real: whether they are test images, and not random pixels.
+        difference: max|Δ| of the output, logits or probabilities.
+        relative: the same, by the largest |output|.
+        accuracy: the export's on the test split; None for random pixels.
+        student_accuracy: the student's on the same images.
+    """
+
+    images: int
+    real: bool
+    difference: float
+    relative: float
+    accuracy: float | None
+    student_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that was exported, its size in bytes, its number of weights, and how it compares with the student."""
+
+    path: Path
+    size: int
+    parameters: int
+    comparison: Comparison
+
+
+def export(student: Student, format_: str, out: Path, test: LabelledImages | None, *, uint8: bool = False) -> Export:
+    """Export a student, folded, to a file that takes batches of any size.
+
+    Args:
+        format_: one of `FORMATS`.
+        test: the images to compare the file with the student on; None for random pixels.
+        uint8: put normalisation and softmax into the file: images (n, H, W, C) uint8 in, probabilities out. Otherwise
+            normalised images (n, C, H, W) float32 in, logits out.
+
+    Raises NetworkError if a package is missing, the network cannot be exported, or the file's output differs from the
+    student's by more than 1e-3, max|Δ| / max|output|; then nothing is written.
+    """
+    check_installed(format_)
+    module = fold(student)
+    parameters = count_parameters(module)
+    if uint8:
+        module = WithPreprocessing(module, student.preprocess).eval()
+    example = _inputs(student, (probe_images(student.facts.input_shape) * 255).to(torch.uint8), uint8)
+    files = FORMATS[format_].write(_trace(module, example, student.name), _metadata(student, uint8))
+    comparison = _compare(FORMATS[format_].load(files), student, test, uint8)
+    if not comparison.relative <= _TOLERANCE:
+        raise NetworkError(
+            f"The {format_} file of {student.name} computes other {_output(uint8)} than the student, by up to "
+            f"{comparison.relative:.2g} of the largest, so it is not written."
+        )
+    _write(out, files)
+    return Export(out, len(files.data), parameters, comparison)
+
+
+def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.ExportedProgram:
+    batch = ({0: torch.export.Dim("batch")},)
+    try:
+        with quiet():
+            program = torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
+    except Exception as error:  # tracing runs the network's code, which can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        call = str(error).partition("The following call raised this error:\n")[2].splitlines()[:2]
+        location = f" ({call[1].strip()} in {call[0].strip().partition(', ')[2]})" if len(call) == 2 else ""
+        raise NetworkError(
+            f"{name} cannot be exported: {reason.rstrip('.')}{location}. Its safetensors file works with tspipe: "
+            "tspipe.load_student(FILE)"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    program.example_inputs = None
+    return program
+
+
+def _metadata(student: Student, uint8: bool) -> dict[str, str]:
+    facts = student.facts.model_dump(mode="json", include={"classes", "options", "preprocess", "input_shape"})
+    row = last_rows(student.path.parent).get(student.name, {})
+    return {
+        **{name: json.dumps(value, sort_keys=True) for name, value in facts.items()},
+        "arm": student.facts.arm,
+        "cache": student.facts.cache,
+        "network": student.facts.network,
+        "name": student.name,
+        "input": "(n, H, W, C) uint8, resized and cropped" if uint8 else "(n, C, H, W) float32, preprocessed",
+        "output": _output(uint8),
+        **({"test_accuracy": repr(row["test_accuracy"])} if "test_accuracy" in row else {}),
+    }
+
+
+def _output(uint8: bool) -> str:
+    return "probabilities" if uint8 else "logits"
+
+
+def _inputs(student: Student, pixels: Tensor, uint8: bool) -> Tensor:
+    """Return what the exported file takes for images (n, C, H, W) uint8."""
+    return pixels.permute(0, 2, 3, 1).contiguous() if uint8 else student.preprocess.normalise(pixels).contiguous()
+
+
+def _compare(run: Run, student: Student, test: LabelledImages | None, uint8: bool) -> Comparison:
+    """Run the export and the student on all test images, or on random pixels, in batches of different sizes."""
+    difference = largest = 0.0
+    count, correct, student_correct = 0, 0, 0
+    total = len(test.labels) if test else _RANDOM_IMAGES + 1
+    with progress("checking the export", total, "images") as advance, torch.inference_mode():
+        for pixels, labels in test.batches(_BATCH) if test else _random(student.facts.input_shape):
+            expected = student(student.preprocess.normalise(pixels))
+            expected = (expected.softmax(1) if uint8 else expected).numpy()
+            output = run(_inputs(student, pixels, uint8).numpy())
+            if output.shape != expected.shape:
+                raise NetworkError(f"The export returns {output.shape}, and the student {expected.shape}.")
+            difference = float(np.maximum(difference, np.abs(output - expected).max()))  # a NaN stays
+            largest = max(largest, float(np.abs(expected).max()))
+            count += len(pixels)
+            correct += int((output.argmax(1) == labels.numpy()).sum())
+            student_correct += int((expected.argmax(1) == labels.numpy()).sum())
+            advance(len(pixels), "checking the export")
+    accuracies = (correct / count, student_correct / count) if test else (None, None)
+    return Comparison(count, test is not None, difference, difference / max(largest, 1e-12), *accuracies)
+
+
+def _random(input_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of random pixels, one of a single image, with labels that mean nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (_RANDOM_IMAGES, 1):
+        pixels = torch.randint(0, 256, (count, *input_shape), dtype=torch.uint8, generator=generator)
+        yield pixels, torch.zeros(count, dtype=torch.int64)
+
+
+def _write(out: Path, files: Files) -> None:
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if files.source:
+        write_whole(out.with_suffix(".py"), files.source.encode())
+    write_whole(out, files.data)
