@@ -1,15 +1,19 @@
 """Files are whole or not there, and what a killed process leaves is removed."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tspipe.errors import CacheBusy
-from tspipe.utils.files import lock, write_whole
+from tspipe.errors import CacheBusy, TspipeError
+from tspipe.utils import files
+from tspipe.utils.files import lock, open_without_links, write_whole
+from tspipe.utils.reading import read_file
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
@@ -35,6 +39,48 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     (tmp_path / "x.lock").symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"), lock(tmp_path / "x", CacheBusy):
+    with pytest.raises(CacheBusy) as refused, lock(tmp_path / "x", CacheBusy):
+        pass
+    assert str(refused.value) == (
+        f"{tmp_path}/x.lock cannot be written: it is a link to another file. What is already there is kept: run the "
+        "same command again when this is put right."
+    )
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("plant", [Path.symlink_to, Path.hardlink_to], ids=["symbolic", "hard"])
+def test_a_planted_link_is_never_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path, Path], None]
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 16)
+    temporary = tmp_path / f".x.{os.getpid()}@{socket.gethostname()}.{'0' * 16}.tmp"
+    plant(temporary, victim)
+    with pytest.raises(TspipeError):
+        write_whole(tmp_path / "x", b"data")
+    plant(tmp_path / "y", victim)
+    with pytest.raises(OSError, match=r"link|second name"):
+        open_without_links(tmp_path / "y", os.O_RDWR)
+    plant(tmp_path / "z.lock", victim)
+    with contextlib.suppress(CacheBusy), lock(tmp_path / "z", CacheBusy):
         pass
     assert victim.read_bytes() == b"precious"
+
+
+def test_a_lock_removes_what_a_dead_process_left_in_the_folder(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    name = f".summary.json.{process.pid}@{socket.gethostname()}.0123456789abcdef.tmp"
+    (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "run.lock").write_text("process 1 on elsewhere")
+    with lock(tmp_path / "run", CacheBusy):
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        assert (tmp_path / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(tmp_path / "pipe")

@@ -35,9 +35,13 @@ class OpenFile:
             try:
                 self._descriptor = self._open()
             except OSError as problem:
-                raise CacheError(f"{self.path} can no longer be read ({problem.strerror}).") from problem
+                raise self.unreadable(problem) from problem
             self.check_unchanged()
         return self._descriptor
+
+    def unreadable(self, problem: OSError) -> CacheError:
+        """Return the error of a failed read."""
+        return CacheError(f"{self.path} can no longer be read ({problem.strerror}). Check the disk, then run it again.")
 
     def check_unchanged(self) -> None:
         """Raise CacheError if the file was written to, or is another one, since it was opened first."""
@@ -125,8 +129,10 @@ class Column(Sequence[Any]):
             return np.take(self._contiguous(first, stop), rows - first, axis=0)
         descriptor, size = self.file.descriptor, self.row_bytes
         offsets = (rows.astype(np.int64, copy=False) * size + self.offset).tolist()
-        # pread is twice as fast as preadv, including the copy.
-        joined = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
+        try:  # pread is twice as fast as preadv, including the copy
+            joined = bytearray().join([os.pread(descriptor, size, offset) for offset in offsets])
+        except OSError as problem:
+            raise self.file.unreadable(problem) from problem
         if len(joined) != len(rows) * size:  # some reads were short
             return np.concatenate([self._contiguous(row, row + 1) for row in rows.tolist()])
         self.file.check_unchanged()
@@ -154,7 +160,10 @@ class Column(Sequence[Any]):
         buffer = memoryview(out.view(np.uint8).reshape(-1).data) if out.size else memoryview(b"")
         offset = self.offset + start * self.row_bytes
         while buffer:
-            done = os.preadv(self.file.descriptor, [buffer], offset)
+            try:
+                done = os.preadv(self.file.descriptor, [buffer], offset)
+            except OSError as problem:
+                raise self.file.unreadable(problem) from problem
             if done == 0:
                 raise CacheDamaged(f"{self.file.path} was truncated while it was read. Get the file again.")
             buffer, offset = buffer[done:], offset + done

@@ -5,6 +5,8 @@ or run filters. Therefore every HDF5 feature that the format does not use is ref
 then read by offset, without HDF5.
 """
 
+import errno
+import io
 import os
 import stat
 from dataclasses import dataclass
@@ -75,17 +77,42 @@ def _inspect(file: OpenFile, finished: bool, identified: bool) -> Structure:
     return Structure(decoded, dimensions, columns)
 
 
+class _Reader(io.RawIOBase):
+    """What h5py needs to read the file that is open, whatever file has its name now."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.position = descriptor, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset if whence == os.SEEK_SET else os.fstat(self.descriptor).st_size + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        if os.preadv(self.descriptor, [buffer], self.position) < len(buffer):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # h5py would use what is in the memory
+        return len(buffer)
+
+
 def _read_structure(file: OpenFile) -> dict[str, Column]:
     try:
-        hdf5 = h5py.File(f"/dev/fd/{file.descriptor}", "r", locking=False)  # the same file, whatever has its name now
+        hdf5 = h5py.File(_Reader(file.descriptor), "r", locking=False)
     except (OSError, RuntimeError, ValueError) as problem:
-        raise NotACache("it is truncated or not a valid HDF5 file.") from problem
+        raise _hdf5_error(problem, "it is truncated or not a valid HDF5 file.") from problem
     with hdf5:
         try:
             _check_attributes(hdf5)
             return _columns(hdf5, file)
         except _HDF5_ERRORS as problem:
-            raise NotACache(DAMAGED) from problem
+            raise _hdf5_error(problem, DAMAGED) from problem
+
+
+def _hdf5_error(problem: Exception, message: str) -> Exception:
+    """Return the error for an exception of h5py: that of the disk, or else that the file is none of the format."""
+    number = getattr(problem, "errno", None)
+    return OSError(number, os.strerror(number)) if number in (errno.EIO, errno.ESTALE) else NotACache(message)
 
 
 def _check_attributes(file: h5py.File) -> None:
@@ -120,7 +147,7 @@ def _columns(hdf5: h5py.File, file: OpenFile) -> dict[str, Column]:
         try:
             columns[label] = _column(hdf5, file, name)
         except _HDF5_ERRORS as problem:
-            raise NotACache(f"{label!r} is damaged, or extends beyond the end of the file.") from problem
+            raise _hdf5_error(problem, f"{label!r} is damaged, or extends beyond the end of the file.") from problem
     return columns
 
 

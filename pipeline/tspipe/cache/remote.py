@@ -126,6 +126,8 @@ class Remote:
             if self.web:
                 file: Any = WebFile(self.fs, self.path, start, stop)
             else:
+                if "file" in self.fs.protocol and Path(self.path).is_fifo():  # opening it would wait for its other end
+                    raise RemoteError(f"{self.shown} is a pipe, not a file.")
                 file = self.fs.open(self.path, "rb", cache_type="none")  # no read-ahead
                 file.seek(start)
         with contextlib.closing(file):

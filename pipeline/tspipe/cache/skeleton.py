@@ -1,5 +1,6 @@
 """The skeleton of a new cache: an HDF5 file with every dataset allocated and empty."""
 
+import errno
 import os
 
 import h5py
@@ -16,7 +17,11 @@ def write_skeleton(descriptor: int, dimensions: Dimensions, manifest: bytes, *, 
     """
     size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in dimensions.datasets().values())
     _reserve(descriptor, size + 2**20, sparse=sparse)  # h5py crashes if a write fails
-    offset = _create_datasets(f"/dev/fd/{descriptor}", dimensions)
+    try:
+        offset = _create_datasets(f"/dev/fd/{descriptor}", dimensions)
+    except (OSError, RuntimeError, ValueError, KeyError) as problem:  # h5py's exceptions for an error of the disk
+        number = getattr(problem, "errno", None) or errno.EIO
+        raise OSError(number, os.strerror(number)) from problem
     _reserve(descriptor, os.fstat(descriptor).st_size, sparse=sparse)
     os.pwrite(descriptor, manifest, offset)
     os.fsync(descriptor)

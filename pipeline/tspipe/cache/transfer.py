@@ -22,6 +22,7 @@ from tspipe.cache.remote import Advance, Remote, RemoteError, open_remote
 from tspipe.cache.verify import find_damage
 from tspipe.errors import CacheBusy, CacheDamaged, CacheError, CacheMismatch, NotACache
 from tspipe.utils.files import lock, open_without_links, sync_folder, write_at, write_whole
+from tspipe.utils.reading import read_file
 
 _CHUNK = 4 * 2**20
 _AGAIN = "Run the same command again; if that does not help, push the file again."
@@ -310,7 +311,7 @@ def _stamp(path: Path) -> list[int]:
 def _recorded(record: Path, what: str) -> Any:
     """Return what an earlier fetch recorded, or None."""
     try:
-        return json.loads(record.read_bytes())[what]
+        return json.loads(read_file(record))[what]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

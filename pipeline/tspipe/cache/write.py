@@ -22,7 +22,7 @@ from tspipe.cache.manifest import Manifest, as_plan, decode_manifest, describe_d
 from tspipe.cache.read import Split
 from tspipe.cache.skeleton import write_skeleton
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
-from tspipe.utils.files import lock, new_file, remove_abandoned, sync_folder, writing
+from tspipe.utils.files import lock, new_file, sync_folder, writing
 
 
 class CacheWriter:
@@ -60,7 +60,6 @@ class CacheWriter:
     def __enter__(self) -> Self:
         with self._stack, writing(self.part, CacheError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(self.path.parent)
             if not self._rank:
                 self._stack.enter_context(lock(self.path, CacheBusy))
             if self._rank or not self.part.exists():

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
     try:
         yield
     except OSError as problem:
+        why = "it is a link to another file" if problem.errno == errno.ELOOP else problem.strerror or problem
         raise error(
-            f"{path} cannot be written: {problem.strerror or problem}. "
+            f"{path} cannot be written: {why}. "
             "What is already there is kept: run the same command again when this is put right."
         ) from problem
 
@@ -95,15 +97,12 @@ def sync_folder(folder: Path) -> None:
 
 def open_without_links(path: Path, flags: int) -> int:
     """Open a file and return its descriptor. Raises OSError if it is a link, which somebody may have planted."""
-    message = "it is a link, which may lead to another file; delete it"
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as problem:
-        raise OSError(problem.errno, message if problem.errno == errno.ELOOP else problem.strerror) from problem
-    if os.fstat(descriptor).st_nlink > 1:
-        os.close(descriptor)
-        raise OSError(errno.ELOOP, message)
-    return descriptor
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    status = os.fstat(descriptor)
+    if status.st_nlink == 1 and stat.S_ISREG(status.st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file, or has a second name")
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
@@ -118,35 +117,48 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
     """Hold `<path>.lock`, which names the holder's process and host; raise `error` if another process holds it.
 
-    The operating system releases the lock when its process dies, so a stale file blocks no process.
+    The operating system releases the lock when its process dies, so a stale file blocks no process. The holder removes
+    what killed processes have left in the folder.
     """
     name = path.with_name(path.name + ".lock")
-    # Only a new file is written to: in a folder that is writable for all, an existing one may be a planted link.
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    while True:
+    with writing(name, error):
+        while (descriptor := _create_lock(name)) is None:
+            pass
+        if isinstance(descriptor, str):
+            raise error(f"{path} is being written by {descriptor}. Wait for it to end, or stop it.")
+    try:
+        remove_abandoned(path.parent)
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _create_lock(name: Path) -> int | str | None:
+    """Return the descriptor of a new lock file, the holder of an existing one, or None if that one has just ended.
+
+    Only a new file is written to: in a folder that is writable for all, an existing one may be a planted link.
+    """
+    flags, new = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, True
+    try:
+        descriptor = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
         try:
-            descriptor, new = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o666), True
-        except FileExistsError:
-            try:
-                descriptor, new = os.open(name, flags), False
-            except FileNotFoundError:  # its holder has just removed it
-                continue
+            descriptor, new = os.open(name, flags), False
+        except FileNotFoundError:
+            return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
-                raise error(f"{path} is being written by {holder}. Wait for it to end, or stop it.") from None
-            if not (name.exists() and os.path.samestat(os.fstat(descriptor), name.stat())):
-                continue  # the last holder removed the file between the open and the lock
-            if not new:  # its holder has died
-                name.unlink()
-                continue
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            try:
-                yield
-            finally:
-                name.unlink(missing_ok=True)
-            return
-        finally:
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+        # The last holder may have removed the file between the open and the lock.
+        if not (name.exists() and os.path.samestat(os.fstat(descriptor), name.lstat())):
+            return None
+        if not new:  # its holder has died
+            name.unlink()
+            return None
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        stack.pop_all()
+        return descriptor
