@@ -108,7 +108,7 @@ def test_a_read_only_folder(zygote: Zygote, digits: Cache, teacher: Path, tmp_pa
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     for arguments, name in (
-        (stage_one(teacher, locked / "digits.h5"), "digits.h5.part"),
+        (stage_one(teacher, locked / "digits.h5"), "digits.h5.lock"),
         (stage_two(digits.path, locked / "run"), "run"),
     ):
         run = zygote.run(*arguments, obey=True)
