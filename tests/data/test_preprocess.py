@@ -131,7 +131,7 @@ def test_a_pillow_image_without_an_agreed_range(dtype: type) -> None:
         Preprocess((0.5,), (0.5,))(Image.fromarray(np.full((4, 4), 300, dtype)))
     mode = "I" if dtype == np.int32 else "F"
     assert str(refused.value).startswith(
-        f"An image of Pillow's mode {mode} cannot be converted: signed, 32-bit and floating-point pixels"
+        f"A Pillow image of mode {mode} cannot be converted: signed, 32-bit and floating-point pixels"
     )
 
 

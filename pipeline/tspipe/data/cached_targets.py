@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -15,7 +15,6 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from tspipe.cache import Cache, Split, open_cache
 from tspipe.cache.layout import digest
-from tspipe.data.decode import to_pixels
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 
@@ -154,21 +153,22 @@ def _rows(source: _Source, cache: Cache, split: str, keys: Sequence[str] | None)
         if any(base_keys is None for base_keys in keys_of_bases):
             raise DatasetError("Some of the concatenated datasets have keys and some have not. Give all: keys=[…]")
         known_keys = [base_keys or [] for base_keys in keys_of_bases]
-        keys = [known_keys[base][i] for base, i in zip(source.base, source.position, strict=True)]
+        image_keys = [known_keys[base][i] for base, i in zip(source.base, source.position, strict=True)]
         same_base = np.array([[a is b for a in source.bases] for b in source.bases]).argmax(1)
         images = np.stack([same_base[source.base], source.position])  # a `Subset` may have an image several times
-        _check_unique("The dataset", [keys[i] for i in np.unique(images, axis=1, return_index=True)[1]])
+        _check_unique("The dataset", [image_keys[i] for i in np.unique(images, axis=1, return_index=True)[1]])
     elif len(keys) != len(source.position):
         raise DatasetError(f"{len(keys):,} keys for {len(source.position):,} images.")
     else:
-        _check_unique("The dataset", keys)
-    stored_keys = [normalize("NFC", key.decode("utf-8", "replace")) for key in stored.keys.load().tolist()]
+        image_keys = _normalise(keys)
+        _check_unique("The dataset", image_keys)
+    stored_keys = _normalise(key.decode("utf-8", "replace") for key in stored.keys.load().tolist())
     _check_unique(name, stored_keys)
     row_of = {key: row for row, key in enumerate(stored_keys)}
-    rows = [row_of.get(normalize("NFC", key), -1) for key in keys]
+    rows = [row_of.get(key, -1) for key in image_keys]
     if -1 in rows:
         i = rows.index(-1)
-        raise CacheMismatch(f"{name} has no {split} image {keys[i]!r}, which the dataset has at index {i}.")
+        raise CacheMismatch(f"{name} has no {split} image {image_keys[i]!r}, which the dataset has at index {i}.")
     return np.array(rows, np.int64)
 
 
@@ -186,11 +186,16 @@ def _keys(dataset: Any) -> list[str] | None:
     """Return a dataset's keys; those of torchvision's `ImageFolder` are the paths below its root, as for `folder`."""
     keys = getattr(dataset, "keys", None)
     if keys is not None and not callable(keys):
-        return [str(key) for key in keys]
+        return _normalise(map(str, keys))
     root, samples = getattr(dataset, "root", None), getattr(dataset, "samples", None)
     if root is None or not samples or not isinstance(samples[0][0], str):
         return None
-    return [PurePath(os.path.relpath(path, Path(root))).as_posix() for path, _ in samples]
+    return _normalise(PurePath(os.path.relpath(path, Path(root))).as_posix() for path, _ in samples)
+
+
+def _normalise(keys: Iterable[str]) -> list[str]:
+    """Return keys in Unicode NFC, the form of the keys in a cache."""
+    return [normalize("NFC", key) for key in keys]
 
 
 def _check_pixels(source: _Source, rows: NDArray[np.int64], cache: Cache, split: str) -> None:
@@ -212,13 +217,9 @@ def _reader(dataset: Any) -> Callable[[int], NDArray[np.uint8]] | None:
     """Return a function that gives the pixels (H, W, C) of image i before any transform, if the dataset shows them."""
     if callable(loader := getattr(dataset, "loader", None)) and getattr(dataset, "samples", None):
         transform = getattr(dataset, "transform", None)
-
-        def load(index: int) -> NDArray[np.uint8]:
-            image = loader(dataset.samples[index][0])
-            # Preprocess rotates an image that was not rotated, and no other transform does.
-            return to_pixels(image) if isinstance(transform, Preprocess) else np.asarray(image)
-
-        return load
+        # Preprocess rotates an image that was not rotated, and no other transform does.
+        to_array = transform.to_array if isinstance(transform, Preprocess) else np.asarray
+        return lambda index: to_array(loader(dataset.samples[index][0]))
     data = getattr(dataset, "data", None)
     if not isinstance(data, np.ndarray | Tensor) or len(data) != len(dataset) or not 3 <= data.ndim <= 4:
         return None

@@ -134,21 +134,21 @@ class Preprocess:
         """
         import torch
 
+        pixels = np.array(self.apply(self.to_array(image)))  # a copy, since PyTorch warns of read-only memory
+        return self.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
+
+    def to_array(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return an image as (H, W, C) uint8; Pillow's has three channels, or one if it is grey and so is the input."""
         if isinstance(image, Image.Image):
             try:
                 pixels = to_pixels(image)
             except ValueError as problem:
-                raise DatasetError(
-                    f"An image of Pillow's mode {image.mode} cannot be converted: {problem}."
-                ) from problem
-            pixels = pixels[:, :, :1] if Image.getmodebase(image.mode) == "L" else pixels
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-            pixels = image.reshape(*image.shape[:2], -1)
-        else:
-            kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise DatasetError(f"Preprocess takes a Pillow image or a uint8 array of shape (H, W, C), not {kind}.")
-        pixels = np.array(self.apply(pixels))  # a copy, since PyTorch warns of read-only memory
-        return self.normalise(torch.from_numpy(pixels).permute(2, 0, 1))
+                raise DatasetError(f"A Pillow image of mode {image.mode} cannot be converted: {problem}.") from problem
+            return pixels[:, :, :1] if self.channels == 1 and Image.getmodebase(image.mode) == "L" else pixels
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+            return image.reshape(*image.shape[:2], -1)
+        kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DatasetError(f"Preprocess takes a Pillow image or a uint8 array of shape (H, W, C), not {kind}.")
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise (n, C, H, W) uint8, or float32 in [0, 1], to float32 of the same shape."""

@@ -122,6 +122,8 @@ ARRAY = "Return a uint8 array of shape (2, H, W, C), or None."
         ({"keys": ["a", 7]}, f"keys[1] is 7. {STR}"),
         ({"keys": ["a", "a"]}, "'a' occurs 2 times in keys. Return each once."),
         ({"keys": ["\u00e9", "e\u0301"]}, "'é' occurs 2 times in keys. Return each once."),
+        ({"keys": ["a", "b\0"]}, "keys[1] is 'b\\x00'. Return names that are UTF-8, without NUL."),
+        ({"keys": ["\udcff", "b"]}, "keys[0] is '\\udcff'. Return names that are UTF-8, without NUL."),
         ({"keys": None}, f"keys is NoneType. {STR}"),
         ({"keys": "ab"}, f"keys is str. {STR}"),
         ({"classes": []}, "there are no classes. Return at least one."),

@@ -224,6 +224,8 @@ def _check_names(where: str, field: str, names: Any) -> list[str]:
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise DatasetError(f"{where}: {field}[{index}] is {name!r}. Return a sequence of str.")
+        if "\0" in name or name != name.encode(errors="ignore").decode():  # a cache stores UTF-8, padded with NUL
+            raise DatasetError(f"{where}: {field}[{index}] is {name!a}. Return names that are UTF-8, without NUL.")
     normalised = [normalize("NFC", name) for name in names]
     if not normalised:
         raise DatasetError(f"{where}: there are no {field}. Return at least one.")
