@@ -104,6 +104,23 @@ def test_fine_tuning_keeps_all_but_the_head(tspipe: Callable, tmp_path: Path) ->
             torch.testing.assert_close(result[name], value, atol=1e-6, rtol=1e-6)
 
 
+def test_weights_for_other_classes_are_refused(tspipe: Callable, tmp_path: Path) -> None:
+    make_folder(tmp_path / "shapes")
+    torch.manual_seed(0)
+    weights.save(tmp_path / "w.safetensors", networks.build("lenet5", 2, (3, 16, 16)), {"classes": '["a", "c"]'})
+    flags = ("cache", "--dataset", "folder:shapes", "--teacher", "lenet5", "--weights", "w.safetensors")
+    refused = tspipe(*flags)
+    assert refused.code == 1
+    assert refused.error == (
+        "w.safetensors was trained for other classes: class 1 is 'c' in place of 'b' of folder:shapes. Fine-tune it "
+        "(tspipe teacher --dataset folder:shapes --weights w.safetensors), or use it as it is: --set "
+        "teacher.any_classes=true"
+    )
+    made = tspipe(*flags, "--set=teacher.any_classes=true")
+    assert made.code == 0, made.err
+    assert "one that always names the most frequent class may reach" in made.err
+
+
 def test_info(tspipe: Callable, digits: Cache) -> None:
     shown = tspipe("info", digits.path)
     lines = [line.rstrip() for line in shown.out.splitlines()]

@@ -7,7 +7,10 @@ import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from forging import move, overwrite, resize, stretch
 from pets import CLASSES, plan, write
-from tspipe.cache import open_cache
+from tspipe.cache import Cache, open_cache
 from tspipe.errors import CacheDamaged, CacheMismatch, NetworkError, TspipeError
 from tspipe.models import feature_net, loading, networks, teacher
 from tspipe.recipes import load as recipes
@@ -246,3 +249,25 @@ def test_weights_of_a_tebibyte_of_holes_are_not_read(tmp_path: Path) -> None:
         NetworkError, teacher.load_teacher, open_cache(path), recipes.load("digits"), SHAPE, torch.device("cpu")
     )
     assert message == f"{SOURCE} take 1,099,511,627,776 bytes, more than the 14,946 weights of lenet5 need."
+
+
+def test_chance_is_the_largest_class_and_two_deviations() -> None:
+    assert teacher.chance(np.array([0] * 30 + [1] * 70)) == pytest.approx(0.7 + 2 * (0.7 * 0.3 / 100) ** 0.5)
+    assert teacher.chance(np.zeros(5, dtype=np.int64)) == 1
+
+
+def test_a_teacher_no_better_than_chance_is_remarked_on(digits: Cache) -> None:
+    assert teacher.accuracy_warning(digits) is None
+    cache = SimpleNamespace(
+        train=SimpleNamespace(labels=np.array([0, 1] * 40)),
+        test=SimpleNamespace(labels=np.array([0, 1] * 10)),
+        manifest={"teacher": {"correct": {"train": 50, "test": 10}}},
+    )
+    warning = teacher.accuracy_warning(cast(Cache, cache))
+    assert warning is not None
+    assert warning.startswith(
+        "The teacher classifies 60.00 % of the images as labelled; one that always names the most frequent class may "
+        "reach 60.00 % by chance. "
+    )
+    cache.manifest["teacher"]["correct"]["test"] = 11
+    assert teacher.accuracy_warning(cast(Cache, cache)) is None

@@ -290,6 +290,34 @@ def test_a_checkpoint_that_contains_itself(tmp_path, state):
     assert equal(weights.read(tmp_path / "w.pt").tensors, state)
 
 
+# Classes
+
+
+def of_classes(classes):
+    return weights.Weights({}, {} if classes is None else {"classes": classes}, "", "w.pt")
+
+
+@pytest.mark.parametrize("classes", [None, "", "3", "[" * 10_000, '["cat", "dog"]'])
+def test_classes_that_are_equal_or_not_known(classes):
+    weights.check_classes(of_classes(classes), ("cat", "dog"), "pets")
+
+
+@pytest.mark.parametrize(
+    ("classes", "difference"),
+    [
+        (["cat", "cow"], "class 1 is 'cow' in place of 'dog'"),
+        (["dog", "cat"], "class 0 is 'dog' in place of 'cat'"),
+        (["cat"], "it has 1 classes in place of the 2"),
+        ([1, "dog"], "class 0 is 1 in place of 'cat'"),
+    ],
+)
+def test_other_classes(classes, difference):
+    assert error_message(weights.check_classes, of_classes(json.dumps(classes)), ("cat", "dog"), "folder:my pets") == (
+        f"w.pt was trained for other classes: {difference} of folder:my pets. Fine-tune it (tspipe teacher --dataset "
+        "'folder:my pets' --weights w.pt), or use it as it is: --set teacher.any_classes=true"
+    )
+
+
 # Writing
 
 

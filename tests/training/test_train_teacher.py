@@ -9,10 +9,11 @@ import pytest
 from conftest import Zygote
 from shared import TEACHER, make_folder
 from tspipe.data import datasets
-from tspipe.errors import DatasetError, TrainingError
+from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import weights
+from tspipe.models.teacher import chance
 from tspipe.recipes import load
-from tspipe.training import checkpoint, teacher_weights, training_data
+from tspipe.training import checkpoint, teacher_weights
 from tspipe.training.train_teacher import TeacherConfig, checkpoint_path, train_teacher
 
 
@@ -116,7 +117,11 @@ def test_a_teacher_is_reused_only_for_its_data(tmp_path: Path) -> None:
     assert refusal() == f"{out} was trained on other data: the images or labels {remedy}"
     for split in ("train", "test"):
         (folder / split / "a").rename(folder / split / "ant")
-    assert refusal() == f"{out} was trained on other data: the class names ('a' there and 'ant' here) {remedy}"
+    difference = "class 0 is 'a' in place of 'ant' of this dataset"
+    assert refusal() == (
+        f"{out} was trained on other data: {difference}. {remedy.removeprefix('differ. ')} "
+        "--set teacher.any_classes=true"
+    )
     assert train_teacher(replace(trained_on(folder, out), force=True)).path == out
 
 
@@ -140,4 +145,14 @@ def test_a_teacher_that_has_learned_nothing_is_remarked_on(tmp_path: Path, capsy
     assert "The teacher has learned nothing: one that always names the most frequent class may reach 85.36 %" in (
         capsys.readouterr().err
     )
-    assert training_data.chance(datasets.open_dataset("digits").test) < 0.14
+    assert chance(datasets.open_dataset("digits").test.labels) < 0.14
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10_000, "3", '{"mean":[0],"std":[1],"resize":[1000000,1000000]}', '{"mean":[NaN]}']
+)
+def test_hostile_metadata_are_refused(text: str) -> None:
+    hostile = weights.Weights({}, {"preprocess": text}, "", "w.pt")
+    with pytest.raises(NetworkError) as error:
+        teacher_weights.recorded_settings(hostile)
+    assert str(error.value) == "w.pt: its metadata is damaged. Train the teacher again with `tspipe teacher`."

@@ -19,6 +19,8 @@ from pydantic import Field
 from tspipe.data.decode import to_pixels
 from tspipe.errors import DatasetError
 
+_LARGEST_SIDE = 4096  # pixels, as in a cache
+
 if TYPE_CHECKING:  # recipes describe preprocessing, and are listed without the seconds that importing torch takes
     import torch
     from torch import Tensor
@@ -60,6 +62,8 @@ class Preprocess:
             raise ValueError("std must be positive")
         if min(*(self.resize or (1, 1)), self.crop or 1) < 1:
             raise ValueError("resize and crop must be positive")
+        if max(*(self.resize or (1, 1)), self.crop or 1) > _LARGEST_SIDE:
+            raise ValueError(f"resize and crop must be at most {_LARGEST_SIDE} pixels")
 
     @property
     def channels(self) -> int:

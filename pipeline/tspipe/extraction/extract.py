@@ -23,12 +23,13 @@ from tspipe.extraction.blocks import Block, section_blocks
 from tspipe.models import loading, networks, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
+from tspipe.models.teacher import accuracy_warning
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.memory import keep_freed_memory
-from tspipe.utils.progress import Advance, progress, stderr_console
+from tspipe.utils.progress import Advance, progress, stderr_console, warn
 from tspipe.utils.threads import TimeBreakdown, background_writer
 
 
@@ -65,7 +66,10 @@ def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
     if group.rank:
         _write_part(job, group)
         return None
-    return _write_cache(job, group)
+    cache = _write_cache(job, group)
+    if warning := accuracy_warning(cache):
+        warn(warning)
+    return cache
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def _prepare(config: ExtractConfig) -> Job:
     use_full_precision()
     keep_freed_memory()
 
+    if not recipe.teacher.any_classes:
+        weights.check_classes(config.weights, dataset.train.classes, recipe.dataset)
     channels, height, width = input_shape(dataset.train, recipe.preprocess)
     shape = channels, height, width
     spec = loading.NetworkSpec(name, len(dataset.train.classes), shape, recipe.teacher.options)

@@ -1,6 +1,8 @@
 """The teacher of a cache: built from the weights in the file, and compared with the file's rows."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tspipe.cache import Cache
@@ -108,6 +110,25 @@ def draws_at_random(teacher: FeatureNet, images: Tensor) -> bool:
     """Return whether the teacher's features differ from run to run, as with NTS-Net's `always_dropout`."""
     first, second = (run_teacher(teacher, images).features for _ in range(2))
     return bool((first - second).abs().max() > ROUNDING * first.abs().max())
+
+
+def chance(labels: NDArray[np.int64]) -> float:
+    """Return the accuracy that a constant answer may reach: the largest class's share, and two standard deviations."""
+    share = np.bincount(labels).max() / len(labels)
+    return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))
+
+
+def accuracy_warning(cache: Cache) -> str | None:
+    """Return a warning if the teacher classifies the images of a cache no better than by chance."""
+    labels = np.concatenate([cache.train.labels, cache.test.labels])
+    accuracy, limit = sum(cache.manifest["teacher"]["correct"].values()) / len(labels), chance(labels)
+    if accuracy > limit:
+        return None
+    return (
+        f"The teacher classifies {100 * accuracy:.2f} % of the images as labelled; one that always names the most "
+        f"frequent class may reach {100 * limit:.2f} % by chance. Check that its classes, their order and its "
+        "preprocessing are those of the dataset before you train students."
+    )
 
 
 def count_teacher_parameters(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> int | None:

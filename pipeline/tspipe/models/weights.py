@@ -5,10 +5,11 @@ No file can run code: safetensors holds only tensors, and a pickle is read with 
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -116,6 +117,28 @@ def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     except (ValueError, RecursionError):
         return metadata
     return packed if isinstance(packed, dict) and all(isinstance(v, str) for v in packed.values()) else metadata
+
+
+def check_classes(weights: Weights, classes: Sequence[str], dataset: str) -> None:
+    """Raise NetworkError if the weights' metadata record other classes than a dataset has, given by its name."""
+    try:
+        recorded = json.loads(weights.metadata.get("classes", ""))
+    except (ValueError, RecursionError):  # not recorded, or by another program in another form
+        return
+    if isinstance(recorded, list) and (difference := class_difference(recorded, classes)):
+        command = shlex.join(["tspipe", "teacher", "--dataset", dataset, "--weights", weights.source])
+        raise NetworkError(
+            f"{weights.source} was trained for other classes: {difference} of {dataset}. Fine-tune it ({command}), or "
+            "use it as it is: --set teacher.any_classes=true"
+        )
+
+
+def class_difference(trained: Sequence[Any], classes: Sequence[str]) -> str:
+    """Return in words how the classes of a teacher differ from a dataset's; an empty string if they do not."""
+    if len(trained) != len(classes):
+        return f"it has {len(trained):,} classes in place of the {len(classes):,}"
+    pairs = enumerate(zip(trained, classes, strict=True))
+    return next((f"class {i} is {one!r} in place of {two!r}" for i, (one, two) in pairs if one != two), "")
 
 
 def canonical_bytes(module: nn.Module) -> bytes:

@@ -54,6 +54,7 @@ class Teacher(Optimisation):
     weights_key: str | None = Field(
         None, description="Which weights of a file that holds several, as state_dict_ema; none prefers averaged ones."
     )
+    any_classes: bool = Field(False, description="Use weights although they were trained for other classes.")
     pretrained: bool = Field(True, description="Without a file, start from the weights that the network names.")
     epochs: AtLeastOne = Field(200, description="The number of epochs.")
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch.")

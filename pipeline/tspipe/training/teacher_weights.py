@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from tspipe.data.datasets import Images, open_dataset, parse
 from tspipe.data.image_loader import input_shape
+from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 from tspipe.models import networks
 from tspipe.models import weights as weight_files
@@ -135,9 +137,10 @@ def recorded_settings(weights: Weights | None) -> dict[str, dict[str, Any]]:
         return {}
     try:
         settings = {"preprocess": dict(json.loads(weights.metadata["preprocess"]))}
+        TypeAdapter(Preprocess).validate_python(settings["preprocess"])
         if "options" in weights.metadata:
             settings["teacher"] = {"options": dict(json.loads(weights.metadata["options"]))}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise NetworkError(
             f"{weights.source}: its metadata is damaged. Train the teacher again with `tspipe teacher`."
         ) from None

@@ -17,6 +17,7 @@ from tspipe.data.preprocess import shift_and_flip
 from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import feature_net, loading, networks, weights
 from tspipe.models.probe import check_trainable, probe_images
+from tspipe.models.teacher import chance
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.training import training_data
@@ -123,7 +124,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         }
         weights.save(path, network, metadata)
         checkpointer.delete()
-    return TrainedTeacher(path, accuracy, training_data.chance(dataset.test))
+    return TrainedTeacher(path, accuracy, chance(dataset.test.labels))
 
 
 def _fit(network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor, checkpointer: Checkpointer) -> None:
@@ -259,6 +260,6 @@ def _finished(path: Path, identity: str, data: dict[str, str], test: Images) -> 
     """Return the teacher in a finished file. Raises TrainingError if it was trained otherwise."""
     trained = weights.read(path)
     if trained.metadata.get("identity") == identity:
-        return TrainedTeacher(path, float(trained.metadata["accuracy"]), training_data.chance(test))
+        return TrainedTeacher(path, float(trained.metadata["accuracy"]), chance(test.labels))
     training_data.check(trained, data)
     raise TrainingError(f"{path} holds weights of other settings. Replace them with --force, or choose --out.")

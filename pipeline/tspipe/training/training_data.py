@@ -4,17 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import numpy as np
-
 from tspipe.cache.layout import digest
 from tspipe.data.datasets import Images
 from tspipe.data.image_loader import read_ahead
 from tspipe.errors import TrainingError
-from tspipe.models.weights import Weights
+from tspipe.models.weights import Weights, class_difference
 from tspipe.utils.progress import progress
 
 _BATCH = 256  # images
-_LIKELY = 2  # standard deviations
 
 
 def describe(images: Images) -> dict[str, str]:
@@ -42,25 +39,13 @@ def check(trained: Weights, data: Mapping[str, str]) -> None:
     differing = [field for field in kinds if trained.metadata.get(field, data[field]) != data[field]]
     if not differing:
         return
-    what = kinds[differing[0]]
+    what = f"the {kinds[differing[0]]} differ"
+    command = f"tspipe cache --weights {trained.source}"
     if differing[0] == "classes":
-        what += (
-            f" ({_first_difference(*(json.loads(text) for text in (trained.metadata['classes'], data['classes'])))})"
-        )
+        classes = json.loads(data["classes"])
+        what = f"{class_difference(json.loads(trained.metadata['classes']), classes)} of this dataset"
+        command += " --set teacher.any_classes=true"
     raise TrainingError(
-        f"{trained.source} was trained on other data: the {what} differ. Train the teacher anew (tspipe teacher "
-        f"--force, with the same flags), or use it as it is: tspipe cache --weights {trained.source}"
+        f"{trained.source} was trained on other data: {what}. Train the teacher anew (tspipe teacher --force, with the "
+        f"same flags), or use it as it is: {command}"
     )
-
-
-def _first_difference(trained: list[str], local: list[str]) -> str:
-    if len(trained) != len(local):
-        return f"{len(trained)} there and {len(local)} here"
-    one, two = next((one, two) for one, two in zip(trained, local, strict=True) if one != two)
-    return f"{one!r} there and {two!r} here"
-
-
-def chance(images: Images) -> float:
-    """Return the accuracy up to which a constant answer may get by chance: the largest class, and two deviations."""
-    share = np.bincount(images.labels).max() / len(images)
-    return float(share + _LIKELY * np.sqrt(share * (1 - share) / len(images)))
