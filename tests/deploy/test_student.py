@@ -73,7 +73,7 @@ def test_paths_pictures_and_arrays_give_the_same(student_file: Path, tmp_path: P
 def test_an_image_of_another_size_is_refused(altered: Callable[..., Path], student_file: Path) -> None:
     preprocess = json.loads(weights.read(student_file).metadata["preprocess"])
     student = tspipe.load_student(altered(preprocess=json.dumps({**preprocess, "resize": None})))
-    with pytest.raises(DatasetError, match=r"has 20×16 pixels .* takes 16×16"):
+    with pytest.raises(DatasetError, match=r"has 20×16 pixels .* takes 16×16 without resizing"):
         student.predict([np.zeros((20, 16, 1), np.uint8)])
 
 

@@ -55,7 +55,7 @@ def _options(
 for panel, commands in {
     "Train": (teacher.teacher, cache.cache, student.student),
     "Feature caches": (cache.info, cache.verify, cache.diff, share.push, share.pull),
-    "Students in use": (deploy.export,),
+    "Students in use": (deploy.predict, deploy.export),
     "Results": (student.report, student.reproduce, student.bench),
 }.items():
     for command in commands:

@@ -1,7 +1,10 @@
-"""The commands on trained students: export them."""
+"""The commands on trained students: classify images, export."""
 
+import csv
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,3 +60,54 @@ def export(
         echo(f"Its test accuracy is {compared.accuracy:.2%}, the student's {compared.student_accuracy:.2%}.")
     elif isinstance(test, str):
         echo(f"It was not run on real images: {test}")
+
+
+def predict(
+    source: Annotated[
+        Path, typer.Argument(metavar="STUDENT", help="A run folder, a file student-*.safetensors, or an .onnx export.")
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images, or folders of images.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
+    student: Name = None,
+    network: Network = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images classified at once.")] = 64,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Classify images; the exit code is 1 if some cannot be classified."""
+    from tspipe.deploy.classifier import find_images, predict_each
+    from tspipe.deploy.exported import load_classifier
+    from tspipe.errors import DatasetError
+    from tspipe.utils.progress import progress, warn
+
+    if json_ and csv_:
+        raise typer.BadParameter("--json and --csv exclude each other")
+    files, classifier = find_images(images), load_classifier(source, student, network)
+    classes, problems = classifier.facts.classes, 0
+    records: list[dict[str, Any]] = []
+    top = min(top, len(classes))
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if csv_:
+        columns = [f"{column}_{rank}" for rank in range(1, top + 1) for column in ("class", "probability")]
+        writer.writerow(["image", *columns])
+    with progress("classifying", len(files), "images") as advance:
+        for file, result in zip(files, predict_each(classifier, files, batch_size), strict=True):
+            advance(1, "classifying")
+            if isinstance(result, DatasetError):
+                warn(str(result))
+                problems += 1
+                records.append({"image": str(file), "error": str(result)})
+                continue
+            probabilities, indices = (part.tolist() for part in result.topk(top))
+            ranked = [(classes[i], p) for i, p in zip(indices, probabilities, strict=True)]
+            if json_:
+                predictions = [{"class": name, "probability": p} for name, p in ranked]
+                records.append({"image": str(file), "predictions": predictions})
+            elif csv_:
+                writer.writerow([str(file), *(value for name, p in ranked for value in (name, f"{p:.6f}"))])
+            else:
+                echo(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in ranked))
+    if json_:
+        print(json.dumps(records, indent=2))
+    if problems:
+        raise typer.Exit(1)

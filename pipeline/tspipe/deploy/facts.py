@@ -1,7 +1,7 @@
-"""What the metadata of a student's file say, checked before anything is built from it."""
+"""What the metadata of a student's file, or of an export, say; checked before anything is built from it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Json, JsonValue, ValidationError, model_validator
 
@@ -13,29 +13,21 @@ _Channels = Annotated[int, Field(ge=1, le=1024)]
 _Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 
 
-class StudentFacts(BaseModel):
-    """The metadata of a student's file.
+class Facts(BaseModel):
+    """What students and exports have in common.
 
     Attributes:
-        arm: how it was trained: alone, taught, taught + random.
-        cache: the id of the cache it was trained from, 64 hex digits.
+        cache: the id of the cache that the student was trained from, 64 hex digits.
         classes: the class names.
         input_shape: (C, H, W) of an image after `preprocess`.
-        network: the network's name; `mine` for a user's `./mine.py`.
-        options: the network's own options.
-        width: the number of the teacher's features.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    arm: str
     cache: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     classes: Json[Annotated[list[str], Field(min_length=1)]]
     input_shape: Json[tuple[_Channels, _Side, _Side]]
-    network: Annotated[str, Field(min_length=1)]
-    options: Json[dict[str, JsonValue]]
     preprocess: Json[Preprocess]
-    width: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
     def _check_preprocess(self) -> Self:
@@ -49,15 +41,42 @@ class StudentFacts(BaseModel):
         return self
 
 
-def parse(metadata: Mapping[str, str], source: str) -> StudentFacts:
-    """Return the facts in a file's metadata. Raises NetworkError, which names `source`, if they are not a student's."""
+class StudentFacts(Facts):
+    """The metadata of a student's file.
+
+    Attributes:
+        arm: how it was trained: alone, taught, taught + random.
+        network: the network's name; `mine` for a user's `./mine.py`.
+        options: the network's own options.
+        width: the number of the teacher's features.
+    """
+
+    arm: str
+    network: Annotated[str, Field(min_length=1)]
+    options: Json[dict[str, JsonValue]]
+    width: Annotated[int, Field(ge=1)]
+
+
+class ExportFacts(Facts):
+    """The metadata of an export; `output` says whether it takes bytes and returns probabilities (`--uint8`)."""
+
+    name: str
+    output: Literal["logits", "probabilities"]
+
+
+_KINDS: dict[type[Facts], str] = {StudentFacts: "a student of tspipe's", ExportFacts: "an export of tspipe's"}
+AnyFacts = TypeVar("AnyFacts", bound=Facts)
+
+
+def parse(kind: type[AnyFacts], metadata: Mapping[str, str], source: str) -> AnyFacts:
+    """Return the facts in a file's metadata. Raises NetworkError, which names `source`, if they are not such facts."""
     try:
-        return StudentFacts.model_validate(metadata)
+        return kind.model_validate(metadata)
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else ""
         reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"].lower()
         raise NetworkError(
-            f"{source} is not a student of tspipe's: {f'its metadata, {field}: ' if field else ''}{reason}. "
-            "Students are the files student-*.safetensors in a run folder."
+            f"{source} is not {_KINDS[kind]}: {f'its metadata, {field}: ' if field else ''}{reason}. "
+            "Students are the files student-*.safetensors in a run folder, and what tspipe export makes of them."
         ) from None

@@ -1,17 +1,14 @@
 """Images as users have them, made a network's input: paths, Pillow images and arrays."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from tspipe.data.decode import decode, to_pixels
-from tspipe.data.image_loader import read_ahead
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import DatasetError
 
@@ -35,19 +32,10 @@ def prepare(picture: Picture, preprocess: Preprocess, input_shape: tuple[int, in
     channels, *size = input_shape
     if prepared.shape != (*size, channels):
         raise DatasetError(
-            f"{name} has {prepared.shape[0]}×{prepared.shape[1]} pixels (height×width), and the student, which does "
-            f"not resize, takes {size[0]}×{size[1]}. Resize the image first."
+            f"{name} has {prepared.shape[0]}×{prepared.shape[1]} pixels (height×width), and the student takes "
+            f" {size[0]}×{size[1]} without resizing. Resize the image first."
         )
     return prepared
-
-
-def batches(
-    pictures: Sequence[Picture], preprocess: Preprocess, input_shape: tuple[int, int, int], batch_size: int
-) -> Iterator[Tensor]:
-    """Yield the pictures as batches (n, C, H, W) uint8, prepared in threads. Raises as `prepare`."""
-    ranges = (range(i, min(i + batch_size, len(pictures))) for i in range(0, len(pictures), batch_size))
-    for prepared in read_ahead(lambda i: prepare(pictures[i], preprocess, input_shape), ranges):
-        yield torch.from_numpy(np.stack(prepared)).permute(0, 3, 1, 2)
 
 
 def as_sequence(pictures: Pictures) -> Sequence[Picture]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tspipe.data.preprocess import Preprocess
 from tspipe.deploy import images
+from tspipe.deploy.classifier import Prediction, predict
 from tspipe.deploy.facts import StudentFacts, parse
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
@@ -20,13 +20,6 @@ from tspipe.training.arms import learner_name
 from tspipe.training.run_folder import Row, RunFolder
 
 _SPARE_PARAMETERS = 2**24  # that the network without g(x) may have beyond 16 times those in the file
-
-
-class Prediction(NamedTuple):
-    """Labels (n,) int64, indices into the class names, and probabilities (n, c) float32 of n images."""
-
-    labels: Tensor
-    probabilities: Tensor
 
 
 class Student(nn.Module):
@@ -61,18 +54,18 @@ class Student(nn.Module):
         """Map normalised images (n, C, H, W) float32 to logits (n, c)."""
         return self.network(images).logits  # type: ignore[no-any-return]
 
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Return the probabilities (n, c) of images (n, C, H, W) uint8 after resize and crop."""
+        device = self.network.head.weight.device
+        with eval_mode(self):
+            return self(self.preprocess.normalise(pixels.to(device))).softmax(1).cpu()  # type: ignore[no-any-return]
+
     def predict(self, pictures: images.Pictures, batch_size: int = 64) -> Prediction:
         """Classify images: paths, Pillow images, or uint8 arrays (H, W) or (H, W, C); preprocessing is included.
 
         Raises DatasetError for an image that cannot be decoded or has a size that the network does not take.
         """
-        sequence, device = images.as_sequence(pictures), self.network.head.weight.device
-        parts = [torch.empty(0, len(self.classes))]
-        with eval_mode(self):
-            for pixels in images.batches(sequence, self.preprocess, self.facts.input_shape, batch_size):
-                parts.append(self(self.preprocess.normalise(pixels.to(device))).softmax(1).cpu())
-        probabilities = torch.cat(parts)
-        return Prediction(probabilities.argmax(1), probabilities)
+        return predict(self, images.as_sequence(pictures), batch_size)
 
 
 def load_student(path: str | Path, *, student: str | None = None, network: str | None = None) -> Student:
@@ -91,7 +84,7 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
     if not file.is_file():
         raise NetworkError(f"There is no student {file}. Give a file student-*.safetensors or a run folder.")
     read = weights.read(file)
-    facts = parse(read.metadata, str(file))
+    facts = parse(StudentFacts, read.metadata, str(file))
     return Student(_build(facts, read.tensors, _network_name(facts, network, file), str(file)), facts, file).eval()
 
 

@@ -1,0 +1,44 @@
+"""An exported ONNX file as a classifier."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tspipe.deploy.classifier import Classifier
+from tspipe.deploy.facts import ExportFacts, parse
+from tspipe.deploy.formats import INPUT, check_installed
+from tspipe.deploy.student import load_student
+from tspipe.errors import NetworkError
+
+
+class OnnxExport:
+    """A file that `tspipe export` wrote, run by onnxruntime on the CPU. It holds a graph and no code.
+
+    Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if onnxruntime is missing.
+    """
+
+    def __init__(self, path: Path):
+        check_installed("onnx")
+        import onnxruntime
+
+        if not path.is_file():
+            raise NetworkError(f"There is no file {path}.")
+        try:
+            self._session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has many types of errors, without a common base
+            raise NetworkError(f"{path} is damaged, or not an ONNX file.") from error
+        self.facts = parse(ExportFacts, self._session.get_modelmeta().custom_metadata_map, str(path))
+        self.path, self.name = path, path.stem
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Return the probabilities (n, c) of images (n, C, H, W) uint8 after resize and crop."""
+        uint8 = self.facts.output == "probabilities"
+        images = pixels.permute(0, 2, 3, 1) if uint8 else self.facts.preprocess.normalise(pixels)
+        output = torch.from_numpy(self._session.run(None, {INPUT: images.contiguous().numpy()})[0])
+        return output if uint8 else output.softmax(1)
+
+
+def load_classifier(path: Path, student: str | None = None, network: str | None = None) -> Classifier:
+    """Return the export in an `.onnx` file, else the student; see `load_student`."""
+    return OnnxExport(path) if path.suffix == ".onnx" else load_student(path, student=student, network=network)

@@ -1,0 +1,86 @@
+"""Classifying files and folders on the command line, with students and exports."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from PIL import Image
+
+import tspipe as library
+from shared import error_message
+from tspipe.data.datasets import open_dataset
+from tspipe.deploy.classifier import find_images
+from tspipe.deploy.export import export
+from tspipe.deploy.exported import OnnxExport
+from tspipe.errors import DatasetError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Write five digits in two folders, a broken image, a text file and a hidden image."""
+    test, folder = open_dataset("digits").test, tmp_path / "photos"
+    (folder / "a").mkdir(parents=True)
+    (folder / "b" / ".hidden").mkdir(parents=True)
+    for i in range(5):
+        Image.fromarray(test.read(i)[:, :, 0]).save(folder / "ab"[i % 2] / f"{i}.png")
+    (folder / "a" / "broken.png").write_bytes(b"broken")
+    (folder / "a" / "notes.txt").write_text("notes")
+    Image.new("L", (8, 8)).save(folder / "b" / ".hidden" / "x.png")
+    return folder
+
+
+def test_a_folder_is_classified(tspipe: Callable, student_file: Path, photos: Path) -> None:
+    result = tspipe("predict", student_file, photos, "--top", 2, "--batch-size", 2)
+    assert result.code == 1  # because of the broken image
+    assert "broken.png is not an image that Pillow knows." in result.err
+    names = [f"{photos}/{name}.png" for name in ("a/0", "a/2", "a/4", "b/1", "b/3")]
+    probabilities = library.load_student(student_file).predict(names).probabilities
+    for line, name, row in zip(result.out.splitlines(), names, probabilities, strict=True):
+        (first, second), best = row.topk(2)
+        assert line == f"{name}: {best[0]} {first:.1%}, {best[1]} {second:.1%}"
+
+
+def test_json_and_csv_have_the_same_predictions(tspipe: Callable, student_file: Path, photos: Path) -> None:
+    result = tspipe("predict", student_file, photos / "b", photos / "a" / "0.png", "--json")
+    assert result.code == 0, result.err
+    records = json.loads(result.out)
+    assert [Path(record["image"]).name for record in records] == ["1.png", "3.png", "0.png"]
+    assert all(len(record["predictions"]) == 3 for record in records)
+    result = tspipe("predict", student_file, photos / "b", photos / "a" / "0.png", "--csv")
+    rows = list(csv.reader(io.StringIO(result.out)))
+    assert rows[0][:3] == ["image", "class_1", "probability_1"]
+    for row, record in zip(rows[1:], records, strict=True):
+        assert row[:2] == [record["image"], record["predictions"][0]["class"]]
+        assert float(row[2]) == pytest.approx(record["predictions"][0]["probability"], abs=1e-6)
+    (broken,) = json.loads(tspipe("predict", student_file, photos / "a" / "broken.png", "--json").out)
+    assert broken["error"].endswith("is not an image that Pillow knows.")
+    assert tspipe("predict", student_file, photos, "--json", "--csv").code == 2
+
+
+def test_an_export_predicts_as_its_student(tspipe: Callable, student_file: Path, photos: Path, tmp_path: Path) -> None:
+    student = library.load_student(student_file)
+    export(student, "onnx", tmp_path / "x.onnx", None, uint8=True)
+    by_student = tspipe("predict", student_file, photos / "b", "--top", 1)
+    assert tspipe("predict", "x.onnx", photos / "b", "--top", 1) == by_student
+
+
+def test_only_an_export_of_tspipes_is_run(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    assert error_message(OnnxExport, path) == f"There is no file {path}."
+    path.write_bytes(b"damaged")
+    assert error_message(OnnxExport, path) == f"{path} is damaged, or not an ONNX file."
+    value = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1])
+    output = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["logits"])], "x", [value], [output])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    assert error_message(OnnxExport, path).startswith(f"{path} is not an export of tspipe's: its metadata, cache: ")
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(DatasetError, match="has no images that Pillow decodes"):
+        find_images([tmp_path])
