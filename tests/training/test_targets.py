@@ -66,10 +66,10 @@ def test_batches_do_not_depend_on_how_many_are_gathered_together(
 @pytest.mark.parametrize(("memory", "held"), [(8000, torch.float32), (4000, torch.float16)])
 def test_targets_are_held_as_float32_if_they_fit(memory: int, held: torch.dtype) -> None:
     class Rows:
-        shape, nbytes = (1000, 2), 4000
+        shape, nbytes, dtype = (1000, 2), 4000, np.dtype(np.float16)
 
-        def load(self) -> np.ndarray:
-            return np.ones((1000, 2), np.float16)
+        def pieces(self) -> list[tuple[int, np.ndarray]]:
+            return [(first, np.ones((500, 2), np.float16)) for first in (0, 500)]
 
     targets = TargetLoader(
         {"features": Rows()}, torch.arange(1000), frozenset({"features"}), memory, torch.device("cpu")

@@ -23,6 +23,7 @@ from tspipe.utils.threads import available_cores, prefetch
 
 T = TypeVar("T")
 _LOAD_BATCH = 64  # images decoded at once into memory
+_MAX_AHEAD = 8  # chunks of images decoded before they are used
 _MAX_TASK = 16  # images per task of a thread: a task for one image costs more than decoding a small JPEG
 
 
@@ -123,7 +124,7 @@ class ImageLoader:
         images: the split.
         preprocess: the resize and crop to apply to each image.
         what: the name of the split in progress messages.
-        memory: limit in bytes; a split that exceeds it is decoded again every epoch.
+        memory: limit in bytes; a split that exceeds it is decoded again every epoch, up to half of the limit ahead.
         device: the device of batches, and of images kept in memory.
         views: whether batches may be views, which are cropped after the shift.
 
@@ -145,8 +146,10 @@ class ImageLoader:
         self._preprocess = preprocess.before_views if views else preprocess
         self._replay = preprocess.replay if views else None
         self.shape, self._stored_shape = input_shape(images, preprocess), input_shape(images, self._preprocess)
-        fits = math.prod(self._stored_shape) * len(images) <= memory
-        self._loaded = self._load(what).to(device) if fits else None
+        image_bytes = math.prod(self._stored_shape)
+        self._chunk = max(1, min(_LOAD_BATCH, memory // (8 * image_bytes)))
+        self._ahead = max(1, min(_MAX_AHEAD, memory // (2 * image_bytes * self._chunk) - 1))
+        self._loaded = self._load(what).to(device) if image_bytes * len(images) <= memory else None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -194,12 +197,26 @@ class ImageLoader:
         return out
 
     def _decoded(self, batches: Iterable[Sequence[int]]) -> Iterator[NDArray[np.uint8]]:
-        """Yield (n, H, W, C) for each batch."""
+        """Yield (n, H, W, C) for each batch; threads decode it and the next ones in chunks, as memory allows."""
+        counts: deque[int] = deque()
+        channels, *extent = self._stored_shape
+        empty = np.empty((0, *extent, channels), np.uint8)  # one of several processes may have no images of a batch
+
+        def chunks() -> Iterator[Sequence[int]]:
+            for batch in batches:
+                counts.append(len(batch))
+                yield from (batch[i : i + self._chunk] for i in range(0, len(batch), self._chunk))
 
         def work(index: int) -> tuple[str, NDArray[np.uint8]]:
             return self._images.keys[index], read(self._images, self._preprocess, index)[1]
 
-        for results in read_ahead(work, batches):
-            keys, pixels = zip(*results, strict=True)
-            check_sizes([image.shape[:2] for image in pixels], keys)
-            yield np.stack(pixels)
+        decoded = itertools.chain.from_iterable(read_ahead(work, chunks(), self._ahead))
+        for first in decoded:
+            while not counts[0]:
+                yield empty[: counts.popleft()]
+            out = np.empty((counts.popleft(), *first[1].shape), np.uint8)
+            for i, (key, image) in enumerate(itertools.chain([first], itertools.islice(decoded, len(out) - 1))):
+                check_sizes([first[1].shape[:2], image.shape[:2]], [first[0], key])
+                out[i] = image
+            yield out
+        yield from (empty for _ in counts)

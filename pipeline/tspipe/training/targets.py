@@ -44,7 +44,7 @@ class TargetLoader:
         # float32 where there is room, so that a batch takes one copy; else as stored.
         dtype = torch.float32 if float32_bytes <= memory else None
         fits = stored_bytes <= memory
-        self._held = {n: torch.from_numpy(c.load()).to(device, dtype) for n, c in used.items()} if fits else {}
+        self._held = {name: _load(column, dtype).to(device) for name, column in used.items()} if fits else {}
         self._read = {} if fits else used
         self._row_bytes = 8 + sum(4 * math.prod(column.shape[1:]) for column in used.values())
         self._empty = torch.empty(0, 0, device=device)
@@ -92,6 +92,14 @@ class TargetLoader:
             logits if logits is not None and "logits" in self.needs else self._empty,
             labels,
         )
+
+
+def _load(column: Column, dtype: torch.dtype | None) -> Tensor:
+    """Return a column as this type, or as stored; no second copy of it is made."""
+    out = torch.from_numpy(np.empty(column.shape, column.dtype if dtype is None else np.float32))
+    for first, rows in column.pieces():
+        out[first : first + len(rows)] = torch.from_numpy(rows)
+    return out
 
 
 def resolve_mse_weight(recipe: Recipe, cache: Cache) -> Recipe:
