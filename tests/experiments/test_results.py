@@ -1,13 +1,14 @@
 """The results of a run: means, deviations, intervals, conclusions, and the comparison with the paper."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from made_runs import ALONE, PAPER, RANDOM, TAUGHT, make_run
-from tspipe.errors import ReportError
+from tspipe.errors import ReportError, TspipeError
 from tspipe.experiments.results import open_run, read
 from tspipe.experiments.statistics import Sample
 from tspipe.experiments.tables import accuracies, beside_paper, differences, paper_notes, verdicts
@@ -169,6 +170,11 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
          "lenet5, alone, xent has no row for each of 1000000000 epochs of 1 seeds"),
         ("random_labels.json", '{"bird": "many"}',
          "bird: input should be a valid integer, unable to parse string as an integer"),
+        ("random_labels.json", f'{{"bird": {10**400}}}', "bird: input should be less than 9223372036854775808"),
+        ("random_labels.json", "[" * 100_000,
+         "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
+        ("summary.json", '{"dataset": "x", "teacher": {"network": "x", "parameters": 1, "test_accuracy": NaN}}',
+         "teacher.test_accuracy: input should be less than or equal to 1"),
         ("random_labels.json", '{"bird": 0}', "bird: input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
@@ -202,3 +208,16 @@ def test_accuracies_are_fractions(tmp_path: Path) -> None:
         ReportError, match=r"metrics.csv is not as tspipe student writes it: test_accuracy: input should be less"
     ):
         read(open_run(path))
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json", "metrics.csv", "random_labels.json"])
+def test_a_named_pipe_or_a_folder_in_place_of_a_file_is_refused(tmp_path: Path, file: str) -> None:
+    path = make_run(tmp_path / "run", {ALONE: [[0.6]]}, labels={"bird": 1}).path / file
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(TspipeError, match=f"^{path} cannot be read: it is not a regular file"):
+        read(open_run(path.parent))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TspipeError, match=f"^{path} cannot be read: "):
+        read(open_run(path.parent))

@@ -18,7 +18,7 @@ from tspipe.recipes.schema import Paper
 from tspipe.training.arms import ALONE, OWN, UNTAUGHT
 from tspipe.training.metrics_log import loss_ratios
 from tspipe.training.run_folder import RunFolder
-from tspipe.utils.console import pluralize
+from tspipe.utils.console import pluralize, printable
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -185,7 +185,7 @@ class Findings:
 def open_run(path: Path) -> RunFolder:
     """Open the run folder at a path. Raises ReportError if there is none or it is not finished."""
     file = path / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise ReportError(
             f"{path} is not a run folder: it has no config.json. Give a folder that tspipe student wrote, in runs/."
         )
@@ -229,6 +229,7 @@ def _reading(file: Path) -> Iterator[None]:
         reason = f"{problem.args[0]!r} is missing"
     except (OverflowError, RecursionError, ValueError, csv.Error) as problem:
         reason = str(problem)
+    reason = printable(reason, 200)
     raise ReportError(f"{file} is not as tspipe student writes it: {reason}. Train the run again with another --out.")
 
 
