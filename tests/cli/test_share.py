@@ -1,6 +1,7 @@
 """The commands on cache files, as a person meets them: diff, push, pull, list caches, and a cache at a URL."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -277,3 +278,38 @@ def test_damaged_pixels_are_found_and_repaired(tspipe: Tspipe, photos: Path) -> 
     assert tspipe("verify", path).says(f"{path} is damaged: train_images, rows 4 to 7. …")
     assert tspipe("verify", path, "photos", "--repair").code == 0
     assert path.read_bytes() == original
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:qq/zz@host/x.h5",
+        "https://me:qq?zz@host/x.h5",
+        "https://me:qq#zz@host/x.h5",
+        "https://me:1/qq:zz@host/x.h5",
+        "https://me:qq:zz",
+        "https://host:qq:zz/x.h5",
+        "https:/me:qq:zz@host/x.h5",
+        "https:me:qq:zz@host/x.h5",
+        "https//me:qq:zz@host/x.h5",
+        "https:\\\\me:qq:zz@host/x.h5",
+        " https://me:qq:zz@host/x.h5",
+        "me:qq:zz@https://host/x.h5",
+        "me:qq:zz@host/x.h5",
+        "s3://key:qq/zz@bucket/x.h5",
+        "ss3://me:qq:zz@host/x.h5",
+        "//me:qq:zz@host/x.h5",
+    ],
+)
+def test_a_malformed_address_is_never_repeated(tspipe: Tspipe, digits: Cache, tmp_path: Path, url: str) -> None:
+    for command in (
+        ["info", url],
+        ["pull", url],
+        ["push", digits.path, url],
+        ["student", "--cache", url],
+        ["verify", url],
+        ["diff", url, url],
+    ):
+        result = tspipe(*command)
+        assert result.code == 1, command
+        assert not re.search("qq|zz", result.out + result.err), command

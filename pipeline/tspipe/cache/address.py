@@ -9,7 +9,9 @@ _ADDRESS = re.compile(
     re.DOTALL,
 )
 # What a user meant as an address: a known scheme with wrong slashes, or a user and a password before an @.
-_MEANT = re.compile(r"\s*(https?|s3a?|gs|gcs|hf|file|memory)(:|/[/\\]|\\)|\s*[^/\\@:\s]{2,}:[^@]*@", re.IGNORECASE)
+_MEANT = re.compile(
+    r"\s*(https?|s3a?|gs|gcs|hf|file|memory)(:|/[/\\]|\\)|\s*(//|https?/)?[^/\\@:\s]{2,}:[^@]*@", re.IGNORECASE
+)
 
 
 def is_url(text: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from tspipe.cache.address import is_url
 from tspipe.cache.checksums import checksum_names, identify
 from tspipe.cache.column import Column, OpenFile
 from tspipe.cache.layout import FORMAT, ID_BYTES, MANIFEST_BYTES, SPLITS, VERSION, Dimensions
@@ -52,6 +53,8 @@ def inspect(path: Path, *, finished: bool = True, identified: bool = True, writa
     except (NotACache, CacheIncomplete, CacheDamaged) as problem:
         raise type(problem)(f"{path}: {problem}") from problem.__cause__
     except FileNotFoundError:
+        if is_url(str(path)):  # not repeated: it may contain a password
+            raise NotACache("This is an address, not a file. Download it first: tspipe pull URL") from None
         raise NotACache(f"There is no file {path}. Make the cache first: tspipe cache --dataset NAME") from None
     except OSError as problem:
         raise NotACache(f"{path}: cannot be read ({problem.strerror or problem}).") from problem

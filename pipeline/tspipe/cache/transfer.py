@@ -243,31 +243,31 @@ def _download(remote: Remote, part: Path, announced: int | None, advance: Advanc
         digest = hashlib.file_digest(file, "sha256")
         if have == announced:
             return digest.hexdigest()
-        limit = _limit(remote, file.fileno(), have, announced)
-        _check_space(remote, part.parent, (limit or 0) - have)
+        _check_space(remote, part.parent, (announced or 0) - have)
         with remote.open_at(have) as (source, begins_there):
             if not begins_there:
                 file.truncate(have := 0)
                 digest = hashlib.sha256()
             advance(have)
             for chunk in remote.chunks(source):
+                head = os.pread(file.fileno(), SUPERBLOCK_BYTES, 0) + chunk
+                limit = _limit(remote, head[:SUPERBLOCK_BYTES], announced)
+                _check_space(remote, part.parent, (limit or 0) - have)
                 if limit is not None and have + len(chunk) > limit:
                     raise CacheDamaged(f"{remote.shown} sends more than the {limit:,} bytes of the file. {_AGAIN}")
                 write_at(file.fileno(), chunk, have)
                 have += len(chunk)
-                limit = _limit(remote, file.fileno(), have, announced)
-                _check_space(remote, part.parent, (limit or 0) - have)
                 digest.update(chunk)
                 advance(len(chunk))
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _limit(remote: Remote, descriptor: int, have: int, announced: int | None) -> int | None:
+def _limit(remote: Remote, head: bytes, announced: int | None) -> int | None:
     """Return the bytes that the file has: the fewer of those announced and those that its superblock records."""
-    if have < SUPERBLOCK_BYTES:
+    if len(head) < SUPERBLOCK_BYTES:
         return announced
-    recorded = recorded_size(os.pread(descriptor, SUPERBLOCK_BYTES, 0))
+    recorded = recorded_size(head)
     if recorded is None and announced is None:
         raise NotACache(f"{remote.shown}: it is not an HDF5 file, so not a tspipe cache.")
     return min(size for size in (recorded, announced) if size is not None)

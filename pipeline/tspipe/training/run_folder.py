@@ -26,7 +26,7 @@ from typing_extensions import TypedDict  # which pydantic requires before Python
 
 from tspipe.cache.manifest import describe_differences
 from tspipe.errors import RecipeError
-from tspipe.utils.files import remove_abandoned, write_whole, writing
+from tspipe.utils.files import open_without_links, remove_abandoned, write_whole, writing
 from tspipe.utils.reading import read_file
 
 Row = dict[str, Any]
@@ -148,7 +148,7 @@ class RunFolder:
         """Append rows to metrics.csv."""
         path = self.path / "metrics.csv"
         new = not path.exists()
-        with writing(path), open(path, "a", newline="", encoding="utf-8", opener=_open_without_links) as file:
+        with writing(path), open(path, "a", newline="", encoding="utf-8", opener=open_without_links) as file:
             _write_rows(file, rows, columns, header=new)
             file.flush()
             os.fsync(file.fileno())  # a later checkpoint must not survive its rows
@@ -219,10 +219,6 @@ def _write_rows(file: Any, rows: Iterable[Row], columns: list[str], *, header: b
     if header:
         writer.writeheader()
     writer.writerows(rows)
-
-
-def _open_without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _number(text: str) -> Any:

@@ -95,7 +95,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_without_links(path: Path, flags: int) -> int:
+def open_without_links(path: str | Path, flags: int) -> int:
     """Open a file and return its descriptor. Raises OSError if it is a link, which somebody may have planted."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     status = os.fstat(descriptor)
