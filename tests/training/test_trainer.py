@@ -201,11 +201,18 @@ def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
 
 def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, tmp_path: Path) -> None:
     def weights(student: str, forward: str) -> dict[str, torch.Tensor]:
-        settings = [f"student={student}", f"random_forward={forward}", "epochs=1", "batch_size=500"]
+        file = tmp_path / f"{student}.py"
+        norm = "nn.BatchNorm1d(256)" if student == "normed" else "nn.Identity()"
+        file.write_text(
+            "from torch import nn\n"
+            "def build(num_classes):\n"
+            f"    return nn.Sequential(nn.Flatten(), {norm}, nn.Linear(256, num_classes))\n"
+        )
+        settings = [f"student={file}", f"random_forward={forward}", "epochs=1"]
         result = train_students(config(digits, tmp_path / f"{student}-{forward}", *settings, arms=(RANDOM,)))
         return safetensors.torch.load_file(result.path / f"student-{student}-taught-random-seed0.safetensors")
 
-    for student, same in (("lenet5", True), ("resnet20", False)):
+    for student, same in (("plain", True), ("normed", False)):
         one, two = (weights(student, forward) for forward in ("concatenated", "separate"))
         assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one) == same
 

@@ -104,7 +104,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = weights.unpack_metadata(header.get("__metadata__"))
-        position = Position(**json.loads(metadata["position"]))
+        position = TypeAdapter(Position).validate_json(metadata["position"])
         students = TypeAdapter(dict[str, FileFacts]).validate_json(metadata["students"])
         checksum = metadata.pop("sha256")
     except OSError as problem:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,15 +52,8 @@ class TeacherConfig:
     download: bool = False
 
 
-@dataclass(frozen=True)
-class TrainedTeacher:
-    """A trained teacher.
-
-    Attributes:
-        path: the file of the weights, which are those of the last epoch.
-        accuracy: on the test split, as a fraction.
-        chance: the highest accuracy that a teacher without knowledge is likely to have.
-    """
+class TrainedTeacher(NamedTuple):
+    """The file of the weights, which are those of the last epoch; their test accuracy, and what chance may reach."""
 
     path: Path
     accuracy: float
@@ -252,7 +245,8 @@ def _with_new_head(
 
 def _identity(recipe: Recipe, dataset: str, data: dict[str, str], start: Weights | None) -> str:
     """Return a digest of everything that determines the weights; only a checkpoint with the same one is resumed."""
-    parts = [recipe.teacher.model_dump(), recipe.preprocess.as_dict(), dataset, data, start.sha256 if start else None]
+    teacher = recipe.teacher.model_dump(exclude={"any_classes"})
+    parts = [teacher, recipe.preprocess.as_dict(), dataset, data, start.sha256 if start else None]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
