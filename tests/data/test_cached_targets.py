@@ -1,8 +1,6 @@
 """A cache beside any PyTorch dataset: every image gets its own targets, whatever the order, in any worker."""
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -172,12 +170,6 @@ def test_what_does_not_fit_is_said_at_once(digits: Cache, photos: Cache) -> None
     with pytest.raises(DatasetError) as refused:
         tspipe.CachedTargets([1] * 16, photos)[2]
     assert str(refused.value) == "dataset[2] is no (image, label)."
-
-
-def test_importing_the_reader_loads_no_torch() -> None:
-    program = "import sys, tspipe; tspipe.open_cache; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout == "False\n"
 
 
 def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Cache) -> None:

@@ -38,7 +38,7 @@ def test_every_exif_orientation(orientation, tmp_path):
     np.testing.assert_array_equal(decode(tmp_path / "a.png"), np.repeat(displayed[..., None], 3, 2))
 
 
-@pytest.mark.parametrize("dtype, extension", [("<u2", "png"), ("<u2", "tif"), (">u2", "tif")])
+@pytest.mark.parametrize("dtype, extension", [("<u2", "png"), ("<u2", "tif"), (">u2", "tif"), ("<u2", "jp2")])
 def test_16_bits_become_the_upper_8(dtype, extension, tmp_path):
     wide = np.array([[0, 255, 256], [32768, 40000, 65535]], dtype)
     Image.fromarray(wide).save(tmp_path / f"a.{extension}")
@@ -196,6 +196,15 @@ def test_a_type_without_an_agreed_range_is_refused(dtype, sample_format, tmp_pat
         with pytest.raises(DatasetError) as problem:
             function(tmp_path / "a.tif")
         assert str(problem.value) == f"{tmp_path}/a.tif cannot be decoded: {NO_RANGE}."
+
+
+def test_fits_of_16_bits_is_signed(tmp_path):
+    cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 3, "NAXIS2": 2}
+    header = "".join(f"{name:<8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END"
+    (tmp_path / "a.fits").write_bytes(header.ljust(2880).encode() + np.arange(6, dtype=">i2").tobytes().ljust(2880))
+    with pytest.raises(DatasetError) as problem:
+        decode(tmp_path / "a.fits")
+    assert str(problem.value) == f"{tmp_path}/a.fits cannot be decoded: {NO_RANGE}."
 
 
 def test_a_nearly_black_image_is_remarked_on_once_for_each_dataset(tmp_path, capsys):

@@ -48,10 +48,9 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name not in _NOT_DECODED]
 
 
-@functools.cache
-def extensions() -> frozenset[str]:
-    """Return the extensions of the formats that can be decoded, in lower case, with their dots."""
-    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats())
+def has_image_extension(name: str) -> bool:
+    """Return whether a file's name ends like that of an image that can be decoded."""
+    return Image.registered_extensions().get(PurePath(name).suffix.lower()) in formats()
 
 
 def decode(path: Path, dataset: str = "") -> Pixels:
@@ -102,6 +101,7 @@ def _check_range(image: Image.Image) -> None:
     """Raise ValueError if the range of the pixels is not that of an unsigned type of 8 to 16 bits."""
     # Pillow has the 16 bits of these formats in its mode of signed 32 bits.
     unclear = image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM"))
+    unclear |= image.mode == "I;16" and image.format == "FITS"  # signed
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         unclear |= any(sample != _UNSIGNED for sample in image.tag_v2.get(_SAMPLE_FORMAT, ()))
     if unclear:
@@ -150,8 +150,3 @@ def _open(path: Path) -> Iterator[Image.Image]:
         detail = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
         reason = f"cannot be decoded: {detail}."
     raise DatasetError(f"{path} {reason}")
-
-
-def has_image_extension(name: str) -> bool:
-    """Return whether a file's name ends like that of an image that can be decoded."""
-    return PurePath(name).suffix.lower() in extensions()
