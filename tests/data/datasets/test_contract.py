@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tspipe.data import datasets
-from tspipe.data.datasets import Images, check_images, open_dataset
+from tspipe.data.datasets import Images, check_images, from_array, open_dataset
 from tspipe.errors import DatasetError
 
 NAMES = datasets.names()
@@ -181,6 +181,14 @@ def test_a_dataset_file_that_fails(body, message, tmp_path):
     with pytest.raises(DatasetError) as refused:
         open_dataset(str(tmp_path / "mine.py"))
     assert str(refused.value) == message
+
+
+def test_labels_of_an_array_are_not_truncated():
+    array = np.zeros((2, 4, 5, 3), np.uint8)
+    assert from_array(array, np.array([0, 1], np.uint8), ["cat", "dog"]).labels.dtype == np.int64
+    with pytest.raises(DatasetError) as refused:
+        check_images(from_array(array, np.array([0.2, 0.9]), ["cat", "dog"]), "mine, split train")
+    assert str(refused.value) == f"mine, split train: labels are float64 of shape (2,). {INT64}"
 
 
 def test_keys_and_classes_are_in_one_unicode_form():

@@ -72,8 +72,8 @@ class Images:
 
 def from_array(array: Pixels, labels: NDArray[np.integer], classes: Sequence[str]) -> Images:
     """Return a split that is one array; its keys are the indices."""
-    keys = [str(i) for i in range(len(array))]
-    return Images(labels.astype(np.int64), keys, classes, lambda i: array[i], array)
+    labels = labels.astype(np.int64) if np.issubdtype(labels.dtype, np.integer) else labels
+    return Images(labels, [str(i) for i in range(len(array))], classes, lambda i: array[i], array)
 
 
 @dataclass(frozen=True)
