@@ -70,8 +70,8 @@ class Images:
         )
 
 
-def from_array(array: Pixels, labels: NDArray[np.integer], classes: Sequence[str]) -> Images:
-    """Return a split that is one array; its keys are the indices."""
+def from_array(array: Pixels, labels: NDArray[Any], classes: Sequence[str]) -> Images:
+    """Return a split that is one array; labels are integers of any type, keys are the indices."""
     labels = labels.astype(np.int64) if np.issubdtype(labels.dtype, np.integer) else labels
     return Images(labels, [str(i) for i in range(len(array))], classes, lambda i: array[i], array)
 
