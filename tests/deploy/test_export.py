@@ -17,7 +17,7 @@ from tspipe.cache import Cache
 from tspipe.data.datasets import open_dataset
 from tspipe.deploy import formats
 from tspipe.deploy.export import Export, export
-from tspipe.deploy.labelled_images import find_test_images, open_test_images
+from tspipe.deploy.labelled_images import find_test_images, open_labelled_images
 from tspipe.deploy.student import Student
 from tspipe.models.feature_net import student_of
 from tspipe.models.probe import probe_images
@@ -58,7 +58,7 @@ def student(student_file: Path) -> Student:
 @pytest.fixture(scope="module")
 def exports(student: Student, digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[Export]:
     """Export the student to every format, in an empty folder."""
-    folder, test = tmp_path_factory.mktemp("exports"), open_test_images(digits)
+    folder, test = tmp_path_factory.mktemp("exports"), open_labelled_images(digits)
     outs = [folder / f"{name}{'_uint8' * uint8}{formats.FORMATS[name].suffix}" for name, uint8 in KINDS]
     return [export(student, name, out, test, uint8=uint8) for out, (name, uint8) in zip(outs, KINDS, strict=True)]
 

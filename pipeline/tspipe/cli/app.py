@@ -60,6 +60,7 @@ for panel, commands in {
 }.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.command("eval", rich_help_panel="Students in use")(deploy.eval_)
 app.command("list", rich_help_panel="Results")(share.list_)
 
 

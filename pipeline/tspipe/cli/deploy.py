@@ -1,4 +1,4 @@
-"""The commands on trained students: classify images, export."""
+"""The commands on trained students: classify images, compare students, export."""
 
 import csv
 import json
@@ -111,3 +111,36 @@ def predict(
         print(json.dumps(records, indent=2))
     if problems:
         raise typer.Exit(1)
+
+
+def eval_(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="STUDENT", help="Run folders, files student-*.safetensors, or .onnx exports."),
+    ],
+    student: Name = None,
+    network: Network = None,
+    cache: CacheFile = None,
+    data: options.Data = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure each latency.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare students and exports with their teacher."""
+    from dataclasses import asdict
+
+    from tspipe.cache import open_cache
+    from tspipe.cli.render import show_evaluations
+    from tspipe.deploy.evaluate import evaluate
+    from tspipe.deploy.exported import load_classifier
+    from tspipe.deploy.labelled_images import find_cache, open_labelled_images
+
+    classifiers = [load_classifier(source, student, network) for source in sources]
+    opened = open_cache(cache) if cache else find_cache(classifiers[0].facts.cache)
+    evaluations = evaluate(classifiers, open_labelled_images(opened, data), seconds)
+    if json_:
+        fields = [{**asdict(one), "scores": one.scores._asdict()} for one in evaluations]
+        for record, one in zip(fields, evaluations, strict=True):
+            record["latency"] = {size: latency._asdict() for size, latency in one.latency.items()}
+        print(json.dumps({"cache": opened.id, "images": len(opened.test), "results": fields}, indent=2))
+    else:
+        show_evaluations(evaluations, opened)

@@ -1,6 +1,6 @@
 """What the command line prints: caches, differences, benchmarks, settings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from tspipe.utils.console import format_bytes, plain_table, printable, stdout_co
 
 if TYPE_CHECKING:
     from tspipe.cache.peek import Peek  # imported only where a command reads a URL
+    from tspipe.deploy.evaluate import Evaluation
 
 _NAME = 60  # characters shown of a class's name
 
@@ -109,6 +110,35 @@ def show_bench(result: dict[str, Any]) -> None:
         + "".join(f", {name} {machine[name]}" for name in packages)
     )
     out.print(Text(f"\n{printable(result['sentence'])}"))
+
+
+def show_evaluations(evaluations: "Sequence[Evaluation]", cache: Cache) -> None:
+    """Print the table of `tspipe eval`."""
+    table = plain_table(("",), ("top-1", "top-5", "F1", "ECE", "agree", "weights", "size", "ms", "ms/32"))
+    table.padding = (0, 1, 0, 0)
+    for one in evaluations:
+        scores = one.scores
+        fractions = scores.top1, scores.top5, scores.macro_f1, scores.calibration_error, scores.agreement
+        texts = ["" if value is None else f"{100 * value:.1f}" for value in fractions]
+        texts.append("" if one.parameters is None else _count(one.parameters))
+        texts.append("" if one.size is None else format_bytes(one.size).replace(" bytes", " B"))
+        texts += [f"{one.latency[size].median:.3g}" if size in one.latency else "" for size in (1, 32)]
+        table.add_row(Text(printable(one.name, 40)), *texts)
+    stdout_console().print(table)
+    legend = (
+        f"\n{len(cache.test):,} test images of {printable(cache.name, _NAME)}. In percent: top-1 and top-5 accuracy, "
+        "macro F1, expected calibration error (ECE), agreement with the teacher. weights: after folding. ms: median "
+        "milliseconds from pixels to probabilities, for one image and for 32."
+    )
+    stdout_console().print(Text(legend))
+
+
+def _count(number: int) -> str:
+    """Format a large number: 5.8k, 11.2M."""
+    for unit, size in (("M", 10**6), ("k", 1000)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 def _ratio(value: float) -> str:

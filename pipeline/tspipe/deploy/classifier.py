@@ -25,6 +25,9 @@ class Classifier(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def path(self) -> Path: ...
+
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Return the probabilities (n, c) of images (n, C, H, W) uint8 after resize and crop."""
 

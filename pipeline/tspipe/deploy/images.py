@@ -33,7 +33,7 @@ def prepare(picture: Picture, preprocess: Preprocess, input_shape: tuple[int, in
     if prepared.shape != (*size, channels):
         raise DatasetError(
             f"{name} has {prepared.shape[0]}×{prepared.shape[1]} pixels (height×width), and the student takes "
-            f" {size[0]}×{size[1]} without resizing. Resize the image first."
+            f"{size[0]}×{size[1]} without resizing. Resize the image first."
         )
     return prepared
 

@@ -12,6 +12,7 @@ from tspipe.cache import Cache, open_cache
 from tspipe.data import datasets
 from tspipe.data.image_loader import ImageLoader, open_images
 from tspipe.data.local import open_local
+from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheError, CacheMismatch, TspipeError
 from tspipe.utils.memory import memory_limit
 
@@ -25,13 +26,18 @@ class LabelledImages(NamedTuple):
     images: ImageLoader
     labels: Tensor
 
+    @property
+    def preprocess(self) -> Preprocess:
+        """The cache's preprocessing."""
+        return Preprocess.from_dict(self.cache.manifest["preprocess"])
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (n, C, H, W) uint8 and labels (n,) int64."""
         rows = list(torch.arange(len(self.labels)).split(batch_size))
         yield from zip(self.images.batches(rows), self.labels.split(batch_size), strict=True)
 
 
-def find_cache(cache_id: str, file: Path | None, folder: Path = Path("cache")) -> Cache:
+def find_cache(cache_id: str, file: Path | None = None, folder: Path = Path("cache")) -> Cache:
     """Return the cache of this id: `file`, or one in `folder`. Raises CacheMismatch if it is another or none."""
     if file:
         cache = open_cache(file)
@@ -45,7 +51,7 @@ def find_cache(cache_id: str, file: Path | None, folder: Path = Path("cache")) -
     raise CacheMismatch(f"The student's cache, id {cache_id[:12]}, is not in {folder}/. Name it: --cache FILE")
 
 
-def open_test_images(cache: Cache, data: Path | None = None) -> LabelledImages:
+def open_labelled_images(cache: Cache, data: Path | None = None) -> LabelledImages:
     """Open the test split of a cache, from the file or else from the local dataset, by default in `data/<name>`."""
     name = cache.manifest["dataset"]["name"]
     folder = data or Path("data") / datasets.stem(name)
@@ -57,7 +63,7 @@ def open_test_images(cache: Cache, data: Path | None = None) -> LabelledImages:
 def find_test_images(cache_id: str, file: Path | None, data: Path | None) -> LabelledImages | str:
     """Return the test images of the cache of this id or, unless a file or folder is named, why there are none."""
     try:
-        return open_test_images(find_cache(cache_id, file), data)
+        return open_labelled_images(find_cache(cache_id, file), data)
     except TspipeError as error:
         if file or data:
             raise
