@@ -1,10 +1,12 @@
 """Files of weights: every format that is read, every file that is refused, and deterministic bytes."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import random
 import time
 import zipfile
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from shared import equal, error_message
-from tspipe.errors import TspipeError
+from tspipe.errors import NetworkError, TspipeError
 from tspipe.models import weights
 
 SAVE = "save its state_dict: torch.save(net.state_dict(), …)"
@@ -276,11 +278,39 @@ def test_more_objects_than_a_network_has_are_refused_at_once(tmp_path, form):
 def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path):
     path = tmp_path / "w.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("w/data/0", bytes(10**8))
+        archive.writestr("w/data/0", bytes(10**7))
     assert error_message(weights.read, path) == (
-        f"{path} is refused: its {path.stat().st_size:,} bytes unpack to 100,000,000. Files of weights are not "
+        f"{path} is refused: its {path.stat().st_size:,} bytes unpack to 10,000,000. Files of weights are not "
         "compressed so."
     )
+
+
+def test_a_file_larger_than_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "memory_limit", lambda _device: 999)
+    (tmp_path / "w.pt").write_bytes(bytes(1_000))
+    message = error_message(weights.read, tmp_path / "w.pt")
+    assert message == f"{tmp_path}/w.pt cannot be read: it has 1,000 bytes, more than the memory limit of 999."
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_bytes_raise_nothing_else(tmp_path, state, zipped):
+    path = tmp_path / "w.pt"
+    torch.save({"model": state, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
+    data, draw = path.read_bytes(), random.Random(0)
+    for _ in range(int(os.environ.get("TSPIPE_FUZZ", 100))):
+        mutated = bytearray(data)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            mutated[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(mutated)
+        with contextlib.suppress(NetworkError):
+            weights.read(path)
+
+
+def test_an_archive_in_several_parts(tmp_path):
+    """Python's zipfile raises an error of its own for the number of a part at the end of the bytes."""
+    path = tmp_path / "w.pt"
+    path.write_bytes(b"PK\3\4" + bytes(100) + b"PK\6\7" + b"\1" * 16 + b"PK\5\6" + bytes(18))
+    assert error_message(weights.read, path) == DAMAGED.format(path)
 
 
 def test_a_checkpoint_that_contains_itself(tmp_path, state):

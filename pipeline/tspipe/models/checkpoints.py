@@ -18,6 +18,7 @@ MAX_RECORD_BYTES = 2**21  # of all names and shapes; those of a thousand tensors
 _MAX_TENSORS = 10_000  # with those of an optimizer and of averaged weights
 _MAX_READS = 500_000  # of the opcodes in a file of the older format; a thousand tensors take 0.05 million
 _MAX_EXPANSION = 10  # PyTorch does not compress
+_ZIP = b"PK\3\4"  # how PyTorch, too, tells archives from the older format
 _REMEDY = "save its state_dict: torch.save(net.state_dict(), …)"
 TOO_MANY = f"{{}} holds too many objects for a file of weights. Load it elsewhere and {_REMEDY}"
 TOP = "its own tensors"  # the name of the checkpoint itself among the state dicts in it
@@ -107,7 +108,7 @@ class _Limited(io.BytesIO):
 
 
 def _load(data: bytes, source: str) -> Any:
-    if zipfile.is_zipfile(io.BytesIO(data)):
+    if data.startswith(_ZIP):
         _check_archive(data, source)
     try:
         with warnings.catch_warnings():
@@ -131,7 +132,7 @@ def _names_in(data: bytes) -> list[str]:
     """Return the names of classes and functions in complete pickles, which are parsed, not run; none in other bytes."""
     names, texts = [], list[str]()
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):
+        if data.startswith(_ZIP):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         stream = io.BytesIO(data)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tspipe.errors import NetworkError
 from tspipe.models import checkpoints
 from tspipe.utils.files import write_whole
+from tspipe.utils.memory import memory_limit
 from tspipe.utils.reading import read_file
 
 _METADATA = "tspipe"
@@ -46,6 +47,8 @@ def read(path: Path, key: str | None = None) -> Weights:
     weights.
     """
     try:
+        if (size := path.stat().st_size) > (limit := memory_limit(torch.device("cpu"))):
+            raise OSError(None, f"it has {size:,} bytes, more than the memory limit of {limit:,}")
         data = read_file(path)
     except FileNotFoundError:
         raise NetworkError(f"There is no file {path}. Give the path of the weights: --weights FILE") from None
