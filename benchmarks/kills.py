@@ -1,10 +1,12 @@
-"""Kills real commands at random moments: python benchmarks/kills.py [ROUNDS [SCENARIO ...]]
+"""Kills commands at random moments: python benchmarks/kills.py [ROUNDS [SCENARIO ...]]
 
 A scenario first runs its command undisturbed. Each round then starts the command in a folder of its own, sends SIGKILL
 at a random moment between its first write and its end, runs the same command again to its end, and compares the SHA-256
 of every file with that of the undisturbed run. Measured times are left out. Prints for each scenario the number of
 kills, how many second runs finished with exit code 0 and with equal files, the files that are missing, and the files
 that the undisturbed run does not leave.
+
+A command is a process of its own, forked from this one, which has imported everything: it starts at once.
 """
 
 import contextlib
@@ -16,56 +18,63 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import zygote
 from tspipe.cache.inspect import inspect
 
-TSPIPE = [sys.executable, "-m", "tspipe"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tspipe"]
 BLOCK_ROWS = 64
 TEACHER = ["--set=teacher.network=lenet5", "--set=teacher.epochs=2", f"--set=compute.block_rows={BLOCK_ROWS}"]
 DRAW = random.Random(0)
+IMPORTS = ["matplotlib.backends.backend_agg", "sklearn.datasets", "torch._dynamo", "tspipe.training.train_teacher"]
+IMPORTS += ["tspipe.experiments.report", "tspipe.experiments.reproduce", "tspipe.extraction.verify", "tspipe.cli.app"]
 
 
 class Scenario(NamedTuple):
-    """A command, and the function that prepares the folder that it runs in."""
+    """A command, the function that prepares its folder, and the number of its processes; 0 without torchrun."""
 
-    command: list[str]
+    arguments: list[str]
     prepare: Callable[[Path], object]
+    ranks: int = 0
 
 
 def student(caches: Path) -> Scenario:
     """Stage two with two seeds of three arms and a checkpoint after every batch."""
     small = ["--epochs", "3", "--seeds", "2", "--set=checkpoint_seconds=0", "--set=random_images=8"]
-    command = ["student", "--cache", f"{caches}/digits.h5", "--compare", "--out", "run", *small]
-    return Scenario([*TSPIPE, *command], nothing)
+    return Scenario(["student", "--cache", f"{caches}/digits.h5", "--compare", "--out", "run", *small], nothing)
 
 
-def torchrun_student(caches: Path) -> Scenario:
-    """The same in two processes, of which one or both are killed."""
-    return Scenario([*TORCHRUN, *student(caches).command[len(TSPIPE) :]], nothing)
+def student_ranks(caches: Path) -> Scenario:
+    """Stage two in two processes of a torchrun job, of which one or both are killed."""
+    return student(caches)._replace(ranks=2)
+
+
+def cache_ranks(caches: Path) -> Scenario:
+    """Stage one in three processes of a torchrun job, of which one or all are killed."""
+    weights = f"{caches}/checkpoints/digits-lenet5.safetensors"
+    small = ["--weights", weights, "--out", "digits.h5", "--random-pool", "2000"]
+    return Scenario(["cache", "--dataset", "digits", *TEACHER, *small], nothing, 3)
 
 
 def reproduce(caches: Path) -> Scenario:
     """A table of the paper: a teacher is trained, its cache is made, students are trained and reported."""
     small = ["--epochs", "2", "--set=students.lenet5_wide.options.maps=[4,4]", "--set=random_images=8"]
-    small += [
-        "--set=students.lenet5_wide.options.hidden=8",
-        "--set=checkpoint_seconds=0",
-        "--set=preprocess.resize=[16,16]",
-    ]
-    return Scenario([*TSPIPE, "reproduce", "table1", "--dataset", "digits", *TEACHER, *small], nothing)
+    small += ["--set=students.lenet5_wide.options.hidden=8", "--set=checkpoint_seconds=0"]
+    small += ["--set=preprocess.resize=[16,16]"]
+    return Scenario(["reproduce", "table1", "--dataset", "digits", *TEACHER, *small], nothing)
 
 
 def push(caches: Path) -> Scenario:
     """A cache is published in a folder."""
-    return Scenario([*TSPIPE, "push", f"{caches}/pool.h5", "shelf"], lambda folder: (folder / "shelf").mkdir())
+    return Scenario(["push", f"{caches}/pool.h5", "shelf"], lambda folder: (folder / "shelf").mkdir())
 
 
 def repair(caches: Path) -> Scenario:
@@ -79,56 +88,57 @@ def repair(caches: Path) -> Scenario:
             for offset in range(features.offset, features.offset + features.nbytes, ten_blocks):
                 os.pwrite(file.fileno(), b"damage", offset)
 
-    return Scenario([*TSPIPE, "verify", "pool.h5", "--repair"], damage)
+    return Scenario(["verify", "pool.h5", "--repair"], damage)
 
 
 def nothing(folder: Path) -> None:
     """Leave the folder empty."""
 
 
-SCENARIOS = [student, torchrun_student, reproduce, push, repair]
+SCENARIOS = [student, student_ranks, cache_ranks, reproduce, push, repair]
 
 
 def main(rounds: str = "30", *names: str) -> None:
+    for module in IMPORTS:
+        import_module(module)
     with tempfile.TemporaryDirectory() as root:
-        caches = make_caches(Path(root) / "caches")
-        print(f"{'':18}{'kills':>6}{'finished':>10}{'equal':>7}{'missing':>9}{'left over':>11}")
+        caches = Path(root) / "caches"
+        caches.mkdir()
+        cache = ["cache", "--dataset", "digits", "--train-teacher", *TEACHER]
+        for arguments in (["--out", "digits.h5"], ["--out", "pool.h5", "--random-pool", "100000"]):
+            finish(start(Scenario([*cache, *arguments], nothing), caches))
+        print(f"{'':16}{'kills':>6}{'finished':>10}{'equal':>7}{'missing':>9}{'left over':>11}", flush=True)
         for make in SCENARIOS:
             if not names or make.__name__ in names:
                 counts = run_scenario(make(caches), Path(root) / make.__name__, int(rounds))
-                print("{:18}{:6}{:10}{:7}{:9}{:11}".format(make.__name__, *counts), flush=True)
-
-
-def make_caches(folder: Path) -> Path:
-    """Make digits.h5, and pool.h5 with a large random pool."""
-    folder.mkdir()
-    cache = [*TSPIPE, "cache", "--dataset", "digits", "--train-teacher", *TEACHER]
-    for arguments in (["--out", "digits.h5"], ["--out", "pool.h5", "--random-pool", "100000"]):
-        subprocess.run([*cache, *arguments], cwd=folder, check=True, capture_output=True)
-    return folder
+                print("{:16}{:6}{:10}{:7}{:9}{:11}".format(make.__name__, *counts), flush=True)
 
 
 def run_scenario(scenario: Scenario, folder: Path, rounds: int) -> tuple[int, ...]:
     """Return the numbers of kills, finished runs, equal runs, missing files and files left over."""
     undisturbed = prepare(scenario, folder / "undisturbed")
-    first_write, end = run(scenario, undisturbed)
+    before = state(undisturbed)
+    processes = start(scenario, undisturbed)
+    wait_for_write(undisturbed, before, processes)
+    first_write = time.monotonic()
+    assert finish(processes) == 0
+    duration = time.monotonic() - first_write
     expected = digests(undisturbed)
     kills = finished = equal = missing = left_over = 0
-    for attempt in range(3 * rounds):
+    for attempt in range(20 * rounds):  # a short command often ends before the kill
         if kills == rounds:
             break
         killed = prepare(scenario, folder / str(attempt))
-        if run_and_kill(scenario, killed, DRAW.uniform(0, end - first_write)):
+        if run_and_kill(scenario, killed, DRAW.uniform(0, duration)):
             kills += 1
-            second = subprocess.run(scenario.command, cwd=killed, capture_output=True, text=True)
+            code = finish(start(scenario, killed))
             result = digests(killed)
-            finished += second.returncode == 0
+            finished += code == 0
             equal += result == expected
             missing += len(expected.keys() - result.keys())
             left_over += len(result.keys() - expected.keys())
-            if second.returncode or result != expected:
-                different = {name for name, _ in expected.items() ^ result.items()}
-                print(f"{killed}: {sorted(different)}\n{second.stdout}{second.stderr}", file=sys.stderr, flush=True)
+            if different := {name for name, _ in expected.items() ^ result.items()}:
+                print(f"{killed}, exit code {code}: {sorted(different)}", file=sys.stderr, flush=True)
         shutil.rmtree(killed)
     return kills, finished, equal, missing, left_over
 
@@ -139,34 +149,54 @@ def prepare(scenario: Scenario, folder: Path) -> Path:
     return folder
 
 
-def run(scenario: Scenario, folder: Path) -> tuple[float, float]:
-    """Run a command; return the seconds from its start to its first write and to its end."""
-    before, start, first_write = state(folder), time.monotonic(), 0.0
-    with (folder.parent / "output.txt").open("w") as output:
-        process = subprocess.Popen(scenario.command, cwd=folder, stdout=output, stderr=output)
-    while process.poll() is None:
-        if not first_write and state(folder) != before:
-            first_write = time.monotonic() - start
-        time.sleep(0.001)
-    assert process.returncode == 0, (folder.parent / "output.txt").read_text()
-    return first_write, time.monotonic() - start
+def start(scenario: Scenario, folder: Path) -> dict[int, int]:
+    """Start a command in a folder; return the pipes that its processes print to, by process id."""
+    with contextlib.chdir(folder):
+        environments = zygote.rank_environments(scenario.ranks) if scenario.ranks else [{}]
+        return dict(zygote.start(environment, scenario.arguments) for environment in environments)
+
+
+def finish(processes: dict[int, int]) -> int:
+    """Wait for all processes; return the first exit code that is not 0, else 0. Prints what a failed one printed."""
+    codes = []
+    for process, pipe in processes.items():
+        with os.fdopen(pipe, errors="replace") as output:
+            text = output.read()
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        if codes[-1] > 0:
+            print(text, file=sys.stderr, flush=True)
+    return next((code for code in codes if code), 0)
 
 
 def run_and_kill(scenario: Scenario, folder: Path, delay: float) -> bool:
     """Run a command and kill it this many seconds after its first write; return False if it ends before."""
-    before, silent = state(folder), subprocess.DEVNULL
-    process = subprocess.Popen(scenario.command, cwd=folder, stdout=silent, stderr=silent, start_new_session=True)
-    while state(folder) == before and process.poll() is None:
-        time.sleep(0.001)
+    before, processes = state(folder), start(scenario, folder)
+    wait_for_write(folder, before, processes)
     time.sleep(delay)
-    if process.poll() is not None:
-        return False
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    if ranks and DRAW.random() < 0.5:
-        os.kill(int(DRAW.choice(ranks)), signal.SIGKILL)  # torchrun ends the others
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait() != 0
+    victims = [DRAW.choice(list(processes))] if DRAW.random() < 0.5 else list(processes)
+    for process in victims:  # a process that has ended stays until it is waited for
+        os.kill(process, signal.SIGKILL)
+    return killed(processes)
+
+
+def wait_for_write(folder: Path, before: list[tuple[Path, int, int]], processes: dict[int, int]) -> None:
+    """Wait until a file in the folder changes, or all processes have ended."""
+    while state(folder) == before and any(not ended(process) for process in processes):
+        time.sleep(0.001)
+
+
+def ended(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def killed(processes: dict[int, int]) -> bool:
+    """Wait for the processes to end; return whether one was killed before its end."""
+    codes = []
+    for process, pipe in processes.items():
+        with os.fdopen(pipe, "rb") as output:  # an unread pipe could block its writer
+            output.read()
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    return -signal.SIGKILL in codes
 
 
 def state(folder: Path) -> list[tuple[Path, int, int]]:
