@@ -180,7 +180,7 @@ def test_targets_that_are_no_numbers(copy: Path, split: str, row: int, column: s
     put(copy, f"{split}_{column}", row, np.array([value], dtype).tobytes())
     fit(copy)
     open_cache(copy)
-    result = [damage for damage in find_damage(copy) if "NaN" in damage.why]
+    result = [damage for damage in find_damage(copy) if "NaN" in damage.reason]
     assert [damage.where for damage in result] == [f"{split}_{column}, row {row}"]
     assert "(NaN or infinite). Get the file again from" in explain(copy, result)
 
@@ -188,14 +188,16 @@ def test_targets_that_are_no_numbers(copy: Path, split: str, row: int, column: s
 def test_two_images_of_one_key(copy: Path) -> None:
     put(copy, "train_keys", 1, b"tr0\0\0\0")
     fit(copy)
-    assert [(damage.dataset, damage.why) for damage in find_damage(copy)] == [
+    assert [(damage.dataset, damage.reason) for damage in find_damage(copy)] == [
         ("train_keys", "two images have the same key")
     ]
 
 
 def test_a_manifest_that_counts_other_right_answers(copy: Path) -> None:
     fit(copy, lambda manifest: manifest["teacher"]["correct"].update(train=10))
-    assert [(part.dataset, part.why) for part in find_damage(copy)] == [("train_logits", "not 10 correct predictions")]
+    assert [(part.dataset, part.reason) for part in find_damage(copy)] == [
+        ("train_logits", "not 10 correct predictions")
+    ]
 
 
 def test_rows_and_checksums_at_once_are_told_apart(copy: Path) -> None:

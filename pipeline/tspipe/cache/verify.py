@@ -16,15 +16,13 @@ from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
 from tspipe.errors import CacheIncomplete
 
 _WINDOW = 64  # blocks per batch of threads
-_ID_ITSELF = 8  # of 64 digits: an id that differs in so few is itself damaged; another file's differs in about 60
-
-_SHOWN = 8  # locations in a message
-NOT_WRITTEN = "damaged"
-UNSURE = "these rows or their checksums are damaged"
-_FEW = 8  # differing checksums of which every combination is tried
+_MAX_ID_DIGITS = 8  # of 64: an id that differs in so few is itself damaged; another file's differs in about 60
+_MAX_COMBINED = 8  # differing checksums of which every combination is tried
+_MAX_LISTED = 8  # locations in a message
+DAMAGED = "damaged"
+AMBIGUOUS = "these rows or their checksums are damaged"
 Advance = Callable[[int], object]
-Checksums = NDArray[np.uint8]  # (blocks, columns, 32)
-Sums = dict[str, Checksums]  # by dataset
+Checksums = dict[str, NDArray[np.uint8]]  # (blocks, columns, 32) by dataset
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,13 @@ class Damage:
 
     dataset: str
     rows: range
-    why: str = NOT_WRITTEN
+    reason: str = DAMAGED
     data: bytes | None = None
 
     @property
     def repairable(self) -> bool:
         """Whether the original bytes can be recovered; those of a manifest cannot."""
-        return self.why == NOT_WRITTEN
+        return self.reason == DAMAGED
 
     @property
     def where(self) -> str:
@@ -61,9 +59,9 @@ def find_damage(path: Path, advance: Advance = lambda count: None) -> list[Damag
 
 def explain(path: Path, damage: list[Damage]) -> str:
     """Return a message that describes the damage and the remedy."""
-    places = [part.where if part.why == NOT_WRITTEN else f"{part.where} ({part.why})" for part in damage]
-    shown = "; ".join(places[:_SHOWN]) + (f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
-    where = f"{path} is damaged: {shown}."
+    places = [part.where if part.repairable else f"{part.where} ({part.reason})" for part in damage]
+    more = f"; and {len(places) - _MAX_LISTED} more" if len(places) > _MAX_LISTED else ""
+    where = f"{path} is damaged: {'; '.join(places[:_MAX_LISTED])}{more}."
     if any(not part.repairable for part in damage):
         return f"{where} Get the file again from its source, or make it again: tspipe cache --force"
     return f"{where} Get the file again, or repair it: tspipe verify --repair {path}"
@@ -76,90 +74,88 @@ class _Verification:
         self.columns = structure.columns
 
     def damage(self) -> list[Damage]:
-        strange: list[Damage] = []
         names = checksum_names(self.columns)
-        stored: Sums = {name: self.columns[name].load() for name in names}
-        computed: Sums = {name: np.empty_like(checksums) for name, checksums in stored.items()}
-        for name in names:
-            strange += self._read(name.removesuffix("_checksums"), computed[name])
+        stored = {name: self.columns[name].load() for name in names}
+        computed = {name: np.empty_like(checksums) for name, checksums in stored.items()}
+        non_finite = [part for name in names for part in self._read(name.removesuffix("_checksums"), computed[name])]
         manifest, identity = (self.columns[name].load().tobytes() for name in ("manifest", "id"))
-        right, loading = self._right(manifest, identity, stored, computed)
-        missed = sum(a != b for a, b in zip(identity, loading, strict=True))
-        sure = missed <= _ID_ITSELF
-        problems = [part for name in names for part in self._wrong_rows(name, right[name], computed[name], sure)]
-        problems += [part for name in names for part in self._wrong_checksums(name, stored[name], right[name])]
-        damaged = {part.dataset for part in problems}  # non-finite values in them are no further damage
-        problems += [part for part in strange if part.dataset not in damaged]
-        if sure:
-            problems += [Damage("id", range(len(identity)), data=loading)] if missed else []
+        original, expected = self._original_checksums(manifest, identity, stored, computed)
+        digits = _count_differences(identity, expected)
+        found_original = digits <= _MAX_ID_DIGITS
+        problems = [part for name in names for part in self._damaged_rows(name, original, computed, found_original)]
+        for name in names:
+            for blocks in _runs((stored[name] != original[name]).any(axis=(1, 2))):
+                data = original[name][blocks.start : blocks.stop].tobytes()
+                problems.append(Damage(name, blocks, data=data))
+        damaged = {part.dataset for part in problems}
+        problems += [part for part in non_finite if part.dataset not in damaged]
+        if found_original:
+            problems += [Damage("id", range(len(identity)), data=expected)] if digits else []
         elif re.fullmatch(rb"[0-9a-f]{64}", identity) is None:
             problems.append(Damage("id", range(len(identity)), "not a SHA-256"))
         elif not problems:  # nothing else can be compared with it
             return [Damage("manifest", range(len(manifest)), "does not match the id")]
-        return [*problems, *self._beside_checksums({damage.dataset for damage in problems})]
+        return [*problems, *self._damage_without_checksums({part.dataset for part in problems})]
 
-    def _right(self, manifest: bytes, identity: bytes, stored: Sums, computed: Sums) -> tuple[Sums, bytes]:
+    def _original_checksums(
+        self, manifest: bytes, identity: bytes, stored: Checksums, computed: Checksums
+    ) -> tuple[Checksums, bytes]:
         """Return the combination of stored and computed checksums whose id is nearest to the file's, and that id."""
         differing = [(name, *at) for name in stored for at in np.argwhere((stored[name] != computed[name]).any(axis=2))]
-        few = len(differing) <= _FEW
-        masks = range(2 ** len(differing)) if few else (0, -1)  # -1: all bits set
-        best: tuple[int, Sums, bytes] | None = None
+        masks = range(2 ** len(differing)) if len(differing) <= _MAX_COMBINED else (0, -1)  # -1: all bits set
+        best: tuple[int, Checksums, bytes] | None = None
         for mask in masks:
             mixed = {name: checksums.copy() for name, checksums in stored.items()}
             for bit, (name, block, column) in enumerate(differing):
                 if mask >> bit & 1:
                     mixed[name][block, column] = computed[name][block, column]
-            given = identify(manifest, [checksums.tobytes() for checksums in mixed.values()])
-            missed = sum(a != b for a, b in zip(identity, given, strict=True))
-            if best is None or missed < min(best[0], _ID_ITSELF + 1):
-                best = missed, mixed, given
-            if not missed:
+            expected = identify(manifest, [checksums.tobytes() for checksums in mixed.values()])
+            digits = _count_differences(identity, expected)
+            if best is None or digits < min(best[0], _MAX_ID_DIGITS + 1):
+                best = digits, mixed, expected
+            if not digits:
                 break
         assert best is not None
         return best[1:]
 
-    def _read(self, split: str, checksums: Checksums) -> Iterator[Damage]:
+    def _read(self, split: str, checksums: NDArray[np.uint8]) -> Iterator[Damage]:
         """Read a split, fill in its checksums, and yield non-finite values."""
         blocks = range(self.sizes.blocks(split))
         with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
             for start in blocks[::_WINDOW]:
                 window = blocks[start : start + _WINDOW]
                 results = pool.map(lambda block: self._block(split, block), window)
-                for block, (block_checksums, count, strange) in zip(window, results, strict=True):
+                for block, (block_checksums, count, non_finite) in zip(window, results, strict=True):
                     checksums[block] = block_checksums
                     self.advance(count)
-                    yield from strange
+                    yield from non_finite
 
     def _block(self, split: str, block: int) -> tuple[NDArray[np.uint8], int, list[Damage]]:
         """Return a block's checksums (columns, 32), its size in bytes, and its non-finite values."""
         images, names = self.sizes.block(split, block), self.sizes.columns(split)
-        count, strange, checksums = 0, [], b""
+        count, non_finite, checksums = 0, [], b""
         for name in names:
             column, rows = self.columns[f"{split}_{name}"], self.sizes.column_rows(split, name, images)
             digest = hashlib.sha256()
             for start, piece in column.pieces(rows.start, rows.stop):
                 digest.update(piece.data)
                 count += piece.nbytes
-                if piece.dtype.kind == "f" and (beyond := _not_finite(piece)).any():
-                    row = start + int(beyond.any(axis=1).argmax())
-                    strange.append(Damage(f"{split}_{name}", range(row, row + 1), "NaN or infinite"))
+                if piece.dtype.kind == "f" and (values := _not_finite(piece)).any():
+                    row = start + int(values.any(axis=1).argmax())
+                    non_finite.append(Damage(f"{split}_{name}", range(row, row + 1), "NaN or infinite"))
             checksums += digest.digest()
-        return np.frombuffer(checksums, np.uint8).reshape(len(names), CHECKSUM_BYTES), count, strange
+        return np.frombuffer(checksums, np.uint8).reshape(len(names), CHECKSUM_BYTES), count, non_finite
 
-    def _wrong_rows(self, name: str, right: Checksums, computed: Checksums, sure: bool) -> Iterator[Damage]:
+    def _damaged_rows(self, name: str, original: Checksums, computed: Checksums, certain: bool) -> Iterator[Damage]:
         """Yield the rows with wrong checksums, column by column; adjacent blocks are joined."""
         split = name.removesuffix("_checksums")
         for i, column in enumerate(self.sizes.columns(split)):
-            for blocks in _runs((right[:, i] != computed[:, i]).any(axis=1)):
+            for blocks in _runs((original[name][:, i] != computed[name][:, i]).any(axis=1)):
                 first, last = self.sizes.block(split, blocks[0]), self.sizes.block(split, blocks[-1])
                 rows = self.sizes.column_rows(split, column, range(first.start, last.stop))
-                yield Damage(f"{split}_{column}", range(rows.start, rows.stop), NOT_WRITTEN if sure else UNSURE)
+                yield Damage(f"{split}_{column}", range(rows.start, rows.stop), DAMAGED if certain else AMBIGUOUS)
 
-    def _wrong_checksums(self, name: str, stored: Checksums, right: Checksums) -> Iterator[Damage]:
-        for blocks in _runs((stored != right).any(axis=(1, 2))):
-            yield Damage(name, blocks, data=right[blocks.start : blocks.stop].tobytes())
-
-    def _beside_checksums(self, damaged: set[str]) -> Iterator[Damage]:
+    def _damage_without_checksums(self, damaged: set[str]) -> Iterator[Damage]:
         """Yield damage that only the manifest reveals: in weights, classes, and the teacher's correct predictions."""
         weights = self.columns.get("teacher_weights")
         if weights is not None and sha256_of(weights).hex() != self.manifest["teacher"]["weights_sha256"]:
@@ -189,6 +185,10 @@ def _structure(path: Path) -> Structure:
         if path.suffix == ".part" or structure.manifest["dataset"]["fingerprint"] is None:
             raise
         return structure
+
+
+def _count_differences(first: bytes, second: bytes) -> int:
+    return sum(a != b for a, b in zip(first, second, strict=True))
 
 
 def _runs(which: NDArray[np.bool_]) -> Iterator[range]:
