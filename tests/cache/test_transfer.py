@@ -29,7 +29,7 @@ from pets import plan, write
 from tspipe.cache import SPLITS, CacheWriter, Dimensions, open_cache
 from tspipe.cache.address import file_name, is_url, without_secrets
 from tspipe.cache.peek import peek
-from tspipe.cache.transfer import Pushed, carried, fetch, pull, push, remote_size
+from tspipe.cache.transfer import Pushed, describe_contents, fetch, pull, push, remote_size
 from tspipe.errors import (
     CacheBusy,
     CacheDamaged,
@@ -885,8 +885,8 @@ def test_what_a_cache_carries_is_said_with_its_licence(tmp_path: Path) -> None:
         "features of pets; its licence: CC0",
         "the teacher's weights (lenet5, a6a82e54f5ff); their licence is their publisher's",
     ]
-    assert carried(open_cache(make(tmp_path / "a.h5", weights=9))) == lines
+    assert describe_contents(open_cache(make(tmp_path / "a.h5", weights=9))) == lines
     manifest = plan({"train": 4, "test": 4})
     manifest["dataset"]["license"] = ""
     write(tmp_path / "b.h5", manifest)
-    assert carried(open_cache(tmp_path / "b.h5")) == ["features of pets; its licence: not stated"]
+    assert describe_contents(open_cache(tmp_path / "b.h5")) == ["features of pets; its licence: not stated"]

@@ -49,7 +49,7 @@ def peek(url: str) -> Peek:
     with tempfile.TemporaryDirectory(prefix="tspipe-") as folder:
         # The head goes into a sparse file of the full size, so that the checks work as for a local file.
         sparse = Path(folder) / file_name(url)
-        with renamed_errors(sparse, remote.shown), _pieces(remote) as read:
+        with renamed_errors(sparse, remote.address), _pieces(remote) as read:
             head, size = read(0, _HEAD)
             with local_errors(sparse):
                 sparse.write_bytes(head)
@@ -91,14 +91,14 @@ def _pieces(remote: Remote) -> Iterator[ReadPiece]:
 
         def read(start: int, stop: int) -> tuple[bytes, int]:
             if opened is not None:
-                with driver_errors(remote.shown):
+                with driver_errors(remote.address):
                     opened.seek(start)
                     return opened.read(stop - start), opened.size
             with remote.open_at(start, stop) as (file, begins_there):
                 if not begins_there or file.size is None:
                     raise CacheError(
-                        f"{remote.shown}: its server does not support range requests. Download all of it: "
-                        f"tspipe pull {remote.shown}"
+                        f"{remote.address}: its server does not support range requests. Download all of it: "
+                        f"tspipe pull {remote.address}"
                     )
                 return b"".join(remote.chunks(file, stop - start)), file.size
 

@@ -43,11 +43,11 @@ class RemoteError(CacheError):
 
 @dataclass(frozen=True)
 class Remote:
-    """A remote file. Every method raises RemoteError, which names it as `shown`."""
+    """A remote file. Every method raises RemoteError, which names it as `address`."""
 
     fs: Any
     path: str
-    shown: str
+    address: str  # without secrets
 
     @property
     def web(self) -> bool:
@@ -63,16 +63,16 @@ class Remote:
     def checksum(self) -> "Remote":
         """The file beside it with its SHA-256."""
         path, mark, query = self.path.partition("?") if self.web else (self.path, "", "")
-        return replace(self, path=f"{path}.sha256{mark}{query}", shown=f"{self.shown}.sha256")
+        return replace(self, path=f"{path}.sha256{mark}{query}", address=f"{self.address}.sha256")
 
     def child(self, name: str) -> "Remote":
         """Return the file of this name in this folder."""
-        folder = self.shown if self.shown.endswith("://") else f"{self.shown.rstrip('/')}/"
-        return replace(self, path=f"{self.path.rstrip('/')}/{name}", shown=folder + name)
+        folder = self.address if self.address.endswith("://") else f"{self.address.rstrip('/')}/"
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}", address=folder + name)
 
     def info(self) -> dict[str, Any]:
         """Return current information about it; drivers would return cached listings."""
-        with driver_errors(self.shown):
+        with driver_errors(self.address):
             self.fs.invalidate_cache()
             return dict(self.fs.info(self.path, **({"timeout": _PATIENCE} if self.web else {})))
 
@@ -104,7 +104,7 @@ class Remote:
         if match is None and line.lstrip().startswith(b"<"):
             return None  # some web servers answer with a page in place of a 404
         if match is None:
-            raise CacheError(f"{self.checksum.shown} contains no SHA-256. Push the file again, or delete that one.")
+            raise CacheError(f"{self.checksum.address} contains no SHA-256. Push the file again, or delete that one.")
         return match[1].decode().lower()
 
     def sha256(self, advance: Advance = lambda count: None) -> str:
@@ -122,12 +122,12 @@ class Remote:
 
         Web servers without range requests begin at 0. They get one request, which may end at `stop`.
         """
-        with driver_errors(self.shown):
+        with driver_errors(self.address):
             if self.web:
                 file: Any = WebFile(self.fs, self.path, start, stop)
             else:
                 if "file" in self.fs.protocol and Path(self.path).is_fifo():  # opening it would wait for its other end
-                    raise RemoteError(f"{self.shown} is a pipe, not a file.")
+                    raise RemoteError(f"{self.address} is a pipe, not a file.")
                 file = self.fs.open(self.path, "rb", cache_type="none")  # no read-ahead
                 file.seek(start)
         with contextlib.closing(file):
@@ -139,7 +139,7 @@ class Remote:
         Raises RemoteError if hardly any bytes arrive for a minute.
         """
         left, begin, received = length, time.monotonic(), 0
-        with driver_errors(self.shown):
+        with driver_errors(self.address):
             while left != 0 and (chunk := file.read(_CHUNK if left is None else min(left, _CHUNK))):
                 left = None if left is None else left - len(chunk)
                 received += len(chunk)
@@ -155,7 +155,7 @@ class Remote:
         part = replace(self, path=f"{folder}/{temporary_name(self.name)}")
         try:
             write(part)
-            with driver_errors(self.shown):
+            with driver_errors(self.address):
                 self.fs.mv(part.path, self.path)
         except BaseException:
             part.remove()
@@ -163,7 +163,7 @@ class Remote:
 
     def write(self, chunks: Iterable[bytes]) -> None:
         """Write the file in place; others may see it unfinished."""
-        with driver_errors(self.shown), self.fs.open(self.path, "wb") as file:
+        with driver_errors(self.address), self.fs.open(self.path, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -236,7 +236,7 @@ def open_remote(url: str) -> Remote:
         raise CacheError(
             "The address is malformed. Write it as https://HOST/PATH/NAME.h5, or with s3://, gs:// or hf://."
         )
-    shown = without_secrets(url)
+    address = without_secrets(url)
     protocol = url.partition("://")[0].lower() if is_url(url) else "file"
     try:
         driver = fsspec.get_filesystem_class(protocol)
@@ -247,11 +247,11 @@ def open_remote(url: str) -> Remote:
         extra = _EXTRAS.get(protocol)
         remedy = f"pip install 'tspipe[{extra}]'" if extra else str(problem)
         raise CacheError(f"{protocol}:// needs a driver: {remedy}") from problem
-    with driver_errors(shown):
+    with driver_errors(address):
         # Not fsspec.url_to_fs, which gives `::` in an address, as in `http://[::1]/`, another meaning.
         options = {**driver._get_kwargs_from_urls(url), **_options(protocol)}
         path = driver._strip_protocol(protocol + url[len(protocol) :] if is_url(url) else url)  # also expands `~`
-        return Remote(driver(**options), path, shown)
+        return Remote(driver(**options), path, address)
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -271,27 +271,27 @@ def _age(modified: datetime) -> timedelta:
 
 
 @contextlib.contextmanager
-def driver_errors(shown: str) -> Iterator[None]:
+def driver_errors(address: str) -> Iterator[None]:
     """Turn a driver's exceptions into sentences about the address; their own texts may contain secrets."""
     try:
         yield
     except TspipeError:
         raise
     except Exception as problem:  # every driver has its own exceptions
-        raise _as_remote_error(problem, shown) from problem
+        raise _as_remote_error(problem, address) from problem
 
 
-def _as_remote_error(problem: BaseException, shown: str) -> RemoteError:
+def _as_remote_error(problem: BaseException, address: str) -> RemoteError:
     cause = problem.__cause__
     if cause is not None and (isinstance(cause, OSError) or hasattr(cause, "status")):
         problem = cause  # fsspec turns any failed HEAD into a FileNotFoundError
     status = getattr(problem, "status", None) or getattr(problem, "code", None)
     kind = type(problem).__name__
     if isinstance(problem, PermissionError) or status in (401, 403) or re.search("Credential|Token|Auth", kind):
-        log_in = "Log in with its own tool, or ask" if is_url(shown) else "Ask"
-        return RemoteError(f"{shown}: access is denied. {log_in} its owner for access.", absent=True)
+        log_in = "Log in with its own tool, or ask" if is_url(address) else "Ask"
+        return RemoteError(f"{address}: access is denied. {log_in} its owner for access.", absent=True)
     if isinstance(problem, FileNotFoundError) or status in (404, 410):
-        return RemoteError(f"There is no file {shown}. Check the address.", absent=True)
+        return RemoteError(f"There is no file {address}. Check the address.", absent=True)
     number = getattr(problem, "errno", None) or 0
     if isinstance(problem, TimeoutError) and not number:
         why = f"nothing arrived for {_PATIENCE:.0f} seconds"
@@ -299,4 +299,4 @@ def _as_remote_error(problem: BaseException, shown: str) -> RemoteError:
         why = "the connection was lost"
     else:
         why = f"answer {status}" if status else os.strerror(number) if number > 0 else kind
-    return RemoteError(f"{shown}: {why}. Fix that, then run the same command again.")
+    return RemoteError(f"{address}: {why}. Fix that, then run the same command again.")

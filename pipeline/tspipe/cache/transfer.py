@@ -85,18 +85,18 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
         if (pushed := _same(path, target, info.get("size"))) is not None:
             return pushed
         remedy = "Push under another name, or replace it: --force"
-        raise CacheMismatch(f"{target.shown} is not the same file as {path}. {remedy}")
+        raise CacheMismatch(f"{target.address} is not the same file as {path}. {remedy}")
     digest = hashlib.sha256()
 
     def upload(part: Remote) -> None:
         part.write(_read(path, digest, advance))
         if part.sha256(advance) != digest.hexdigest():
-            raise CacheDamaged(f"{target.shown} differs from what was written. Run the same command again.")
+            raise CacheDamaged(f"{target.address} differs from what was written. Run the same command again.")
         target.checksum.remove()  # that of an older file: until the new one exists, none is better than a wrong one
 
     target.publish(upload)
     _publish_sha256(target, digest.hexdigest())
-    return Pushed(target.shown, digest.hexdigest(), new=True)
+    return Pushed(target.address, digest.hexdigest(), new=True)
 
 
 def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pulled:
@@ -120,10 +120,10 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
                 if published and path.stat().st_size == size and _sha256(path) == published:
                     return Pulled(path, published, new=False, published=True)
                 if not force:
-                    raise CacheMismatch(f"{path} may not be {remote.shown}. Delete it, or replace it: --force")
+                    raise CacheMismatch(f"{path} may not be {remote.address}. Delete it, or replace it: --force")
             part = _part(path, published)
             sha256 = _download(remote, part, size, advance)
-            _verify(part, sha256, published, remote.shown)
+            _verify(part, sha256, published, remote.address)
             part.replace(path)
             sync_folder(path.parent)
     return Pulled(path, sha256, new=True, published=published is not None)
@@ -167,7 +167,7 @@ def _copies() -> Path:
     return folder
 
 
-def carried(cache: Cache) -> list[str]:
+def describe_contents(cache: Cache) -> list[str]:
     """List the contents of a cache with their licences, a line each. The text is from the file: escape it."""
     dataset, teacher = cache.manifest["dataset"], cache.manifest["teacher"]
     lines = [f"features of {dataset['name']}; its licence: {dataset['license'] or 'not stated'}"]
@@ -182,15 +182,17 @@ def carried(cache: Cache) -> list[str]:
 def _target(path: Path, url: str) -> Remote:
     """Return the target of a push."""
     if not url or not path.name.isprintable():
-        shown = without_secrets(url)
-        raise CacheError(f"{path.name!r} cannot be pushed to {shown!r}. Give a folder or an address, and a plain name.")
+        address = without_secrets(url)
+        raise CacheError(
+            f"{path.name!r} cannot be pushed to {address!r}. Give a folder or an address, and a plain name."
+        )
     target = open_remote(url)
     if target.web:
         raise CacheError(
-            f"{target.shown}: a web server does not accept files. Push to a mounted folder, s3://, gs:// or hf://."
+            f"{target.address}: a web server does not accept files. Push to a mounted folder, s3://, gs:// or hf://."
         )
     is_folder = (target.info_if_present() or {}).get("type") == "directory"
-    return target if target.shown.endswith(".h5") and not is_folder else target.child(path.name)
+    return target if target.address.endswith(".h5") and not is_folder else target.child(path.name)
 
 
 def _same(path: Path, target: Remote, size: int | None) -> Pushed | None:
@@ -203,7 +205,7 @@ def _same(path: Path, target: Remote, size: int | None) -> Pushed | None:
         return None
     if target.published_sha256() != sha256:  # the push that wrote them was killed before this
         _publish_sha256(target, sha256)
-    return Pushed(target.shown, sha256, new=False)
+    return Pushed(target.address, sha256, new=False)
 
 
 def _publish_sha256(target: Remote, sha256: str) -> None:
@@ -236,27 +238,27 @@ def _download(remote: Remote, part: Path, announced: int | None, advance: Advanc
     No more bytes are written than the server announces or the head of the file records.
     """
     with os.fdopen(open_without_links(part, os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as file:
-        have = file.seek(0, os.SEEK_END)
-        if announced is None or have > announced:
-            file.truncate(have := 0)
+        received = file.seek(0, os.SEEK_END)
+        if announced is None or received > announced:
+            file.truncate(received := 0)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256")
-        if have == announced:
+        if received == announced:
             return digest.hexdigest()
-        _check_space(remote, part.parent, (announced or 0) - have)
-        with remote.open_at(have) as (source, begins_there):
+        _check_space(remote, part.parent, (announced or 0) - received)
+        with remote.open_at(received) as (source, begins_there):
             if not begins_there:
-                file.truncate(have := 0)
+                file.truncate(received := 0)
                 digest = hashlib.sha256()
-            advance(have)
+            advance(received)
             for chunk in remote.chunks(source):
                 head = os.pread(file.fileno(), SUPERBLOCK_BYTES, 0) + chunk
                 limit = _limit(remote, head[:SUPERBLOCK_BYTES], announced)
-                _check_space(remote, part.parent, (limit or 0) - have)
-                if limit is not None and have + len(chunk) > limit:
-                    raise CacheDamaged(f"{remote.shown} sends more than the {limit:,} bytes of the file. {_AGAIN}")
-                write_at(file.fileno(), chunk, have)
-                have += len(chunk)
+                _check_space(remote, part.parent, (limit or 0) - received)
+                if limit is not None and received + len(chunk) > limit:
+                    raise CacheDamaged(f"{remote.address} sends more than the {limit:,} bytes of the file. {_AGAIN}")
+                write_at(file.fileno(), chunk, received)
+                received += len(chunk)
                 digest.update(chunk)
                 advance(len(chunk))
         os.fsync(file.fileno())
@@ -269,29 +271,29 @@ def _limit(remote: Remote, head: bytes, announced: int | None) -> int | None:
         return announced
     recorded = recorded_size(head)
     if recorded is None and announced is None:
-        raise NotACache(f"{remote.shown}: it is not an HDF5 file, so not a tspipe cache.")
+        raise NotACache(f"{remote.address}: it is not an HDF5 file, so not a tspipe cache.")
     return min(size for size in (recorded, announced) if size is not None)
 
 
 def _check_space(remote: Remote, folder: Path, left: int) -> None:
     """Raise CacheError unless so many bytes are free."""
     if left > (free := shutil.disk_usage(folder).free):
-        more = f"{remote.shown} needs {left:,} more bytes, and {free:,} are free"
+        more = f"{remote.address} needs {left:,} more bytes, and {free:,} are free"
         raise CacheError(f"{folder}: {more}. Free some space, then run the same command again.")
 
 
-def _verify(part: Path, sha256: str, published: str | None, shown: str) -> None:
+def _verify(part: Path, sha256: str, published: str | None, address: str) -> None:
     """Raise, and delete the part file, if it is not what was pushed or not a valid cache."""
     try:
         if published and sha256 != published:
             raise CacheDamaged(
-                f"{shown} arrived with SHA-256 {sha256[:12]}, not {published[:12]}: it is damaged, or was replaced "
+                f"{address} arrived with SHA-256 {sha256[:12]}, not {published[:12]}: it is damaged, or was replaced "
                 f"meanwhile. {_AGAIN}"
             )
-        with renamed_errors(part, shown):
+        with renamed_errors(part, address):
             open_cache(part)
             if not published and (damage := find_damage(part)):
-                raise CacheDamaged(f"{shown} arrived damaged: {damage[0].where}. {_AGAIN}")
+                raise CacheDamaged(f"{address} arrived damaged: {damage[0].where}. {_AGAIN}")
     except CacheError:
         part.unlink(missing_ok=True)
         raise
@@ -327,9 +329,9 @@ def local_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def renamed_errors(path: Path, shown: str) -> Iterator[None]:
+def renamed_errors(path: Path, address: str) -> Iterator[None]:
     """Name the address in errors about a temporary file."""
     try:
         yield
     except CacheError as problem:
-        raise type(problem)(str(problem).replace(str(path), shown)) from problem.__cause__
+        raise type(problem)(str(problem).replace(str(path), address)) from problem.__cause__

@@ -116,7 +116,7 @@ def check_intact(file: Path) -> None:
 
 
 def _print_contents(opened: "Cache") -> None:
-    from tspipe.cache.transfer import carried
+    from tspipe.cache.transfer import describe_contents
 
-    for line in carried(opened):
+    for line in describe_contents(opened):
         echo(f"  It contains {line}.")
