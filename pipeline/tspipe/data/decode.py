@@ -1,7 +1,6 @@
 """The decoder of images, which every path to pixels uses."""
 
 import contextlib
-import functools
 import os
 import stat
 from collections.abc import Iterator
@@ -41,16 +40,10 @@ if limit := os.environ.get("TSPIPE_MAX_PIXELS"):
     set_pixel_limit(limit)
 
 
-@functools.cache
-def formats() -> list[str]:
-    """Return the formats that can be decoded, in the order in which Pillow tries them."""
-    Image.init()
-    return [name for name in Image.ID if name not in _NOT_DECODED]
-
-
 def has_image_extension(name: str) -> bool:
-    """Return whether a file's name ends like that of an image that can be decoded."""
-    return Image.registered_extensions().get(PurePath(name).suffix.lower()) in formats()
+    """Return whether a file's name ends like that of an image that Pillow, with the plug-ins it has now, decodes."""
+    image_format = Image.registered_extensions().get(PurePath(name).suffix.lower())
+    return image_format in Image.OPEN and image_format not in _NOT_DECODED
 
 
 def decode(path: Path, dataset: str = "") -> Pixels:
@@ -132,7 +125,9 @@ def _open(path: Path) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
             raise DatasetError(f"{path} is not a regular file.")
-        with Image.open(path, formats=formats()) as image:
+        Image.init()
+        formats = [name for name in Image.ID if name not in _NOT_DECODED]
+        with Image.open(path, formats=formats) as image:
             # Pillow only warns up to twice its limit, and warnings cannot be caught safely in threads.
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError

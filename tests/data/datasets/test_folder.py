@@ -6,6 +6,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 import pytest
+from PIL import Image
 
 from tspipe.data.datasets import folder, open_dataset
 from tspipe.errors import DatasetError
@@ -83,6 +84,15 @@ def test_extensions(extension, root, picture):
     picture(root / f"train/cat/a.{extension}")
     images = folder.load(root, "train")
     assert images.keys[0] == f"cat/a.{extension}"
+    assert images.read(0).shape == (8, 12, 3)
+
+
+def test_formats_of_plugins_of_pillow(root, picture, monkeypatch):
+    monkeypatch.setitem(Image.registered_extensions(), ".heic", "PNG")
+    picture(root / "train/cat/a.png")
+    (root / "train/cat/a.png").rename(root / "train/cat/a.HEIC")
+    images = folder.load(root, "train")
+    assert images.keys[0] == "cat/a.HEIC"
     assert images.read(0).shape == (8, 12, 3)
 
 
