@@ -70,7 +70,7 @@ def test_no_teacher_is_trained_inside_rank_zero_first(
 
 
 def test_one_failing_rank_reports_alone(zygote: Zygote, tmp_path: Path) -> None:
-    """No file is written; any number of processes can use the blocks that both ranks have written."""
+    """Rank 0 names the broken images of all; any number of processes can use the blocks that both have written."""
     requested = small(tmp_path / "shapes")
     command = ["cache", "--dataset", requested.recipe.dataset, "--teacher", "lenet5", "--out", requested.out]
     command += ["--weights", tmp_path / "shapes/w.safetensors", "--set=compute.block_rows=4"]
@@ -81,7 +81,7 @@ def test_one_failing_rank_reports_alone(zygote: Zygote, tmp_path: Path) -> None:
     assert failed.code == 1
     assert sum("Error" in line for line in failed.lines) == 1
     assert "b/07.png" in failed.error
-    assert "Rank 0 stops: another process has failed, or cannot be reached." in failed.lines
+    assert "Rank 1 stops: another process has failed, or cannot be reached." in failed.lines
     assert not requested.out.exists()
     assert (tmp_path / "shapes.h5.part-1").exists()
     assert "written train 1" in failed.lines

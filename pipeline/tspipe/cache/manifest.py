@@ -36,6 +36,11 @@ def differing_fields(first: Any, second: Any, path: str = "") -> Iterator[tuple[
         yield path, first, second
 
 
+def without_rows(plan: Manifest) -> Manifest:
+    """Return a plan without the numbers of images."""
+    return {**plan, "dataset": {**plan["dataset"], "rows": None}}
+
+
 def describe_differences(actual: Any, expected: Any) -> str:
     """Return the first three fields in which two manifests or configs differ, as text; empty if they are equal."""
     fields = list(differing_fields(actual, expected))[:3]

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from tspipe.cache.checksums import block_checksums, checksum_names, count_correct, fingerprint, identify
 from tspipe.cache.inspect import Structure, inspect
 from tspipe.cache.layout import SPLITS, Dimensions
-from tspipe.cache.manifest import Manifest, as_plan, decode_manifest, describe_differences, encode_manifest
+from tspipe.cache.manifest import (
+    Manifest,
+    as_plan,
+    decode_manifest,
+    describe_differences,
+    encode_manifest,
+    without_rows,
+)
 from tspipe.cache.read import Split
 from tspipe.cache.skeleton import write_skeleton
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
@@ -62,6 +69,8 @@ class CacheWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._rank:
                 self._stack.enter_context(lock(self.path, CacheBusy))
+            if not self._rank and self.part.exists() and self._has_other_rows(inspect(self.part, finished=False)):
+                self.part.replace(self.part.with_name(f"{self.part.name}-0"))  # its unchanged blocks are absorbed
             if self._rank or not self.part.exists():
                 plan = encode_manifest(self.plan)
                 decode_manifest(plan, finished=False)  # readers refuse a plan that is not valid
@@ -145,6 +154,11 @@ class CacheWriter:
             self.part.replace(self.path)
             sync_folder(self.path.parent)
         return identity.decode("ascii")
+
+    def _has_other_rows(self, structure: Structure) -> bool:
+        """Return whether a part file has another number of images, and otherwise the same plan."""
+        plan = as_plan(structure.manifest)
+        return plan != self.plan and without_rows(plan) == without_rows(self.plan)
 
     def _check_plan(self, structure: Structure) -> None:
         # After a kill at the very end, the manifest is complete and the id is missing.

@@ -34,10 +34,8 @@ def cache(
     views: Annotated[
         int | None, typer.Option(metavar="V", help="Store V shifted and flipped views of each training image.")
     ] = None,
-    train_teacher: Annotated[
-        bool,
-        typer.Option("--train-teacher", help="First train the teacher if it has no weights and none are published."),
-    ] = False,
+    train_teacher: options.TrainTeacher = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are broken.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
     download: options.Download = False,
 ) -> None:
@@ -68,8 +66,8 @@ def cache(
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:
             teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name)
-        pool_rows = random_pool or 0
-        extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, force, download, images, pool_rows)
+        flags_of_stage = force, download, images, random_pool or 0, skip_broken
+        extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, *flags_of_stage)
         finished = extract.extract(extraction, group)
     if finished is not None:
         info(str(finished.path))

@@ -57,3 +57,6 @@ CacheToTrainOn = Annotated[str, typer.Option("--cache", help="The feature cache.
 File = Annotated[Path, typer.Argument(help="A feature cache.")]
 FileOrUrl = Annotated[str, typer.Argument(metavar="FILE|URL", help="A feature cache.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+TrainTeacher = Annotated[
+    bool, typer.Option("--train-teacher", help="First train the teacher if it has no weights and none are published.")
+]

@@ -1,11 +1,13 @@
 """The local images of a cache, which must be those it was made from."""
 
 from pathlib import Path
+from unicodedata import normalize
 
-from tspipe.cache import Cache, match
-from tspipe.data.datasets import Dataset, open_dataset
+from tspipe.cache import SPLITS, Cache, match
+from tspipe.data.datasets import Dataset, Images, open_dataset
 from tspipe.data.preprocess import Preprocess
-from tspipe.errors import CacheMismatch
+from tspipe.errors import CacheMismatch, DatasetError
+from tspipe.utils.progress import remark_once
 
 
 def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, trust: bool) -> Dataset:
@@ -13,7 +15,7 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
 
     Raises CacheMismatch, naming the first image that differs.
     """
-    dataset, name = open_dataset(spec, data, download=download), cache.path.name
+    dataset, name = leave_out_broken(cache, open_dataset(spec, data, download=download)), cache.path.name
     if not trust:
         match.match_dataset(name, cache, dataset.split)
         return dataset
@@ -27,6 +29,29 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
             "without their rows."
         )
     return dataset
+
+
+def leave_out_broken(cache: Cache, dataset: Dataset) -> Dataset:
+    """Return a cache's dataset without the broken images that stage one left out, which are remarked on."""
+    broken = {split: find_left_out(cache, split, dataset.split(split)) for split in SPLITS}
+    for split, problems in broken.items():
+        for problem in problems.values():
+            remark_once(problem, f"Left out of {split}, as in {cache.path.name}: {problem}")
+    return dataset.without(broken)
+
+
+def find_left_out(cache: Cache, split: str, images: Images) -> dict[int, str]:
+    """Return why images that a cache lacks cannot be decoded, by index; other data has images that can."""
+    stored = {normalize("NFC", key.decode("utf-8", "replace")) for key in cache.split(split).keys.load().tolist()}
+    lacking = [i for i, key in enumerate(images.keys) if key not in stored]
+    broken: dict[int, str] = {}
+    if len(lacking) == len(images) - len(stored):  # else it is other data
+        for index in lacking:
+            try:
+                images.read(index)
+            except DatasetError as problem:
+                broken[index] = str(problem)
+    return broken
 
 
 def check_preprocess(cache: Cache, preprocess: Preprocess) -> None:

@@ -1,6 +1,6 @@
 """The images of a cache, block by block: decoded, or drawn for the random pool."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from tspipe.data.image_loader import check_sizes, read, read_ahead
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
 from tspipe.data.views import block_views
+from tspipe.errors import DatasetError
 
 SEED = 0  # of the teacher's own random numbers: a cache is made once
 
@@ -51,6 +52,7 @@ class Block(NamedTuple):
     labels: NDArray[np.int64]  # (n,)
     keys: NDArray[np.bytes_]  # (n,)
     views: NDArray[np.int16] | None = None  # (n·V, 3): dy, dx, flip; the pixels are then not cropped yet
+    broken: Sequence[str] = ()  # why images cannot be decoded; the block then has no pixels
 
     @property
     def teacher_input(self) -> TeacherInput:
@@ -91,18 +93,22 @@ def draw_blocks(pool: PoolImages, ranges: list[range]) -> Iterator[Block]:
 def decode_blocks(images: Images, preprocess: Preprocess, ranges: list[range]) -> Iterator[Block]:
     """Yield blocks of a split; threads decode ahead of the teacher."""
 
-    def decode(index: int) -> tuple[NDArray[np.uint8], bytes]:
-        original, pixels = read(images, preprocess, index)
+    def decode(index: int) -> tuple[NDArray[np.uint8], bytes] | DatasetError:
+        try:
+            original, pixels = read(images, preprocess, index)
+        except DatasetError as problem:
+            return problem
         return pixels, digest(original)
 
     for indices, results in zip(ranges, read_ahead(decode, ranges), strict=True):
-        pixels, digests = zip(*results, strict=True)
-        keys = [images.keys[i] for i in indices]
+        keys, labels = [images.keys[i] for i in indices], images.labels[indices.start : indices.stop]
+        names = np.array([key.encode() for key in keys])
+        decoded = [result for result in results if not isinstance(result, DatasetError)]
+        if len(decoded) < len(results):
+            broken = [str(result) for result in results if isinstance(result, DatasetError)]
+            yield Block(indices, np.empty(0, np.uint8), np.empty((0, 8), np.uint8), labels, names, broken=broken)
+            continue
+        pixels, digests = zip(*decoded, strict=True)
         check_sizes([image.shape[:2] for image in pixels], keys)
-        yield Block(
-            indices,
-            np.stack(pixels),
-            np.frombuffer(b"".join(digests), np.uint8).reshape(len(indices), -1),
-            images.labels[indices.start : indices.stop],
-            np.array([key.encode() for key in keys]),
-        )
+        digest_rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(indices), -1)
+        yield Block(indices, np.stack(pixels), digest_rows, labels, names)

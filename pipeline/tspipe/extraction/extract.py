@@ -18,7 +18,7 @@ from tspipe.data import random_images, views
 from tspipe.data.datasets import Dataset, open_dataset, stem
 from tspipe.data.image_loader import input_shape
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
-from tspipe.extraction import forward
+from tspipe.extraction import broken, forward
 from tspipe.extraction.blocks import Block, section_blocks
 from tspipe.models import loading, networks, weights
 from tspipe.models.feature_net import FeatureNet
@@ -45,6 +45,7 @@ class ExtractConfig:
     download: bool = False
     images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
     random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
+    skip_broken: bool = False  # leave out images that cannot be decoded
 
 
 def cache_path(dataset: str, teacher: str, default_teacher: str) -> Path:
@@ -61,8 +62,7 @@ def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
     Raises CacheMismatch when another cache has the name and `force` is not set, CacheBusy when another process
     writes it.
     """
-    with group.rank_zero_first():
-        job = _prepare(config)
+    job = _prepare(config, group)
     if group.rank:
         _write_part(job, group)
         return None
@@ -89,14 +89,27 @@ class Job:
         return CacheWriter(self.config.out, self.plan, self.dimensions, classes, self.weights, rank)
 
 
-def _prepare(config: ExtractConfig) -> Job:
-    recipe, name = config.recipe, config.recipe.teacher.network
+def _prepare(config: ExtractConfig, group: Group = ALONE) -> Job:
+    recipe, out = config.recipe, config.out
     if config.images and recipe.views.count and recipe.preprocess.crop:
         raise RecipeError(
             "--images keeps pixels that are cropped, and the crop takes away what views need. Leave out --images, the "
             "views (--set views.count=0), or the crop (--set preprocess.crop=none)."
         )
-    dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+    left_out: dict[str, dict[int, str]] = {}
+    with group.rank_zero_first():
+        dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+        if not group.rank:
+            finished = open_cache(out) if out.exists() and not config.force else None
+            left_out = broken.find(dataset, finished, config.skip_broken)
+            broken.report(left_out)
+    dataset = dataset.without(group.broadcast(left_out))
+    with group.rank_zero_first():
+        return _job(config, dataset)
+
+
+def _job(config: ExtractConfig, dataset: Dataset) -> Job:
+    recipe, name = config.recipe, config.recipe.teacher.network
     device = pick_device(recipe.compute.device)
     use_full_precision()
     keep_freed_memory()
@@ -175,8 +188,9 @@ def _write_cache(job: Job, group: Group) -> Cache:
         _absorb(writer, job.dataset)
         missing = {split: writer.missing(split) for split in job.dimensions.sections}
         group.broadcast((job.plan, missing))
-        _write_share(writer, job, missing, group)
-        group.barrier()
+        problems = group.gather(_write_share(writer, job, missing, group))
+        if any(problems):
+            raise broken.error([problem for of_rank in problems for problem in of_rank])
         if group.size > 1:
             _absorb(writer, job.dataset, group.size)
         writer.finish()
@@ -196,9 +210,9 @@ def _write_part(job: Job, group: Group) -> None:
             "All machines of a job need the same data, settings and kind of device."
         )
     with job.writer(group.rank) as writer:
-        _write_share(writer, job, missing, group)
+        problems = _write_share(writer, job, missing, group)
         writer.sync()
-    group.barrier()
+    group.gather(problems)
     group.barrier()  # rank 0 has finished the file
 
 
@@ -218,14 +232,17 @@ def _finished_cache(job: Job) -> Cache:
 
 def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
     """Merge what other ranks wrote, and check that all rows now present belong to this dataset."""
-    absorb(writer, ranks)
+    absorb(writer, ranks, dataset.split)
     for split in SPLITS:
         rows = writer.written(split)
         match.match_split(str(writer.part), split, writer.split(split), dataset.split(split), rows=rows)
 
 
-def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], group: Group) -> None:
-    """Compute and write this rank's share of the missing blocks; rank 0 shows the progress of all ranks."""
+def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], group: Group) -> list[str]:
+    """Compute and write this rank's share of the missing blocks; rank 0 shows the progress of all ranks.
+
+    Blocks with images that cannot be decoded stay missing. Returns what is wrong with these images.
+    """
     sizes, local = job.dimensions, {split: blocks[group.rank :: group.size] for split, blocks in missing.items()}
     total = sum(sizes.images(split) * sizes.views_of(split) for split in missing)
     all_left, local_left = (
@@ -234,15 +251,18 @@ def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], g
     )
     with progress("teacher", total, "views" if sizes.views else "images", total - all_left, not group.rank) as advance:
         try:  # the progress assumes that all ranks are equally fast
-            write_rows(writer, job, local, lambda count, what: advance(count * all_left / local_left, what))
+            return write_rows(writer, job, local, lambda count, what: advance(count * all_left / local_left, what))
         except OutOfMemory as error:
             begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
             raise _with_remedy(error, writer, begun) from error
 
 
-def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]], advance: Advance) -> None:
-    """Compute and write these blocks, by split. Threads decode ahead of the teacher and write behind it."""
-    recipe, times = job.config.recipe, TimeBreakdown()
+def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]], advance: Advance) -> list[str]:
+    """Compute and write these blocks, by split. Threads decode ahead of the teacher and write behind it.
+
+    Returns what is wrong with images that cannot be decoded, whose blocks are not written.
+    """
+    recipe, times, problems = job.config.recipe, TimeBreakdown(), list[str]()
 
     def write(split: str, number: int, block: Block, features: Any, logits: Any) -> None:
         writer.write_block(split, number, {"features": features, "logits": logits, **block.columns})
@@ -253,6 +273,9 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
             ranges = [job.dimensions.block(split, number) for number in numbers]
             decoded = section_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
             for number, block in zip(numbers, times.iterate("decoding", decoded), strict=True):
+                if block.broken:
+                    problems += block.broken
+                    continue
                 with times.measure("teacher"):
                     features, logits = forward.run_teacher_on_blocks(
                         job.teacher, recipe.preprocess, recipe.compute.batch_size, block.teacher_input, split, number
@@ -260,6 +283,7 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
                 _check_features(features, block.keys, recipe)
                 with times.measure("writing"):
                     submit(partial(write, split, number, block, features, logits))
+    return problems
 
 
 def _with_remedy(error: OutOfMemory, writer: CacheWriter, begun: bool) -> TspipeError:

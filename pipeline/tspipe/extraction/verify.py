@@ -16,9 +16,10 @@ from tspipe.cache.repair import Repair
 from tspipe.cache.verify import Damage, explain
 from tspipe.data.datasets import Dataset, open_dataset
 from tspipe.data.image_loader import input_shape, open_images, read
+from tspipe.data.local import leave_out_broken
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
-from tspipe.errors import CacheDamaged, CacheError, CacheMismatch
+from tspipe.errors import CacheDamaged, CacheError, CacheMismatch, DatasetError
 from tspipe.extraction import forward
 from tspipe.extraction.blocks import Block, section_blocks
 from tspipe.models import loading, weights
@@ -41,9 +42,9 @@ class VerifyConfig:
     root: Path | None = None
     weights: Weights | None = None
 
-    def dataset(self) -> Dataset:
-        """Open the local dataset."""
-        return open_dataset(self.recipe.dataset, self.root)
+    def dataset(self, cache: Cache) -> Dataset:
+        """Open the local dataset of a cache."""
+        return leave_out_broken(cache, open_dataset(self.recipe.dataset, self.root))
 
 
 def match_data(cache: Cache, config: VerifyConfig) -> int:
@@ -56,7 +57,7 @@ def match_data(cache: Cache, config: VerifyConfig) -> int:
         match.match_dataset(
             cache.path.name,
             cache,
-            config.dataset().split,
+            config.dataset(cache).split,
             sample=None,
             advance=lambda count: advance(count, "comparing"),
         )
@@ -100,7 +101,7 @@ def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement
 
     They are chosen from both splits and the random pool. Of an image with views, the first, unchanged one is compared.
     """
-    dataset, preprocess = open_images(cache, config.dataset)
+    dataset, preprocess = open_images(cache, lambda: config.dataset(cache))
     device = pick_device(config.recipe.device)
     teacher = _teacher(cache, config, dataset, preprocess, device)
     sizes, batch_size = cache.dimensions, cache.manifest["compute"]["batch_size"]
@@ -182,7 +183,7 @@ def repair(path: Path, damage: list[Damage], config: VerifyConfig) -> None:
             file.weights(_given_weights(file.cache, config))
         if blocks := _damaged_blocks(file.cache, left):
             _repair_blocks(file, blocks, config)
-        if "classes" in names and not file.classes(config.dataset().train.classes):
+        if "classes" in names and not file.classes(config.dataset(file.cache).train.classes):
             raise CacheMismatch(f"{path}: its classes cannot be restored, because the dataset has other classes.")
 
 
@@ -201,7 +202,7 @@ def _damaged_blocks(cache: Cache, damage: list[Damage]) -> dict[tuple[str, int],
 
 
 def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config: VerifyConfig) -> None:
-    cache, dataset = file.cache, config.dataset()
+    cache, dataset = file.cache, config.dataset(file.cache)
     preprocess, compute = Preprocess.from_dict(cache.manifest["preprocess"]), cache.manifest["compute"]
     teacher = None
     if any(columns & _TEACHER_COLUMNS for columns in blocks.values()):
@@ -215,6 +216,8 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
             restored = section_blocks(split, dataset, preprocess, cache.manifest, ranges)
             for number, block in zip(numbers, restored, strict=True):
+                if block.broken:
+                    raise DatasetError(block.broken[0])
                 columns = block.columns
                 if teacher is not None and blocks[split, number] & _TEACHER_COLUMNS:
                     features, logits = forward.run_teacher_on_blocks(

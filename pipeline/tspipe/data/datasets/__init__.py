@@ -7,7 +7,7 @@ it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
+from tspipe.cache import SPLITS
 from tspipe.errors import DatasetError, TspipeError
 from tspipe.utils import plugins
 
@@ -88,6 +89,13 @@ class Dataset:
     def split(self, name: str) -> Images:
         """Return the split `train` or `test`."""
         return self.train if name == "train" else self.test
+
+    def without(self, indices: Mapping[str, Collection[int]]) -> Dataset:
+        """Return the dataset without some images of each split."""
+        kept = [
+            self.split(split).without(some) if (some := indices.get(split)) else self.split(split) for split in SPLITS
+        ]
+        return replace(self, train=kept[0], test=kept[1])
 
 
 @dataclass(frozen=True)
