@@ -7,7 +7,7 @@ it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,6 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache import SPLITS
 from tspipe.errors import DatasetError, TspipeError
 from tspipe.utils import plugins
 
@@ -58,8 +57,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def without(self, indices: Iterable[int]) -> Images:
+    def without(self, indices: Collection[int]) -> Images:
         """Return the split without some images."""
+        if not indices:
+            return self
         kept = np.delete(np.arange(len(self)), list(indices)).tolist()
         check = self.check_header
         return Images(
@@ -92,10 +93,8 @@ class Dataset:
 
     def without(self, indices: Mapping[str, Collection[int]]) -> Dataset:
         """Return the dataset without some images of each split."""
-        kept = [
-            self.split(split).without(some) if (some := indices.get(split)) else self.split(split) for split in SPLITS
-        ]
-        return replace(self, train=kept[0], test=kept[1])
+        train, test = (self.split(split).without(indices.get(split, ())) for split in ("train", "test"))
+        return replace(self, train=train, test=test)
 
 
 @dataclass(frozen=True)
