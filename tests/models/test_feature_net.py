@@ -63,6 +63,12 @@ def test_a_sequential_is_a_network() -> None:
     assert [layer.in_features for layer in student.modules() if isinstance(layer, nn.Linear)] == [12, 5]
 
 
+def test_one_image_suffices_as_a_probe_of_a_network_with_batch_norm() -> None:
+    """At the end of resnet18, an image of 16×16 pixels is one value per channel."""
+    student = student_of(build("resnet18"), "resnet18", 24, 10, torch.zeros(1, 3, 16, 16))
+    assert student.training
+
+
 class Unsplittable(nn.Module):
     """A network that does not run its Linear, or computes more after it."""
 

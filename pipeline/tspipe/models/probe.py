@@ -53,7 +53,8 @@ def run_probe(module: nn.Module, name: str, images: Tensor, *, training: bool = 
 
 def check_trainable(module: nn.Module, name: str, images: Tensor) -> None:
     """Raise NetworkError unless the network returns one tensor for images (n, C, H, W) in training mode, too."""
-    output = run_probe(module, name, images, training=True)
+    batch = images if len(images) > 1 else images.repeat(2, 1, 1, 1)  # batch norm needs two values per channel
+    output = run_probe(module, name, batch, training=True)
     if not isinstance(output, Tensor):
         raise NetworkError(
             f"{name} returns a {type(output).__name__} in training mode, not one tensor of logits. Leave out its "
