@@ -144,7 +144,7 @@ def test_a_prefix_that_the_network_has_is_kept(tmp_path):
     )
     spec = loading.NetworkSpec(str(path), 4, (3, 2, 2), {})
     state = spec.build().state_dict()
-    for prefix in ("", "module."):
+    for prefix in ("", "module.", "model.", "net."):
         tensors = {prefix + key: state[key] for key in state}
         assert equal(loading.load_network(spec, tensors, "w.pt")[0].state_dict(), state)
 

@@ -76,7 +76,7 @@ def test_read_a_safetensors_file(tmp_path, state, name):
 NESTS = ["state_dict", "net_state_dict", "model", "model_state_dict", "net", "teacher", "params", "weights", "ema"]
 
 
-@pytest.mark.parametrize("nest", [*NESTS, "state_dict_ema", "model.state_dict", "anything.at.all"])
+@pytest.mark.parametrize("nest", [*NESTS, "state_dict_ema", "model.state_dict", "optimal", "a.b.c"])
 def test_read_unwraps(tmp_path, state, nest):
     content = {**{key: nn.Parameter(value.float()) for key, value in state.items()}, "note": "text"}
     for name in reversed(nest.split(".")):
@@ -97,7 +97,7 @@ def test_averaged_weights_are_preferred_and_the_choice_is_stated(tmp_path, state
     read = weights.read(path, "state_dict")
     assert equal(read.tensors, state) and read.choice == "state_dict, not state_dict_ema"
     assert error_message(weights.read, path, "model") == (
-        f"{path} holds nothing under 'model', but: state_dict, state_dict_ema. Name the one to load: "
+        f"{path} holds no weights 'model', only: state_dict, state_dict_ema. Name the one to load: "
         "--set teacher.weights_key=NAME"
     )
 

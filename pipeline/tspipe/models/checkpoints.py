@@ -23,7 +23,8 @@ _REMEDY = "save its state_dict: torch.save(net.state_dict(), …)"
 TOO_MANY = f"{{}} holds too many objects for a file of weights. Load it elsewhere and {_REMEDY}"
 TOP = "its own tensors"  # the name of the checkpoint itself among the state dicts in it
 _NAMES = {"model", "model_state_dict", "module", "net", "net_state_dict", "network", "params", "state_dict", "weights"}
-_EMA, _OPTIMIZER = re.compile(r"(^|[._])ema([._]|$)"), re.compile(r"optim|sched|scaler")
+_EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
+_OPTIMIZER = re.compile(r"(^|_)(optim|optimizers?|schedulers?|scaler)(_|$)")
 
 
 def damaged(source: str) -> str:
@@ -64,11 +65,13 @@ def read_state_dicts(data: bytes, source: str) -> dict[str, dict[str, Tensor]]:
 
 
 def choose(states: Mapping[str, dict[str, Tensor]], key: str | None, source: str) -> tuple[str, dict[str, Tensor]]:
-    """Return the state dict to load and its path: `key`, else averaged weights (EMA), else one of a common name.
+    """Return the path of the state dict to load, and the state dict.
 
-    A `key` may also be a prefix of a state dict's keys. Raises NetworkError, which lists the paths, if nothing is under
-    `key`, and if there is no `key` and several are equally good.
+    Without a `key`, averaged weights (EMA) are preferred, then a common name. A `key` is a path, or a path and a prefix
+    of the keys there. Raises NetworkError, which lists the paths, if the choice is not unique, or there is no such key.
     """
+    if key is not None and key in states:
+        return key, states[key]
     if key is not None:
         flat = {f"{path}.{name}".lstrip("."): value for path, state in states.items() for name, value in state.items()}
         if chosen := {name.removeprefix(f"{key}."): flat[name] for name in flat if name.startswith(f"{key}.")}:
@@ -81,7 +84,7 @@ def choose(states: Mapping[str, dict[str, Tensor]], key: str | None, source: str
             if preferred:
                 break
     listed = ", ".join(sorted(path or TOP for path in states)[:10])
-    problem = "several sets of weights" if key is None else f"nothing under {key!r}, but"
+    problem = "several sets of weights" if key is None else f"no weights {key!r}, only"
     raise NetworkError(f"{source} holds {problem}: {listed}. Name the one to load: --set teacher.weights_key=NAME")
 
 

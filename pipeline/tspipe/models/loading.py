@@ -1,5 +1,6 @@
 """Whether weights fit a network, and which network they fit instead."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from tspipe.models import networks
 
 _COUNTER = "num_batches_tracked"  # absent from many older checkpoints, and unused in eval mode
 _MOST_KEYS = 5_000  # a search among the networks for more would take seconds
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
+_WRAPPERS = re.compile(r"((module|_orig_mod|model|net|network)\.)*")
 _SIDES = (32, 28)  # image sizes to try, for networks whose shapes depend on the size
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,7 +36,7 @@ class NetworkSpec(NamedTuple):
         try:
             with torch.device("meta"):
                 return self.build()
-        except (NetworkError, NotImplementedError, RuntimeError):  # RegNet computes its widths with tensors
+        except (NetworkError, RuntimeError):  # RegNet computes its widths with tensors
             with _WeightsOnMeta():
                 return self.build()
 
@@ -55,17 +56,20 @@ class _WeightsOnMeta(TorchFunctionMode):
 def adapt(spec: NetworkSpec, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights under the network's keys, and the network's options with those that the weights' keys imply.
 
-    Prefixes of wrappers (DataParallel, torch.compile, Lightning) are removed unless the network's keys have them.
+    Prefixes of wrappers (DataParallel, torch.compile, Lightning) are replaced by those that the network's keys have.
     """
-    while True:
-        state, implied = networks.adapt(spec.name, dict(tensors))
-        options = {**spec.options, **implied}
-        prefix = next((wrapper for wrapper in _WRAPPERS if all(key.startswith(wrapper) for key in tensors)), None)
-        if not (tensors and prefix):
-            return state, options
-        if state.keys() & spec._replace(options=options).build_on_meta().state_dict().keys():
-            return state, options
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if prefix := _wrappers(tensors):
+        own_prefix = _wrappers(spec.build_on_meta().state_dict())
+        tensors = {own_prefix + key.removeprefix(prefix): value for key, value in tensors.items()}
+    state, implied = networks.adapt(spec.name, dict(tensors))
+    return state, {**spec.options, **implied}
+
+
+def _wrappers(state: Mapping[str, Any]) -> str:
+    """Return the prefixes of wrappers that all keys begin with, as `module._orig_mod.`."""
+    prefixes = {key[: match.end()] for key in state if (match := _WRAPPERS.match(key))}
+    shortest = min(prefixes, key=len, default="")
+    return shortest if all(prefix.startswith(shortest) for prefix in prefixes) else ""
 
 
 def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) -> tuple[nn.Module, dict[str, Any]]:
