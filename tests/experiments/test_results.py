@@ -210,6 +210,16 @@ def test_accuracies_are_fractions(tmp_path: Path) -> None:
         read(open_run(path))
 
 
+def test_metrics_that_changed_after_the_run_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {ALONE: [[0.6]]})
+    run.write_json("summary.json", {**run.read_json("summary.json"), "files": run.describe(["metrics.csv"])})
+    assert read(run).results[0].accuracy["last"].mean == 0.6
+    path = run.path / "metrics.csv"
+    path.write_text(path.read_text().replace("0.6", "0.7"))
+    with pytest.raises(ReportError, match=f"^{path} has changed since the run was finished"):
+        read(run)
+
+
 @pytest.mark.parametrize("file", ["config.json", "summary.json", "metrics.csv", "random_labels.json"])
 def test_a_named_pipe_or_a_folder_in_place_of_a_file_is_refused(tmp_path: Path, file: str) -> None:
     path = make_run(tmp_path / "run", {ALONE: [[0.6]]}, labels={"bird": 1}).path / file

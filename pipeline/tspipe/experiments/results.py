@@ -207,6 +207,12 @@ def read(run: RunFolder) -> Findings:
     with _reading(run.path / "random_labels.json"):
         if (run.path / "random_labels.json").exists():  # absent without random images
             labels = TypeAdapter(dict[str, Count]).validate_python(run.read_json("random_labels.json"))
+    recorded = run.recorded_files().get("metrics.csv")
+    if recorded and not run.is_intact("metrics.csv", recorded):
+        raise ReportError(
+            f"{run.path / 'metrics.csv'} has changed since the run was finished. Restore it, or train again with "
+            "another --out."
+        )
     with _reading(run.path / "metrics.csv"):
         groups = _groups(run, config)
         results = [_result(group, config, summary) for group in groups]
