@@ -30,14 +30,6 @@ def bare_steps(learner: Learner, batches: Iterator[tuple[Tensor, Target]]) -> It
         yield loss
 
 
-def bare_tests(learner: Learner, batches: Iterator[Tensor]) -> Iterator[object]:
-    """Yield after each bare forward pass without gradients."""
-    for images in batches:
-        with torch.no_grad():
-            output = learner.network(images)
-        yield output
-
-
 def labelled(teacher: FeatureNet, batches: Iterator[tuple[Tensor, Target]]) -> Iterator[tuple[Tensor, Target]]:
     """Yield the batches with targets that the teacher computes now, as a loop without a cache does."""
     for images, target in batches:

@@ -7,6 +7,7 @@ from Okabe and Ito (Color Universal Design, 2008), with a contrast of at least 3
 import io
 import itertools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 INK, GROUND = "#1c1c1e", "#fffffe"
 _GREY = "#808080"
-_COLOURS = {ALONE: "#0072B2", OWN: "#B5659A", TAUGHT: "#D55E00", RANDOM: "#009E73"}
+_COLOURS = defaultdict(lambda: _GREY, {ALONE: "#0072B2", OWN: "#B5659A", TAUGHT: "#D55E00", RANDOM: "#009E73"})
 _HATCHES, _DASHES = ("", "///", "...", "xxx"), ("-", "--", ":", "-.")  # of one arm's losses
 _MARKERS = ("o", "s", "^", "v")
 _SEED: dict[str, Any] = {"marker": ".", "color": _GREY, "markersize": 4, "linestyle": ""}
@@ -100,8 +101,10 @@ def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
     axes.barh(top, 100 * teacher.test_accuracy, color=_GREY, height=0.76)
     for y, result in zip(places, itertools.chain(*by_student), strict=True):
         last, hatch = result.accuracy["last"], _HATCHES[_loss(findings, result)]
-        look: dict[str, Any] = {"color": _colour(result), "edgecolor": GROUND, "linewidth": 0, "hatch": hatch}
-        axes.barh(y, 100 * last.mean, xerr=_percent(last.deviation), height=0.76, capsize=3, ecolor=INK, **look)
+        look: dict[str, Any] = {"color": _COLOURS[result.arm], "edgecolor": GROUND, "linewidth": 0, "hatch": hatch}
+        axes.barh(
+            y, 100 * last.mean, xerr=last.deviation and 100 * last.deviation, height=0.76, capsize=3, ecolor=INK, **look
+        )
         axes.plot(100 * result.accuracy["best"].mean, y, "|", color=INK, markersize=12, markeredgewidth=1.6)
         if result.paper is not None:
             axes.plot(100 * result.paper, y, **_PAPER)
@@ -135,8 +138,8 @@ def _increase(figure: "Figure", findings: Findings) -> tuple[str, str]:
     for y, comparison in zip(places, comparisons, strict=True):
         difference, result = comparison.difference("last"), comparison.result
         axes.plot([100 * value for value in difference.values], [y] * len(difference.values), **_SEED)
-        look: dict[str, Any] = {"fmt": _MARKERS[_loss(findings, result)], "color": _colour(result), "capsize": 4}
-        axes.errorbar(100 * difference.mean, y, xerr=_percent(difference.margin), **look)
+        look: dict[str, Any] = {"fmt": _MARKERS[_loss(findings, result)], "color": _COLOURS[result.arm], "capsize": 4}
+        axes.errorbar(100 * difference.mean, y, xerr=difference.margin and 100 * difference.margin, **look)
         if comparison.paper is not None:
             axes.plot(100 * comparison.paper, y, **_PAPER)
     axes.set(title=_title(findings), xlabel="over the student alone, points")
@@ -159,7 +162,7 @@ def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
         for result in (r for r in findings.results if r.student == student):
             means = np.array([100 * sample.mean for sample in result.curve])
             spread = np.array([100 * (sample.deviation or 0) for sample in result.curve])
-            style, colour = _DASHES[_loss(findings, result)], _colour(result)
+            style, colour = _DASHES[_loss(findings, result)], _COLOURS[result.arm]
             (line,) = axes.plot(epochs, means, style, color=colour, label=printable(result.name, _LONGEST))
             line.set_marker("o" if len(epochs) == 1 else "")
             axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.2, linewidth=0)
@@ -231,15 +234,7 @@ def _n(findings: Findings) -> str:
     return "n = 1, so no deviation" if findings.config.seeds == 1 else f"n = {findings.config.seeds} seeds"
 
 
-def _colour(result: Result) -> str:
-    return _COLOURS.get(result.arm, _GREY)
-
-
 def _loss(findings: Findings, result: Result) -> int:
     """Return the index of a loss's style: 0 for the paper's loss and the student alone, then the others in turn."""
     others = list(dict.fromkeys(r.loss for r in findings.results if r.name != r.arm))
     return 1 + others.index(result.loss) % (len(_HATCHES) - 1) if result.loss in others else 0
-
-
-def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction

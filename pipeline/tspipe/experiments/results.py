@@ -27,25 +27,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Result:
-    """The results of one student in one arm with one loss, over the seeds.
+    """The results of one student in one arm with one loss, over the seeds. Accuracies are fractions.
 
-    Attributes:
-        accuracy: test accuracies as fractions: `last`, after the last epoch; `best`, the highest of any epoch, so
-            selected by the test set; with held-back images `chosen`, after the epoch that they selected.
-        curve: the test accuracy after each epoch.
-        seconds: median per epoch, of training and testing.
-        parameters: number of the student's weights.
-        paper: the accuracy that the paper reports, as a fraction, or None.
+    `accuracy` has the test accuracies `last`, after the last epoch; `best`, the highest of any epoch, so selected by
+    the test set; and with held-back images `chosen`, after the epoch that they selected.
     """
 
     student: str
     arm: str
     loss: str
     accuracy: dict[str, Sample]
-    curve: tuple[Sample, ...]
-    seconds: float
-    parameters: int
-    paper: float | None
+    curve: tuple[Sample, ...]  # the test accuracy after each epoch
+    seconds: float  # median per epoch, of training and testing
+    parameters: int  # number of the student's weights
+    paper: float | None  # the accuracy that the paper reports
 
     @property
     def taught(self) -> bool:
