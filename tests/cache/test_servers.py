@@ -50,9 +50,9 @@ class Server:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
-    """Start servers whose every `.sha256` is missing; a second without progress is too long."""
+    """Start servers whose every `.sha256` is missing; 0.4 seconds without progress are too long."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "_PATIENCE", 1.0)
+    monkeypatch.setattr(remote, "_PATIENCE", 0.4)
     servers = []
 
     def begin(answer: Answer) -> Server:
@@ -122,7 +122,7 @@ def test_a_header_that_drips_is_not_waited_for(start: Callable[[Answer], Server]
             act()
         assert time.monotonic() - begin < 5
         assert str(refused.value) == (
-            f"{server.url}: nothing arrived for 1 seconds. Fix that, then run the same command again."
+            f"{server.url}: nothing arrived for 0.4 seconds. Fix that, then run the same command again."
         )
 
 

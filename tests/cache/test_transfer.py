@@ -890,3 +890,22 @@ def test_what_a_cache_carries_is_said_with_its_licence(tmp_path: Path) -> None:
     manifest["dataset"]["license"] = ""
     write(tmp_path / "b.h5", manifest)
     assert describe_contents(open_cache(tmp_path / "b.h5")) == ["features of pets; its licence: not stated"]
+
+
+@pytest.mark.parametrize("name", ["pets.h5", "pets.h5.sha256"])
+def test_a_pipe_at_the_other_end_is_refused_without_waiting(cache: Path, tmp_path: Path, name: str) -> None:
+    push(cache, str(tmp_path / "team"), nothing)
+    (tmp_path / "team" / name).unlink()
+    os.mkfifo(tmp_path / "team" / name)
+    with pytest.raises(CacheError) as refused:
+        pull(str(tmp_path / "team" / "pets.h5"), tmp_path / "pets.h5", nothing)
+    assert str(refused.value).startswith(f"{tmp_path}/team/pets.h5")
+
+
+def test_a_second_name_of_a_part_file_is_not_written_to(cache: Path, tmp_path: Path) -> None:
+    push(cache, str(tmp_path / "team"), nothing)
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / f".pets.h5.{sha256(cache)[:16]}.part").hardlink_to(tmp_path / "victim")
+    with pytest.raises(CacheError, match="second name"):
+        pull(str(tmp_path / "team" / "pets.h5"), tmp_path / "pets.h5", nothing)
+    assert (tmp_path / "victim").read_bytes() == b"precious"

@@ -84,3 +84,9 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         read_file(tmp_path / "pipe")
+
+
+def test_a_pipe_in_place_of_a_lock_file_is_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.lock")
+    with lock(tmp_path / "x", CacheBusy):
+        assert (tmp_path / "x.lock").is_file()

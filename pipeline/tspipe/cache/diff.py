@@ -11,7 +11,7 @@ from tspipe.cache.layout import SPLITS
 from tspipe.cache.manifest import differing_fields
 from tspipe.cache.read import Cache, Pool
 
-_ROWS = 4096  # compared at once
+_ROWS = 256  # compared at once
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Diff:
 
 def compare(first: Cache, second: Cache) -> Diff:
     """Compare two caches: what their manifests say, their classes, and their rows by key."""
-    one, two = (
+    descriptions = [
         {
             **cache.manifest,
             "classes": cache.classes,
@@ -70,14 +70,14 @@ def compare(first: Cache, second: Cache) -> Diff:
             "teacher in the file": cache.has_teacher,
         }
         for cache in (first, second)
-    )
+    ]
     splits = {split: _compare_split(first, second, split) for split in SPLITS}
-    if first.random and second.random and _draws(first) == _draws(second):
+    if first.random and second.random and _pool_definition(first) == _pool_definition(second):
         splits["random"] = _compare_pools(first.random, second.random)
-    return Diff(list(differing_fields(one, two)), splits)
+    return Diff(list(differing_fields(descriptions[0], descriptions[1])), splits)
 
 
-def _draws(cache: Cache) -> tuple[Any, ...]:
+def _pool_definition(cache: Cache) -> tuple[Any, ...]:
     """Return everything that determines the pixels of a cache's random pool."""
     manifest = cache.manifest
     return manifest["random"], manifest["block_rows"], manifest["teacher"]["options"].get("input_shape")
@@ -85,48 +85,47 @@ def _draws(cache: Cache) -> tuple[Any, ...]:
 
 def _compare_pools(first: Pool, second: Pool) -> SplitDiff:
     rows, difference = np.arange(len(first)), SplitDiff(common=len(first))
-    difference.features, _ = _apart(first.features, second.features, rows, rows)
-    difference.logits, difference.argmax = _apart(first.logits, second.logits, rows, rows)
+    difference.features, _ = _compare_columns(first.features, second.features, rows, rows)
+    difference.logits, difference.argmax = _compare_columns(first.logits, second.logits, rows, rows)
     return difference
 
 
 def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
-    splits = first.split(name), second.split(name)
-    keys = [[key.decode("utf-8", "replace") for key in split.keys.load().tolist()] for split in splits]
-    places = [{key: row for row, key in enumerate(some)} for some in keys]
-    common = [key for key in keys[0] if key in places[1]]
-    rows = [np.array([where[key] for key in common], np.int64) for where in places]
-    digests = [split.digests.take(indices) for split, indices in zip(splits, rows, strict=True)]
-    labels = [
-        np.array(cache.classes)[split.labels[indices]]
-        for cache, split, indices in zip((first, second), splits, rows, strict=True)
+    caches = first, second
+    splits = [cache.split(name) for cache in caches]
+    row_of = [
+        {key.decode("utf-8", "replace"): row for row, key in enumerate(split.keys.load().tolist())} for split in splits
     ]
-    same = (digests[0] == digests[1]).all(axis=1)
+    common = [key for key in row_of[0] if key in row_of[1]]
+    rows = [np.array([index[key] for key in common], np.int64) for index in row_of]
+    digests = [split.digests.take(indices) for split, indices in zip(splits, rows, strict=True)]
+    labels = [np.array(caches[i].classes)[splits[i].labels[rows[i]]] for i in range(2)]
+    unchanged = (digests[0] == digests[1]).all(axis=1)
     difference = SplitDiff(
         common=len(common),
-        only=([key for key in keys[0] if key not in places[1]], [key for key in keys[1] if key not in places[0]]),
-        edited=[common[i] for i in np.flatnonzero(~same)],
+        only=([key for key in row_of[0] if key not in row_of[1]], [key for key in row_of[1] if key not in row_of[0]]),
+        edited=[common[i] for i in np.flatnonzero(~unchanged)],
         relabelled=[common[i] for i in np.flatnonzero(labels[0] != labels[1])],
         moved=int((np.argsort(rows[1]) != np.arange(len(common))).sum()),
     )
     # The first view of each image; row i·V + v is view v of image i.
-    at = [indices[same] * cache.dimensions.views_of(name) for cache, indices in zip((first, second), rows, strict=True)]
-    difference.features, _ = _apart(splits[0].features, splits[1].features, *at)
-    difference.logits, difference.argmax = _apart(splits[0].logits, splits[1].logits, *at)
+    plain = [rows[i][unchanged] * caches[i].dimensions.views_of(name) for i in range(2)]
+    difference.features, _ = _compare_columns(splits[0].features, splits[1].features, *plain)
+    difference.logits, difference.argmax = _compare_columns(splits[0].logits, splits[1].logits, *plain)
     return difference
 
 
-def _apart(one: Column, two: Column, *rows: NDArray[np.int64]) -> tuple[float | None, int]:
+def _compare_columns(
+    first: Column, second: Column, first_rows: NDArray[np.int64], second_rows: NDArray[np.int64]
+) -> tuple[float | None, int]:
     """Return the largest difference between rows of two columns, and how many rows differ in their argmax."""
-    if one.row_shape != two.row_shape:
+    if first.row_shape != second.row_shape:
         return None, 0
-    largest, elsewhere = 0.0, 0
-    for start in range(0, len(rows[0]), _ROWS):
-        left, right = (
-            column.take(indices[start : start + _ROWS]).astype(np.float64)
-            for column, indices in zip((one, two), rows, strict=True)
-        )
-        apart = np.where(left == right, 0, np.abs(left - right))  # equal infinities do not differ
-        largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
-        elsewhere += int((left.argmax(1) != right.argmax(1)).sum())
-    return largest, elsewhere
+    largest, changed = 0.0, 0
+    for start in range(0, len(first_rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        left, right = first.take(first_rows[part]).astype(np.float64), second.take(second_rows[part]).astype(np.float64)
+        differences = np.where(left == right, 0, np.abs(left - right))  # equal infinities do not differ
+        largest = max(largest, float(np.nan_to_num(differences, nan=np.inf).max()))
+        changed += int((left.argmax(1) != right.argmax(1)).sum())
+    return largest, changed

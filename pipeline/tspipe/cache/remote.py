@@ -294,7 +294,7 @@ def _as_remote_error(problem: BaseException, address: str) -> RemoteError:
         return RemoteError(f"There is no file {address}. Check the address.", absent=True)
     number = getattr(problem, "errno", None) or 0
     if isinstance(problem, TimeoutError) and not number:
-        why = f"nothing arrived for {_PATIENCE:.0f} seconds"
+        why = f"nothing arrived for {_PATIENCE:g} seconds"
     elif re.search("Payload|Disconnected", kind):
         why = "the connection was lost"
     else:

@@ -14,6 +14,7 @@ from tspipe.cache.checksums import checksum_names, count_correct, fingerprint, i
 from tspipe.cache.inspect import Structure, inspect
 from tspipe.cache.layout import CHECKSUM_BYTES, SPLITS
 from tspipe.errors import CacheIncomplete
+from tspipe.utils.threads import available_cores
 
 _WINDOW = 64  # blocks per batch of threads
 _MAX_ID_DIGITS = 8  # of 64: an id that differs in so few is itself damaged; another file's differs in about 60
@@ -121,7 +122,7 @@ class _Verification:
     def _read(self, split: str, checksums: NDArray[np.uint8]) -> Iterator[Damage]:
         """Read a split, fill in its checksums, and yield non-finite values."""
         blocks = range(self.sizes.blocks(split))
-        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        with ThreadPoolExecutor(available_cores()) as pool:  # hashlib releases the GIL
             for start in blocks[::_WINDOW]:
                 window = blocks[start : start + _WINDOW]
                 results = pool.map(lambda block: self._block(split, block), window)
