@@ -1,6 +1,7 @@
 """The limit `memory` holds for images and targets, with what is decoded ahead and what loading takes."""
 
 import tracemalloc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from tspipe.cache import Cache
 from tspipe.data.datasets import Images
 from tspipe.data.image_loader import ImageLoader
 from tspipe.data.preprocess import Preprocess
+from tspipe.training.evaluation import count_correct
 from tspipe.training.targets import TargetLoader
 
 SIDE, COUNT, LIMIT, SLACK = 64, 1500, 4_000_000, 400_000  # an image takes 12 KB, all of them 18 MB
@@ -70,3 +72,20 @@ def test_targets_are_loaded_without_a_second_copy(digits: Cache, share: int, tmp
     assert 0.9 * limit < bytes_held[0] < limit + SLACK
     (target,) = loader.batches([torch.tensor([1001])])
     assert target.features[0].equal(torch.from_numpy(digits.train.features.load()[1]).float())
+
+
+def test_a_batch_is_released_before_the_networks_run() -> None:
+    """Else the next batch is put between the memory of activations, which then no longer fit where they were."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def batch(_: int) -> torch.Tensor:
+        result = torch.zeros((2, 1, 4, 4), dtype=torch.uint8)
+        made.append(weakref.ref(result))
+        return result
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        assert made[-1]() is None
+        return images.flatten(1)
+
+    labels = [torch.zeros(2, dtype=torch.int64)] * 3
+    assert count_correct([network], map(batch, range(3)), labels, Preprocess((0.5,), (0.5,))) == [6]

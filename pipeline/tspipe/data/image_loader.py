@@ -22,6 +22,7 @@ from tspipe.utils.progress import progress
 from tspipe.utils.threads import available_cores, prefetch
 
 T = TypeVar("T")
+_Keyed = tuple[str, NDArray[np.uint8]]  # an image with its key
 _LOAD_BATCH = 64  # images decoded at once into memory
 _MAX_AHEAD = 8  # chunks of images decoded before they are used
 _MAX_TASK = 16  # images per task of a thread: a task for one image costs more than decoding a small JPEG
@@ -178,8 +179,11 @@ class ImageLoader:
             for rows in batches_to_device(order, self.device):
                 yield self._loaded.index_select(0, rows).permute(0, 3, 1, 2)
             return
-        for batch in self._decoded(rows.tolist() for rows in order):
-            yield to_device(torch.from_numpy(batch), self.device).permute(0, 3, 1, 2)
+        # Here and below, no local name keeps a batch in memory until the next one is complete.
+        yield from map(self._copy_to_device, self._decoded(rows.tolist() for rows in order))
+
+    def _copy_to_device(self, batch: NDArray[np.uint8]) -> Tensor:
+        return to_device(torch.from_numpy(batch), self.device).permute(0, 3, 1, 2)
 
     def _load(self, what: str) -> Tensor:
         channels, height, width = self._stored_shape
@@ -207,16 +211,21 @@ class ImageLoader:
                 counts.append(len(batch))
                 yield from (batch[i : i + self._chunk] for i in range(0, len(batch), self._chunk))
 
-        def work(index: int) -> tuple[str, NDArray[np.uint8]]:
+        def work(index: int) -> _Keyed:
             return self._images.keys[index], read(self._images, self._preprocess, index)[1]
 
         decoded = itertools.chain.from_iterable(read_ahead(work, chunks(), self._ahead))
         for first in decoded:
             while not counts[0]:
                 yield empty[: counts.popleft()]
-            out = np.empty((counts.popleft(), *first[1].shape), np.uint8)
-            for i, (key, image) in enumerate(itertools.chain([first], itertools.islice(decoded, len(out) - 1))):
-                check_sizes([first[1].shape[:2], image.shape[:2]], [first[0], key])
-                out[i] = image
-            yield out
+            yield _stack(first, itertools.islice(decoded, counts[0] - 1), counts.popleft())
         yield from (empty for _ in counts)
+
+
+def _stack(first: _Keyed, others: Iterable[_Keyed], count: int) -> NDArray[np.uint8]:
+    """Return images with their keys as one array."""
+    out = np.empty((count, *first[1].shape), np.uint8)
+    for i, (key, image) in enumerate(itertools.chain([first], others)):
+        check_sizes([first[1].shape[:2], image.shape[:2]], [first[0], key])
+        out[i] = image
+    return out

@@ -36,7 +36,7 @@ from tspipe.training.tensorboard import TensorBoard
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.files import lock
-from tspipe.utils.memory import keep_freed_memory, memory_limit
+from tspipe.utils.memory import keep_freed_memory, memory_limit, release_freed_memory
 from tspipe.utils.progress import Advance, progress, warn
 from tspipe.utils.rng import seed_torch_with, torch_seeds
 
@@ -122,6 +122,8 @@ class Trainer:
                         learner.start_epoch(epoch, resumed=start.batch > 0)
                     for images in self.steps(learners, self.batches, start):
                         advance(images, f"seed {seed}, epoch {epoch + 1}/{recipe.epochs}")
+                    if recipe.memory:  # what training has freed in small pieces is of no use to larger test batches
+                        release_freed_memory()
                     rows = evaluator.rows(learners, epoch, self.batches.teacher_seconds())
                     rows = self.partition.gather_rows(rows)
                     if is_writer:
