@@ -9,10 +9,14 @@ DATASET ?= digits
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-demo: install  ## digits, end to end: a teacher, its cache, a student three ways, one table
+demo: install  ## digits, end to end: a teacher, its cache, a student three ways, the best one as ONNX
 	$(BIN)/tspipe teacher --dataset digits
 	$(BIN)/tspipe cache --dataset digits
 	$(BIN)/tspipe student --cache cache/digits.h5 --compare
+	$(BIN)/tspipe export "$$(ls -td runs/digits-* | head -n 1)" --out runs/demo.onnx --force
+	@$(BIN)/python -c "from PIL import Image; from tspipe.data.datasets import open_dataset; \
+		Image.fromarray(open_dataset('digits').test.read(0)[:, :, 0]).save('runs/demo.png')"
+	$(BIN)/tspipe predict runs/demo.onnx runs/demo.png
 
 test: install  ## run all tests
 	$(BIN)/pytest -n 2

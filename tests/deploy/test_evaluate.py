@@ -26,7 +26,7 @@ def test_the_command(tspipe: Callable, run: Path, student_file: Path, digits: Ca
     content = json.loads(result.out)
     assert (content["cache"], content["images"]) == (digits.id, 797)
     teacher, student, exported = content["results"]
-    assert [one["name"] for one in content["results"]] == ["teacher lenet5", "lenet5-taught-seed0", "x"]
+    assert [one["name"] for one in content["results"]] == ["teacher lenet5", "lenet5-taught-seed0", "x.onnx"]
     assert teacher["scores"]["agreement"] == 1
     assert teacher["scores"]["top1"] == pytest.approx(digits.manifest["teacher"]["correct"]["test"] / 797)
     rows = RunFolder(run, {}, {}).rows()

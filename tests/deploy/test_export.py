@@ -1,5 +1,6 @@
 """Exporting students: every format runs without tspipe, and a file that computes something else is not written."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import tspipe
+import tspipe as library
 from shared import error_message
 from tspipe.cache import Cache
 from tspipe.data.datasets import open_dataset
@@ -52,7 +53,7 @@ numpy.savez("outputs.npz", **outputs)
 
 @pytest.fixture(scope="module")
 def student(student_file: Path) -> Student:
-    return tspipe.load_student(student_file)
+    return library.load_student(student_file)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_the_metadata_say_what_is_needed(exports: list[Export], student: Student
     assert 0.5 < float(metadata["test_accuracy"]) <= 1
     assert [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", "", "", ""]
     for exported in exports:
-        assert str(Path(tspipe.__file__).parent).encode() not in exported.path.read_bytes()
+        assert str(Path(library.__file__).parent).encode() not in exported.path.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["torch", "safetensors"])
@@ -118,7 +119,7 @@ def test_a_file_that_computes_something_else_is_not_written(
 
     monkeypatch.setitem(formats.FORMATS, name, format_._replace(load=load))
     with pytest.raises(
-        tspipe.NetworkError, match=r"computes other logits than the student, by up to 0\.01 of the larg"
+        library.NetworkError, match=r"computes other logits than the student, by up to 0\.01 of the larg"
     ):
         export(student, name, tmp_path / "x", None)
     assert list(tmp_path.iterdir()) == []
@@ -176,6 +177,9 @@ def test_the_command(tspipe: Callable, run: Path, digits: Cache, tmp_path: Path)
     assert "Its logits for 17 images of random pixels differ" in made.out
     assert f"It was not run on real images: The student's cache, id {digits.id[:12]}, is not in cache/." in made.out
     assert tspipe("export", run, "--format", "tflite").code == 2
+    made = tspipe("export", run, "--format", "safetensors", "--out", "best.safetensors")
+    (name,) = re.findall(r"(lenet5-\w+-seed0) is the best of 2 students .* by its accuracy on the test split", made.err)
+    assert name == library.load_student(run).name
 
 
 def test_a_cache_is_found_by_its_id(
@@ -190,5 +194,5 @@ def test_a_cache_is_found_by_its_id(
     test = find_test_images(digits.id, None, None)
     assert not isinstance(test, str)
     assert test.cache.id == digits.id
-    with pytest.raises(tspipe.CacheMismatch, match=f"the student was trained from {digits.id[:12]}"):
+    with pytest.raises(library.CacheMismatch, match=f"the student was trained from {digits.id[:12]}"):
         find_test_images(digits.id, pool.path, None)

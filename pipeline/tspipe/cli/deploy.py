@@ -37,13 +37,16 @@ def export(
 ) -> None:
     """Export a student to a file that needs no tspipe, and check it."""
     from tspipe.deploy import export as stage
+    from tspipe.deploy.exported import load_classifier
     from tspipe.deploy.formats import FORMATS
     from tspipe.deploy.labelled_images import find_test_images
-    from tspipe.deploy.student import load_student
+    from tspipe.deploy.student import Student
 
     if format_ not in FORMATS:
         raise typer.BadParameter(f"{format_!r}: choose from {', '.join(FORMATS)}", param_hint="--format")
-    loaded = load_student(source, student=student, network=network)
+    loaded = load_classifier(source, student, network)
+    if not isinstance(loaded, Student):
+        raise NetworkError(f"{source} is an export already. Name the student that it was made of.")
     name = loaded.name + ("-uint8" if uint8 else "")
     out = out or loaded.path.with_name(name + FORMATS[format_].suffix)
     if out.exists() and not force:

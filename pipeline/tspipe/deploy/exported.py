@@ -8,8 +8,9 @@ from torch import Tensor
 from tspipe.deploy.classifier import Classifier
 from tspipe.deploy.facts import ExportFacts, parse
 from tspipe.deploy.formats import INPUT, check_installed
-from tspipe.deploy.student import load_student
+from tspipe.deploy.student import find_students, last_rows, load_student
 from tspipe.errors import NetworkError
+from tspipe.utils.progress import warn
 
 
 class OnnxExport:
@@ -29,7 +30,7 @@ class OnnxExport:
         except Exception as error:  # onnxruntime has many types of errors, without a common base
             raise NetworkError(f"{path} is damaged, or not an ONNX file.") from error
         self.facts = parse(ExportFacts, self._session.get_modelmeta().custom_metadata_map, str(path))
-        self.path, self.name = path, path.stem
+        self.path, self.name = path, path.name
 
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Return the probabilities (n, c) of images (n, C, H, W) uint8 after resize and crop."""
@@ -40,5 +41,13 @@ class OnnxExport:
 
 
 def load_classifier(path: Path, student: str | None = None, network: str | None = None) -> Classifier:
-    """Return the export in an `.onnx` file, else the student; see `load_student`."""
-    return OnnxExport(path) if path.suffix == ".onnx" else load_student(path, student=student, network=network)
+    """Return the export in an `.onnx` file, else the student, as `load_student`; say which one of several it is."""
+    if path.suffix == ".onnx":
+        return OnnxExport(path)
+    loaded = load_student(path, student=student, network=network)
+    if path.is_dir() and (count := len(find_students(path, student))) > 1:
+        split = (
+            "on the images held back" if "val_accuracy" in last_rows(path).get(loaded.name, {}) else "on the test split"
+        )
+        warn(f"{loaded.name} is the best of {count} students in {path} by its accuracy {split}. Choose: --student NAME")
+    return loaded

@@ -80,7 +80,7 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
     Raises NetworkError if there is no such student, its metadata or weights do not fit, or `network` is needed.
     """
     path = Path(path)
-    file = select_student(path, student) if path.is_dir() else path
+    file = next(iter(find_students(path, student).values())) if path.is_dir() else path
     if not file.is_file():
         raise NetworkError(f"There is no student {file}. Give a file student-*.safetensors or a run folder.")
     read = weights.read(file)
@@ -88,16 +88,19 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
     return Student(_build(facts, read.tensors, _network_name(facts, network, file), str(file)), facts, file).eval()
 
 
-def select_student(run: Path, pattern: str | None = None) -> Path:
-    """Return the file of a run's best student, of those whose names match a pattern; see `load_student`."""
+def find_students(run: Path, pattern: str | None = None) -> dict[str, Path]:
+    """Return the files of a run's students by name, of those whose names match a pattern, the best one first.
+
+    The best one has the highest accuracy; see `accuracy`. Raises NetworkError if there is none.
+    """
     files = {file.stem.removeprefix("student-"): file for file in sorted(run.glob("student-*.safetensors"))}
     if not files:
         raise NetworkError(f"{run} has no students. They are written at the end of each seed of a run.")
-    chosen = {name: file for name, file in files.items() if pattern is None or fnmatch(name, pattern)}
-    if not chosen:
+    names = [name for name in files if pattern is None or fnmatch(name, pattern)]
+    if not names:
         raise NetworkError(f"{run} has no student {pattern}. There are: {', '.join(files)}.")
-    accuracies = last_rows(run)
-    return max(chosen.items(), key=lambda item: accuracy(accuracies.get(item[0], {})))[1]
+    rows = last_rows(run)
+    return {name: files[name] for name in sorted(names, key=lambda name: -accuracy(rows.get(name, {})))}
 
 
 def last_rows(run: Path) -> dict[str, Row]:
