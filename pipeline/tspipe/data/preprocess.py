@@ -19,11 +19,11 @@ from pydantic import Field
 from tspipe.data.decode import to_pixels
 from tspipe.errors import DatasetError
 
-_LARGEST_SIDE = 4096  # pixels, as in a cache
-
 if TYPE_CHECKING:  # recipes describe preprocessing, and are listed without the seconds that importing torch takes
     import torch
     from torch import Tensor
+
+_LARGEST_SIDE = 4096  # pixels, as in a cache
 
 
 @dataclass(frozen=True)
