@@ -1,6 +1,7 @@
 """The benchmarks that are programs of their own: they run on a small cache."""
 
 import importlib.util
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from shared import small
+from tspipe.cache import Cache
 from tspipe.extraction.extract import extract
 
 
@@ -29,6 +31,7 @@ def test_stage_one_is_timed_from_decoded_images_and_from_files(
     folder, stage_one = tmp_path / "shapes", load_benchmark("stage_one")
     cache = extract(replace(small(folder), images=images))
     assert cache is not None
+    capsys.readouterr()
     times = stage_one.measure(str(cache.path), str(folder), 0.1)
     assert list(times) == ["", ", files"]
     assert all(min(floor + ours) > 0 for floor, ours in times.values())
@@ -40,3 +43,12 @@ def test_stage_one_is_timed_from_decoded_images_and_from_files(
             f"Stage one is not timed from files. There is no train split in {folder}: looked for {folder}/train. The "
             "layout is train/CLASS/IMAGE and test/CLASS/IMAGE. Name it with --data FOLDER.\n"
         )
+
+
+def test_a_killed_push_ends_as_an_undisturbed_one(digits: Cache, tmp_path: Path) -> None:
+    """As long as the kill comes before the end of this short command."""
+    kills = load_benchmark("kills")
+    shutil.copy(digits.path, tmp_path / "pool.h5")
+    count, finished, equal, missing, left_over = kills.run_scenario(kills.push(tmp_path), tmp_path / "push", 1)
+    assert finished == equal == count
+    assert missing == left_over == 0
