@@ -23,8 +23,9 @@ class OpenFile:
     Pickling drops the descriptor: another process opens the path again, and raises CacheError if the file is another.
     """
 
-    def __init__(self, path: Path, *, writable: bool = False):
-        self.path, self.writable = path.absolute(), writable  # it may be opened later from another working directory
+    def __init__(self, path: Path, *, writable: bool = False, allow_links: bool = True):
+        self.path = path.absolute()  # it may be opened later from another working directory
+        self.writable, self.allow_links = writable, allow_links
         self._descriptor: int | None = self._open()
         self._stamp = self._read_stamp()
 
@@ -53,9 +54,10 @@ class OpenFile:
         os.fsync(self.descriptor)
 
     def _open(self) -> int:
-        if self.writable:
-            return open_without_links(self.path, os.O_RDWR)
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe does not wait
+        access = os.O_RDWR if self.writable else os.O_RDONLY
+        if self.allow_links:
+            return os.open(self.path, access | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe does not wait
+        return open_without_links(self.path, access)
 
     def _read_stamp(self) -> tuple[int, int, int]:
         """Return what changes when a file is replaced or written to: inode, size, modification time (ns)."""

@@ -49,7 +49,8 @@ def inspect(path: Path, *, finished: bool = True, identified: bool = True, writa
     part file, `identified=False` for finding the damage that makes the id wrong, `writable` for `Column.write`.
     """
     try:
-        return _inspect(OpenFile(path, writable=writable), finished, identified)
+        # A part file is written to before its bytes are known to be right, so it must not be a link to another file.
+        return _inspect(OpenFile(path, writable=writable, allow_links=finished or not writable), finished, identified)
     except (NotACache, CacheIncomplete, CacheDamaged) as problem:
         raise type(problem)(f"{path}: {problem}") from problem.__cause__
     except FileNotFoundError:
@@ -165,13 +166,13 @@ def _column(hdf5: h5py.File, file: OpenFile, name: bytes) -> Column:
     dataset = h5py.h5o.open(hdf5.id, name)  # not get_info, which walks the trees of what it is asked about
     if not isinstance(dataset, h5py.h5d.DatasetID):
         raise NotACache(f"{label} is not a dataset.")
-    plan = dataset.get_create_plist()
-    if plan.get_external_count():
+    properties = dataset.get_create_plist()
+    if properties.get_external_count():
         raise NotACache(f"{label} stores its bytes in another file, which is not allowed.")
-    if plan.get_nfilters():
+    if properties.get_nfilters():
         raise NotACache(f"{label} is filtered (compressed), which is not allowed.")
-    if plan.get_layout() != h5py.h5d.CONTIGUOUS:
-        raise NotACache(f"{label} is {_LAYOUTS[plan.get_layout()]}; only contiguous datasets are allowed.")
+    if properties.get_layout() != h5py.h5d.CONTIGUOUS:
+        raise NotACache(f"{label} is {_LAYOUTS[properties.get_layout()]}; only contiguous datasets are allowed.")
     if h5py.h5a.get_num_attrs(dataset):
         raise NotACache(f"{label} has attributes, which are not allowed.")
     space = dataset.get_space()

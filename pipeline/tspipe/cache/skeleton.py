@@ -24,7 +24,6 @@ def write_skeleton(descriptor: int, dimensions: Dimensions, manifest: bytes, *, 
         raise OSError(number, os.strerror(number)) from problem
     _reserve(descriptor, os.fstat(descriptor).st_size, sparse=sparse)
     os.pwrite(descriptor, manifest, offset)
-    os.fsync(descriptor)
 
 
 def _create_datasets(path: str, dimensions: Dimensions) -> int:
@@ -36,13 +35,13 @@ def _create_datasets(path: str, dimensions: Dimensions) -> int:
         file.attrs.create("format", np.bytes_(FORMAT))
         file.attrs.create("version", np.int64(VERSION), dtype="<i8")
         for name, (dtype, shape) in dimensions.datasets().items():
-            plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            plan.set_layout(h5py.h5d.CONTIGUOUS)
-            plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            plan.set_obj_track_times(False)
+            properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            properties.set_layout(h5py.h5d.CONTIGUOUS)
+            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            properties.set_obj_track_times(False)
             h5py.h5d.create(
-                file.id, name.encode("ascii"), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), plan
+                file.id, name.encode("ascii"), h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape), properties
             )
         return int(file["manifest"].id.get_offset())
 

@@ -67,11 +67,12 @@ def temporary_name(name: str) -> str:
 
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files of dead processes of this host, and those of other hosts after a day."""
-    for file in folder.iterdir():
-        if match := TEMPORARY_NAME.fullmatch(file.name):
-            with contextlib.suppress(OSError):  # another process removes it too, or it is another user's
-                if _is_abandoned(file, int(match[1]), match[2]):
-                    file.unlink()
+    with contextlib.suppress(OSError):  # a folder that cannot be listed may still be writable
+        for file in folder.iterdir():
+            if match := TEMPORARY_NAME.fullmatch(file.name):
+                with contextlib.suppress(OSError):  # another process removes it too, or it is another user's
+                    if _is_abandoned(file, int(match[1]), match[2]):
+                        file.unlink()
 
 
 def _is_abandoned(file: Path, process: int, host: str) -> bool:

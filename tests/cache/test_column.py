@@ -13,6 +13,7 @@ import pytest
 
 from pets import CLASSES, dimensions, plan, write
 from tspipe.cache import CacheWriter, open_cache
+from tspipe.cache.repair import Repair
 from tspipe.cache.verify import find_damage
 from tspipe.errors import CacheError, NotACache
 from tspipe.utils.threads import available_cores
@@ -143,3 +144,18 @@ def test_finishing_and_verifying_hold_a_few_megabytes(tmp_path: Path, views: int
     assert path.stat().st_size > 24e6
     assert finishing < 8e6
     assert verifying < 4e6 + 4e6 * available_cores()
+
+
+def test_a_cache_behind_a_link_is_repaired(tmp_path: Path) -> None:
+    path, link = tmp_path / "pets.h5", tmp_path / "link.h5"
+    write(path, plan({"train": 10, "test": 3}))
+    sound = path.read_bytes()
+    link.symlink_to(path)
+    with path.open("r+b") as file:
+        file.seek(open_cache(path).train.checksums.offset)
+        file.write(bytes(32))
+    damage = find_damage(link)
+    with Repair(link) as repair:
+        for part in damage:
+            repair.known(part)
+    assert path.read_bytes() == sound
