@@ -29,11 +29,6 @@ def arm_losses(arm: str, names: Sequence[str]) -> Sequence[str]:
     return ["xent"] if arm in UNTAUGHT else names
 
 
-def any_taught(arms: Sequence[str]) -> bool:
-    """Return whether any of these arms learns from the teacher."""
-    return not set(UNTAUGHT).issuperset(arms)
-
-
 @dataclass(frozen=True)
 class LearnerSpec:
     """Which learner: a student network, an arm, a loss and a seed."""

@@ -150,11 +150,6 @@ def load_training_state(tensors: Mapping[str, Tensor], module: nn.Module, optimi
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def network_state(learner: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a learner's student network, from the state of a cohort."""
-    return without_prefix(f"{learner}/module/network.", tensors)
-
-
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with a prefix before each name."""
     return {prefix + name: value for name, value in tensors.items()}

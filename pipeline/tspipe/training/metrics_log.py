@@ -50,12 +50,6 @@ class MetricsLog:
             self.board.close()
 
 
-def print_loss_ratios(folder: RunFolder, rows: list[Row]) -> None:
-    """Print how the loss terms of an epoch compare."""
-    for sentence in loss_ratios(rows, hint=folder.config.get("mse_weight") != "auto"):
-        stderr_console.print(sentence)
-
-
 def record_random_labels(config: StudentConfig, folder: RunFolder, random: RandomSource | None) -> None:
     """Count the teacher's labels for random images; write and print them, unless the run folder has them.
 

@@ -11,7 +11,7 @@ from tspipe.data.local import check_preprocess, open_local
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.views import EpochViews
 from tspipe.errors import DatasetError, RecipeError
-from tspipe.training.arms import any_taught
+from tspipe.training.arms import UNTAUGHT
 from tspipe.training.config import StudentConfig
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.rng import stream
@@ -63,7 +63,7 @@ def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
     """
     recipe, cache = config.recipe, config.cache
     check_preprocess(cache, recipe.preprocess)
-    views = EpochViews.of_run(cache, recipe.views, any_taught(config.arms), device)
+    views = EpochViews.of_run(cache, recipe.views, not set(UNTAUGHT).issuperset(config.arms), device)
     dataset, remaining_steps = open_images(cache, lambda: open_local_dataset(config))
     validation_count = round(recipe.val_fraction * len(dataset.train))
     _check_counts(config, dataset, validation_count)

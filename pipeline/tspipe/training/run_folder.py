@@ -133,10 +133,6 @@ class RunFolder:
         except OSError:
             return False
 
-    def reopen(self) -> None:
-        """Make a finished run unfinished."""
-        (self.path / "summary.json").unlink(missing_ok=True)
-
     def remove_leftovers(self) -> None:
         """Remove what a process that was killed after the run was finished has left."""
         with contextlib.suppress(OSError):  # a folder that cannot be written

@@ -19,12 +19,12 @@ from tspipe.models import networks, weights
 from tspipe.models.teacher import check_teacher, count_teacher_parameters, load_teacher
 from tspipe.training.arms import RANDOM, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource, shuffled_batches
-from tspipe.training.checkpoint import Checkpointer, Position, network_state, without_prefix
+from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
 from tspipe.training.config import StudentConfig, identity
 from tspipe.training.evaluation import Evaluator
 from tspipe.training.learner import Learner, TaskShape
 from tspipe.training.live_teacher import LiveTeacher
-from tspipe.training.metrics_log import MetricsLog, print_loss_ratios, record_random_labels
+from tspipe.training.metrics_log import MetricsLog, loss_ratios, record_random_labels
 from tspipe.training.partition import Partition, choose_partition
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.random_source import RandomSource, RandomSpec
@@ -129,7 +129,8 @@ class Trainer:
                     if is_writer:
                         rows = self.log.write(rows)
                         if (seed, epoch) == (0, 0):
-                            print_loss_ratios(self.folder, rows)
+                            for sentence in loss_ratios(rows, hint=self.folder.config.get("mse_weight") != "auto"):
+                                warn(sentence)
                             record_random_labels(self.config, self.folder, self.batches.random)
                     position = Position(seed, epoch + 1)
                 self._save_students(seed, learners)
@@ -184,7 +185,7 @@ class Trainer:
             if reason:
                 warn(f"{self.folder.path}: {reason}. Seed {position.seed} is trained again.")
             if position.seed < recipe.seeds:
-                self.folder.reopen()
+                (self.folder.path / "summary.json").unlink(missing_ok=True)
             end = (position.seed, position.epoch + 1)
             self.folder.keep([row for row in written.rows if (row["seed"], row["epoch"]) < end])
         return position, checkpoint.tensors if checkpoint and checkpoint.position == position else {}
@@ -206,8 +207,9 @@ class Trainer:
         """Write the trained students of a cohort, those of other processes included."""
         states = self.partition.gather_states(learners)
         for spec in learner_specs(self.config, seed) if self.partition.is_writer else []:
-            path = self.folder.path / spec.file_name
-            weights.save(path, network_state(spec.name, states), student_metadata(self.config, self.batches.data, spec))
+            tensors = without_prefix(f"{spec.name}/module/network.", states)
+            metadata = student_metadata(self.config, self.batches.data, spec)
+            weights.save(self.folder.path / spec.file_name, tensors, metadata)
             self.checkpointer.students |= self.folder.describe([spec.file_name])
 
 
