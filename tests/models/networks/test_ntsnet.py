@@ -45,7 +45,7 @@ def test_each_anchor_has_a_score(side):
     with torch.device("meta"):
         network = build(2, (3, side, side), width=WIDTH)
         maps = network.pretrained_model(torch.empty(2, 3, side, side))[1]
-        assert network.proposal_net(maps).shape == (2, len(network.anchors))
+        assert network.proposal_net(maps).shape == (2, len(network.proposals.anchors))
 
 
 def test_scores_are_in_the_order_of_the_anchors():
@@ -67,13 +67,13 @@ def test_scores_are_in_the_order_of_the_anchors():
 
 def plain_outputs(network, images, parts):
     """Compute `NTSNet.outputs` image by image and crop by crop."""
-    side, rows = network.side, []
+    side, rows = network.proposals.side, []
     for image in images:
         raw, maps, image_features = network.pretrained_model(image[None])
         scores = network.proposal_net(maps)[0]
-        selected = suppressed(scores.tolist(), network.anchors.tolist(), parts)
+        selected = suppressed(scores.tolist(), network.proposals.anchors.tolist(), parts)
         padded = F.pad(image, [side // 2] * 4)
-        crops = [resized(padded, network.anchors[i].tolist(), side // 2) for i in selected]
+        crops = [resized(padded, network.proposals.anchors[i].tolist(), side // 2) for i in selected]
         part_features = torch.cat([network.pretrained_model(crop[None])[2] for crop in crops])
         features = torch.cat([*part_features[: network.concatenated], image_features[0]])
         part_logits = network.partcls_net(part_features)
@@ -267,7 +267,7 @@ def test_sizes_of_the_published_checkpoint():
     assert sum(parameter.numel() for parameter in network.parameters()) == 29_033_133
     assert len(network.state_dict()) == 336
     assert network.concat_net.in_features == 10_240
-    assert network.anchors.shape == (1614, 4)
+    assert network.proposals.anchors.shape == (1614, 4)
 
 
 def test_keys_of_the_published_checkpoint():

@@ -90,11 +90,9 @@ def adapt(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def complete(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the weights that training starts from, or None if the network does not define `complete`.
+    """Return a checkpoint's `state`, after `adapt`, completed by the initial state dict of the network to be trained.
 
-    Args:
-        state: a checkpoint's, after `adapt`.
-        initial: the state dict of the network to be trained.
+    Returns None if the network does not define `complete`.
     """
     function = _attribute(name, "complete")
     return function(state, initial) if function else None

@@ -40,20 +40,15 @@ class Outputs(NamedTuple):
 class NTSNet(nn.Module):
     """Maps images (n, C, S, S) float32 to logits (n, c); see `build`. Training minimises the sum of `losses`."""
 
-    anchors: Tensor  # (a, 4) int64
-    overlaps: Tensor  # (a, a) bool
-
     def __init__(self, num_classes: int, input_shape: tuple[int, int, int], width: int, parts: int, concatenated: int):
         super().__init__()
-        channels, _, self.side = input_shape
+        channels, _, side = input_shape
         self.parts, self.concatenated = parts, concatenated
         self.pretrained_model = _Backbone(num_classes, channels, width)
         self.proposal_net = _ProposalNet(32 * width)
         self.concat_net = nn.Linear(32 * width * (concatenated + 1), num_classes)
         self.partcls_net = nn.Linear(32 * width, num_classes)
-        # Not persistent: they follow from the side, and published checkpoints do not have these keys.
-        self.register_buffer("anchors", regions.anchor_boxes(self.side), persistent=False)
-        self.register_buffer("overlaps", regions.overlapping(self.anchors), persistent=False)
+        self.proposals = _Proposals(side)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (n, c) of `concat_net`. Runs the backbone on the concatenated parts only."""
@@ -66,10 +61,7 @@ class NTSNet(nn.Module):
         # Neither the maps nor the crops pass on a gradient: the proposal net learns from the ranking alone.
         scores = self.proposal_net(maps.detach())
         with torch.no_grad():
-            indices = regions.suppress(scores, self.overlaps, parts)
-            padded = F.pad(images, [self.side // 2] * 4)
-            crops = regions.crop(padded, self.anchors[indices], self.side // 2)
-            del padded  # frees 9.6 MB per image of side 448 before the backbone runs
+            indices, crops = self.proposals(images, scores, parts)
         part_features = self.pretrained_model(crops)[2].unflatten(0, (len(images), parts))
         part_logits = self.partcls_net(part_features)
         features = torch.cat([part_features[:, : self.concatenated].flatten(1), image_features], dim=1)
@@ -92,6 +84,26 @@ class NTSNet(nn.Module):
             "parts": part_losses.mean(),
             "ranking": ranking_loss(outputs.scores, part_losses.detach()),
         }
+
+
+class _Proposals(nn.Module):
+    """The anchors of images of one side: selects the best ones and crops them."""
+
+    anchors: Tensor  # (a, 4) int64
+    overlaps: Tensor  # (a, a) bool
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+        # Not persistent: they follow from the side, and published checkpoints do not have these keys.
+        self.register_buffer("anchors", regions.anchor_boxes(side), persistent=False)
+        self.register_buffer("overlaps", regions.overlapping(self.anchors), persistent=False)
+
+    def forward(self, images: Tensor, scores: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        """Return the best anchors (n, parts) by their scores (n, a), and crops (n · parts, C, S // 2, S // 2)."""
+        indices = regions.suppress(scores, self.overlaps, parts)
+        padded = F.pad(images, [self.side // 2] * 4)
+        return indices, regions.crop(padded, self.anchors[indices], self.side // 2)
 
 
 class _Backbone(nn.Sequential):
@@ -179,9 +191,10 @@ def build(
         )
     network = NTSNet(num_classes, input_shape, width, parts, concatenated)
     network.pretrained_model.always_dropout = always_dropout
-    if not 0 < concatenated <= parts <= len(network.anchors):
+    anchors = len(network.proposals.anchors)
+    if not 0 < concatenated <= parts <= anchors:
         raise NetworkError(
-            f"ntsnet cannot concatenate {concatenated} of {parts} parts: there are {len(network.anchors):,} anchors. "
+            f"ntsnet cannot concatenate {concatenated} of {parts} parts: there are {anchors:,} anchors. "
             "Parts are at most as many as anchors, and between 1 and all parts are concatenated."
         )
     return network
@@ -195,13 +208,9 @@ def adapt(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def complete(state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that training starts from: a checkpoint's, and initial ones where it has none that fit.
+    """Return the weights that training starts from: those of a complete NTS-Net or of its backbone, and initial ones.
 
-    Args:
-        state: the checkpoint's after `adapt`, either a complete NTS-Net or the backbone alone.
-        initial: the state dict of the network to be trained. It replaces last layers of another number of classes.
-
-    Any other mismatch is left for `loading.load_into` to report.
+    Initial weights replace last layers of another number of classes, too. `loading.load_into` reports other mismatches.
     """
     backbone_only = all(key.startswith(f"{_BACKBONE}.") for key in state)
     completed = {**initial, **state} if backbone_only else dict(state)
