@@ -128,3 +128,11 @@ def test_classes() -> None:
     with pytest.raises(CacheMismatch) as problem:
         match_classes("x.h5", ["cat", "dog"], ["cat"])
     assert str(problem.value) == f"x.h5 has 2 classes, the dataset 1. {REMEDY}"
+
+
+def test_names_in_another_unicode_form_are_the_same(stored: Stored, local: Local) -> None:
+    """A cache that was made on a system whose file names are decomposed."""
+    composed = replace(local, keys=[f"\u00e9{i}" for i in range(6)])
+    decomposed = replace(stored, keys=Rows(np.array([f"e\u0301{i}".encode() for i in range(6)])))
+    match_split("x.h5", "train", decomposed, composed)
+    match_classes("x.h5", ["cafe\u0301"], ["caf\u00e9"])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tspipe.cache.column import Column
 from tspipe.cache.layout import SPLITS
 from tspipe.cache.manifest import differing_fields
-from tspipe.cache.read import Cache, Pool
+from tspipe.cache.read import Cache, Pool, read_keys
 
 _ROWS = 256  # compared at once
 
@@ -93,9 +93,7 @@ def _compare_pools(first: Pool, second: Pool) -> SplitDiff:
 def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
     caches = first, second
     splits = [cache.split(name) for cache in caches]
-    row_of = [
-        {key.decode("utf-8", "replace"): row for row, key in enumerate(split.keys.load().tolist())} for split in splits
-    ]
+    row_of = [{key: row for row, key in enumerate(read_keys(split))} for split in splits]
     common = [key for key in row_of[0] if key in row_of[1]]
     rows = [np.array([index[key] for key in common], np.int64) for index in row_of]
     digests = [split.digests.take(indices) for split, indices in zip(splits, rows, strict=True)]

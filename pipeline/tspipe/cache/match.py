@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tspipe.cache.layout import SPLITS, digest
-from tspipe.cache.read import Cache, Split
+from tspipe.cache.read import Cache, Split, read_keys
 from tspipe.errors import CacheMismatch
 from tspipe.utils.threads import available_cores
 
@@ -83,7 +83,7 @@ def match_split(
 
     Raises CacheMismatch naming the first image that differs: its key, its index, and both values.
     """
-    keys = [normalize("NFC", key.decode("utf-8", "replace")) for key in stored.keys.load().tolist()]
+    keys = read_keys(stored)
     compared = np.arange(max(len(keys), len(local.keys)) if rows is None else len(keys)) if rows is None else rows
     sampled = compared
     if sample is not None and sample < len(compared):

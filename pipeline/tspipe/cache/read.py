@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def read_keys(split: Split) -> list[str]:
+    """Return the keys of a split's images, in Unicode NFC."""
+    return [normalize("NFC", key.decode("utf-8", "replace")) for key in split.keys.load().tolist()]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from tspipe.cache import Cache, Split, open_cache
 from tspipe.cache.layout import digest
+from tspipe.cache.read import read_keys
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 
@@ -162,7 +163,7 @@ def _rows(source: _Source, cache: Cache, split: str, keys: Sequence[str] | None)
     else:
         image_keys = _normalise(keys)
         _check_unique("The dataset", image_keys)
-    stored_keys = _normalise(key.decode("utf-8", "replace") for key in stored.keys.load().tolist())
+    stored_keys = read_keys(stored)
     _check_unique(name, stored_keys)
     row_of = {key: row for row, key in enumerate(stored_keys)}
     rows = [row_of.get(key, -1) for key in image_keys]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tspipe.cache import Cache
+from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import DatasetError
@@ -94,8 +95,7 @@ def open_images(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Pr
     def images(split: str) -> Images:
         rows = cache.split(split)
         assert rows.images is not None
-        keys = [key.decode("utf-8", "replace") for key in rows.keys.load().tolist()]
-        return Images(rows.labels, keys, cache.classes, rows.images.__getitem__, rows.images)
+        return Images(rows.labels, read_keys(rows), cache.classes, rows.images.__getitem__, rows.images)
 
     stored = Dataset(cache.manifest["dataset"]["name"], "", images("train"), images("test"))
     return stored, replace(preprocess, resize=None, crop=None)

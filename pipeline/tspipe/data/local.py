@@ -1,9 +1,9 @@
 """The local images of a cache, which must be those it was made from."""
 
 from pathlib import Path
-from unicodedata import normalize
 
 from tspipe.cache import SPLITS, Cache, match
+from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images, open_dataset
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
@@ -42,7 +42,7 @@ def leave_out_broken(cache: Cache, dataset: Dataset) -> Dataset:
 
 def find_left_out(cache: Cache, split: str, images: Images) -> dict[int, str]:
     """Return why images that a cache lacks cannot be decoded, by index; other data has images that can."""
-    stored = {normalize("NFC", key.decode("utf-8", "replace")) for key in cache.split(split).keys.load().tolist()}
+    stored = set(read_keys(cache.split(split)))
     lacking = [i for i, key in enumerate(images.keys) if key not in stored]
     broken: dict[int, str] = {}
     if len(lacking) == len(images) - len(stored):  # else it is other data
