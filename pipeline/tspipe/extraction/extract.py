@@ -29,7 +29,7 @@ from tspipe.recipes.schema import Recipe
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.memory import keep_freed_memory
-from tspipe.utils.progress import Advance, progress, stderr_console, warn
+from tspipe.utils.progress import Advance, progress, warn
 from tspipe.utils.threads import TimeBreakdown, background_writer
 
 
@@ -183,7 +183,7 @@ def _write_cache(job: Job, group: Group) -> Cache:
     if pool := job.plan["random"]:
         shape = tuple(job.plan["teacher"]["options"]["input_shape"])
         if warning := random_images.period_warning(pool["generator"], pool["rows"], "The pool", shape):
-            stderr_console.print(warning)
+            warn(warning)
     with job.writer() as writer:
         _absorb(writer, job.dataset)
         missing = {split: writer.missing(split) for split in job.dimensions.sections}

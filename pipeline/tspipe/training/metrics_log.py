@@ -14,7 +14,7 @@ from tspipe.training.random_source import RandomSource
 from tspipe.training.run_folder import Row, RunFolder
 from tspipe.training.tensorboard import TensorBoard
 from tspipe.utils.console import printable
-from tspipe.utils.progress import stderr_console
+from tspipe.utils.progress import warn
 
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images, and pixels of them, whose labels are counted
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
@@ -61,7 +61,7 @@ def record_random_labels(config: StudentConfig, folder: RunFolder, random: Rando
     ranked = Counter(sorted(labels.tolist())).most_common()
     counts = {config.cache.classes[label]: count for label, count in ranked}
     folder.write_json("random_labels.json", counts)
-    stderr_console.print(label_shares(counts))
+    warn(label_shares(counts))
 
 
 def _has_labels(folder: RunFolder) -> bool:
