@@ -20,7 +20,7 @@ from tspipe.cache.verify import explain, find_damage
 from tspipe.errors import CacheError
 
 WEIGHTS = b"in place of weights"
-FLIPS = int(os.environ.get("TSPIPE_FLIPS", "150"))  # of each kind
+FLIPS = int(os.environ.get("TSPIPE_FLIPS", "75"))  # of each kind
 AGAIN = "Get the file again, or repair it: tspipe verify --repair"
 
 

@@ -125,12 +125,12 @@ def _differing_pixels(
 
     with ThreadPoolExecutor(available_cores()) as pool:  # Pillow releases the GIL while it decodes
         for start in range(0, len(rows), SAMPLE):
-            some = rows[start : start + SAMPLE]
-            tasks = [some[i : i + _TASK].tolist() for i in range(0, len(some), _TASK)]
+            batch = rows[start : start + SAMPLE]
+            tasks = [batch[i : i + _TASK].tolist() for i in range(0, len(batch), _TASK)]
             digests = itertools.chain.from_iterable(pool.map(digests_of, tasks))
-            for i, expected, actual in zip(some.tolist(), stored.digests.take(some), digests, strict=True):
+            for i, expected, actual in zip(batch.tolist(), stored.digests.take(batch), digests, strict=True):
                 if actual != expected.tobytes():
                     both = f"digest {expected.tobytes().hex()} in the cache, {actual.hex()} in the dataset"
                     return i, f"the pixels of {keys[i]!r} differ: {both}"
-            advance(len(some))
+            advance(len(batch))
     return None
