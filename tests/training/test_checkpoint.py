@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tspipe.errors import TrainingError
-from tspipe.training.checkpoint import Checkpointer, Position, read_checkpoint
+from tspipe.training.checkpoint import Checkpointer, Position, load_training_state, read_checkpoint, training_state
 
 
 def saved(folder: Path, identity: str = "a") -> Checkpointer:
@@ -92,3 +92,15 @@ def test_a_named_pipe_and_a_folder_are_refused_without_waiting(tmp_path: Path) -
         with pytest.raises(TrainingError) as refused:
             read_checkpoint(path)
         assert str(refused.value) == f"The checkpoint {path} cannot be read: {reason}."
+
+
+@pytest.mark.parametrize("name", ["module/other", "optimizer/9/step", "optimizer/x/step"])
+def test_state_that_does_not_fit_is_one_sentence(name: str) -> None:
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = training_state(module, optimizer)
+    load_training_state(state, module, optimizer)
+    with pytest.raises(TrainingError, match="does not fit the network"):
+        load_training_state({**state, name: torch.ones(1)}, module, optimizer)

@@ -67,7 +67,6 @@ def test_a_finished_run_states_its_files(finished: RunFolder) -> None:
     ("name", "damage", "steps"),
     [
         (STUDENT.format(0), Path.unlink, 2 * STEPS),
-        (STUDENT.format(1), Path.unlink, STEPS),
         (STUDENT.format(1), cut, STEPS),
         (STUDENT.format(1), flip, STEPS),
         ("metrics.csv", cut, STEPS),

@@ -137,17 +137,22 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_training_state(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what `training_state` returned into a module and an optimiser that were built alike."""
-    module.load_state_dict(without_prefix("module/", tensors))
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, value in without_prefix("optimizer/", tensors).items():
-        index, _, field = name.partition("/")
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:  # in the parameter's memory layout, which fused kernels rely on
-            value = torch.empty_like(parameter).copy_(value)
-        state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Load what `training_state` returned for a module and an optimiser like these. Raises TrainingError for others."""
+    try:
+        module.load_state_dict(without_prefix("module/", tensors))
+        state: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for name, value in without_prefix("optimizer/", tensors).items():
+            index, _, field = name.partition("/")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:  # in the parameter's memory layout, which fused kernels rely on
+                value = torch.empty_like(parameter).copy_(value)
+            state.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (IndexError, KeyError, RuntimeError, ValueError) as problem:
+        raise TrainingError(
+            "The checkpoint does not fit the network: other code wrote it. Delete it to train again from before it."
+        ) from problem
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
