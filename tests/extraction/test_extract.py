@@ -59,9 +59,12 @@ def test_the_same_inputs_give_the_same_bytes(digits: Cache, teacher: Path, tmp_p
 
 
 def test_a_finished_cache_is_left_as_it_is(digits: Cache, teacher: Path) -> None:
-    before = untouched(digits.path)
+    """Only the lock of a process that was killed at the very end is removed."""
+    before, stale = untouched(digits.path), digits.path.with_name("digits.h5.lock")
+    stale.touch()
     assert extract(config(teacher, digits.path)).id == digits.id
     assert untouched(digits.path) == before
+    assert not stale.exists()
 
 
 def test_another_cache_of_the_name_is_replaced_only_with_force(digits: Cache, teacher: Path, tmp_path: Path) -> None:

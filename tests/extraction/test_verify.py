@@ -30,6 +30,13 @@ def test_a_sound_file(tspipe: Tspipe, copy: Path) -> None:
     assert result.out == (f"{copy} is intact: 1,797 images, {copy.stat().st_size / 1024:.1f} KiB, id {cache.id[:12]}\n")
 
 
+def test_repair_of_a_sound_file_removes_the_lock_of_a_killed_one(tspipe: Tspipe, copy: Path) -> None:
+    stale = copy.with_name("digits.h5.lock")
+    stale.touch()
+    assert tspipe("verify", copy, "--repair").code == 0
+    assert not stale.exists()
+
+
 def test_damage_is_said_with_dataset_rows_and_remedy(tspipe: Tspipe, copy: Path) -> None:
     spoil(copy, ("train_features", 300), ("test_labels", 0))
     result = tspipe("verify", copy)

@@ -31,6 +31,13 @@ def test_the_file_describes_itself(teacher: Path) -> None:
     assert 0.5 < float(result.metadata["accuracy"]) < 1  # three epochs: far from chance, far from done
 
 
+def test_what_a_kill_at_the_very_end_left_is_removed(teacher: Path) -> None:
+    for leftover in (".part", ".lock"):
+        teacher.with_name(teacher.name + leftover).touch()
+    assert train_teacher(config(teacher)).path == teacher
+    assert [path.name for path in teacher.parent.glob("digits-*")] == [teacher.name]
+
+
 def test_augmentation_changes_the_weights_and_is_reproducible(tmp_path: Path) -> None:
     files = []
     for name, shift in (("a", 2), ("b", 2), ("c", 0)):

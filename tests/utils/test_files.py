@@ -12,7 +12,7 @@ import pytest
 
 from tspipe.errors import CacheBusy, TspipeError
 from tspipe.utils import files
-from tspipe.utils.files import lock, open_without_links, write_whole
+from tspipe.utils.files import lock, open_without_links, remove_stale_lock, write_whole
 from tspipe.utils.reading import read_file
 
 
@@ -33,6 +33,15 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     write_whole(tmp_path / "x", b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "x"])
     assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_the_lock_of_a_killed_process_is_removed_and_a_held_one_is_not(tmp_path: Path) -> None:
+    stale, held = tmp_path / "stale", tmp_path / "held"
+    (tmp_path / "stale.lock").write_text("process 1 on elsewhere")
+    with lock(held, CacheBusy):
+        for path in (stale, held, tmp_path / "none"):
+            remove_stale_lock(path)
+        assert [path.name for path in tmp_path.iterdir()] == ["held.lock"]
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

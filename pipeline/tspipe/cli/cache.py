@@ -105,6 +105,7 @@ def verify(
     from tspipe.cache.inspect import inspect
     from tspipe.cache.verify import explain
     from tspipe.recipes.load import recipe_for_cache
+    from tspipe.utils.files import remove_stale_lock
 
     damage = find_damage(file)
     if damage and not repair:
@@ -123,6 +124,8 @@ def verify(
         before, damage = damage, find_damage(file)  # one damage may have hidden another
         if damage == before:
             raise CacheDamaged(explain(file, damage))
+    if repair:
+        remove_stale_lock(file)
     opened = open_cache(file)
     images = sum(opened.manifest["dataset"]["rows"].values())
     echo(f"{file} is intact: {images:,} images, {format_bytes(file.stat().st_size)}, id {opened.id[:12]}")

@@ -28,6 +28,7 @@ from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
+from tspipe.utils.files import remove_stale_lock
 from tspipe.utils.memory import keep_freed_memory
 from tspipe.utils.progress import Advance, progress, warn
 from tspipe.utils.threads import TimeBreakdown, background_writer
@@ -177,6 +178,7 @@ def _write_cache(job: Job, group: Group) -> Cache:
     """On rank 0, announce the missing blocks, compute its share, and merge all ranks' parts into one file."""
     out = job.config.out
     if out.exists() and not job.config.force:
+        remove_stale_lock(out)
         cache = _finished_cache(job)
         group.broadcast(None)
         return cache

@@ -26,7 +26,7 @@ from tspipe.training.checkpoint import Checkpointer, Position, load_training_sta
 from tspipe.training.evaluation import count_correct
 from tspipe.training.optimizers import make_optimizer, set_learning_rate
 from tspipe.utils.device import pick_device
-from tspipe.utils.files import lock
+from tspipe.utils.files import lock, remove_stale_lock
 from tspipe.utils.memory import keep_freed_memory, memory_limit
 from tspipe.utils.progress import progress
 from tspipe.utils.rng import seed_torch, stream
@@ -91,13 +91,16 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     path = config.out or checkpoint_path(dataset.name, settings.network)
     data = training_data.describe(dataset.train)
     identity = _identity(recipe, dataset.name, data, start)
+    checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds, identity)
     if path.exists() and not config.force:
-        return _finished(path, identity, data, dataset.test)
+        finished = _finished(path, identity, data, dataset.test)
+        checkpointer.delete()  # it remains if a process was killed at the very end
+        remove_stale_lock(path)
+        return finished
     network, options = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
-        checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds, identity)
         if config.force:
             checkpointer.delete()
         memory = (recipe.memory or memory_limit(device)) // 2

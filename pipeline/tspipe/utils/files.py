@@ -135,6 +135,13 @@ def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def remove_stale_lock(path: Path) -> None:
+    """Remove `<path>.lock` if it was left by a killed process, and its temporary files with it."""
+    if os.path.lexists(path.with_name(path.name + ".lock")):
+        with contextlib.suppress(TspipeError), lock(path, TspipeError):
+            pass
+
+
 def _create_lock(name: Path) -> int | str | None:
     """Return the descriptor of a new lock file, the holder of an existing one, or None if that one has just ended.
 
