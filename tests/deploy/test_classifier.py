@@ -14,7 +14,7 @@ import tspipe as library
 from shared import error_message
 from tspipe.data.datasets import open_dataset
 from tspipe.deploy.classifier import find_images
-from tspipe.deploy.export import export
+from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.exported import OnnxExport
 from tspipe.errors import DatasetError
 
@@ -63,7 +63,7 @@ def test_json_and_csv_have_the_same_predictions(tspipe: Callable, student_file: 
 
 def test_an_export_predicts_as_its_student(tspipe: Callable, student_file: Path, photos: Path, tmp_path: Path) -> None:
     student = library.load_student(student_file)
-    export(student, "onnx", tmp_path / "x.onnx", None, uint8=True)
+    export(student, ExportConfig("onnx", tmp_path / "x.onnx", uint8=True), None)
     by_student = tspipe("predict", student_file, photos / "b", "--top", 1)
     assert tspipe("predict", "x.onnx", photos / "b", "--top", 1) == by_student
 

@@ -11,13 +11,13 @@ import tspipe as library
 from tspipe.cache import Cache
 from tspipe.deploy import latency
 from tspipe.deploy.evaluate import evaluate
-from tspipe.deploy.export import export
+from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.labelled_images import open_labelled_images
 from tspipe.training.run_folder import RunFolder
 
 
 def test_the_command(tspipe: Callable, run: Path, student_file: Path, digits: Cache, tmp_path: Path) -> None:
-    export(library.load_student(student_file), "onnx", tmp_path / "x.onnx", None)
+    export(library.load_student(student_file), ExportConfig("onnx", tmp_path / "x.onnx"), None)
     Path("cache").mkdir()
     Path("cache/digits.h5").symlink_to(digits.path)
     arguments = ["eval", student_file, "x.onnx", "--seconds", 0]

@@ -17,7 +17,7 @@ from shared import error_message
 from tspipe.cache import Cache
 from tspipe.data.datasets import open_dataset
 from tspipe.deploy import formats
-from tspipe.deploy.export import Export, export
+from tspipe.deploy.export import Export, ExportConfig, export
 from tspipe.deploy.labelled_images import find_test_images, open_labelled_images
 from tspipe.deploy.student import Student
 from tspipe.models.feature_net import student_of
@@ -61,7 +61,8 @@ def exports(student: Student, digits: Cache, tmp_path_factory: pytest.TempPathFa
     """Export the student to every format, in an empty folder."""
     folder, test = tmp_path_factory.mktemp("exports"), open_labelled_images(digits)
     outs = [folder / f"{name}{'_uint8' * uint8}{formats.FORMATS[name].suffix}" for name, uint8 in KINDS]
-    return [export(student, name, out, test, uint8=uint8) for out, (name, uint8) in zip(outs, KINDS, strict=True)]
+    configs = [ExportConfig(name, out, uint8) for out, (name, uint8) in zip(outs, KINDS, strict=True)]
+    return [export(student, config, test) for config in configs]
 
 
 def test_an_export_has_the_students_accuracy_and_fewer_weights(exports: list[Export], run: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     with pytest.raises(
         library.NetworkError, match=r"computes other logits than the student, by up to 0\.01 of the larg"
     ):
-        export(student, name, tmp_path / "x", None)
+        export(student, ExportConfig(name, tmp_path / "x"), None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,13 +154,30 @@ class Singular(Branching):
 def test_what_cannot_be_exported_is_named(student: Student, module: nn.Module, reason: str, tmp_path: Path) -> None:
     network = student_of(module, "mine", 4, 10, probe_images((1, 16, 16)))
     other = Student(network, student.facts, tmp_path / "student-mine.safetensors").eval()
-    assert reason in error_message(export, other, "onnx", tmp_path / "x.onnx", None)
+    assert reason in error_message(export, other, ExportConfig("onnx", tmp_path / "x.onnx"), None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_int8_export_is_smaller_and_agrees_with_the_student(
+    student: Student, exports: list[Export], digits: Cache, tmp_path: Path
+) -> None:
+    test = open_labelled_images(digits)
+    exported = export(student, ExportConfig("onnx", tmp_path / "x.onnx", uint8=True, int8=True), test)
+    assert exported.comparison.agreement > 0.95
+    assert exported.comparison.relative > 1e-3  # it is quantised
+    assert exported.size < 0.7 * exports[1].size
+    model = onnx.load(exported.path)
+    weights = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) in (2, 4)}
+    assert weights == {onnx.TensorProto.INT8}
+    for name, images in (("torch", test), ("onnx", None)):
+        assert error_message(export, student, ExportConfig(name, tmp_path / "y", int8=True), images) == (
+            "int8 needs the format onnx, and images to take its scales from: --cache FILE"
+        )
 
 
 def test_a_missing_package_is_named(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    message = error_message(export, student, "onnx", tmp_path / "x.onnx", None)
+    message = error_message(export, student, ExportConfig("onnx", tmp_path / "x.onnx"), None)
     assert message == "The format onnx needs onnxscript: pip install 'tspipe[export]'"
 
 

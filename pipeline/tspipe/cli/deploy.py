@@ -30,6 +30,7 @@ def export(
     uint8: Annotated[
         bool, typer.Option("--uint8", help="Image bytes in, probabilities out: normalisation is in the file.")
     ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise weights and activations to 8 bits (onnx).")] = False,
     network: Network = None,
     cache: CacheFile = None,
     data: options.Data = None,
@@ -47,20 +48,25 @@ def export(
     loaded = load_classifier(source, student, network)
     if not isinstance(loaded, Student):
         raise NetworkError(f"{source} is an export already. Name the student that it was made of.")
-    name = loaded.name + ("-uint8" if uint8 else "")
+    name = loaded.name + "-uint8" * uint8 + "-int8" * int8
     out = out or loaded.path.with_name(name + FORMATS[format_].suffix)
     if out.exists() and not force:
         raise NetworkError(f"{out} exists already. Replace it with --force, or choose another --out.")
     test = find_test_images(loaded.facts.cache, cache, data)
     images = None if isinstance(test, str) else test
-    exported = stage.export(loaded, format_, out, images, uint8=uint8)
-    compared, what = exported.comparison, "probabilities" if uint8 else "logits"
+    if int8 and isinstance(test, str):
+        raise NetworkError(f"--int8 takes its scales from images. {test}")
+    config = stage.ExportConfig(format_, out, uint8, int8)
+    exported = stage.export(loaded, config, images)
+    compared = exported.comparison
     trained = sum(parameter.numel() for parameter in loaded.parameters())
     echo(f"{exported.path}: {format_bytes(exported.size)}, {exported.parameters:,} weights of {trained:,}")
     kind = "test images" if compared.real else "images of random pixels"
-    echo(f"Its {what} for {compared.images:,} {kind} differ from the student's by up to {compared.difference:.1g}.")
+    difference = f"differ from the student's by up to {compared.difference:.1g}"
+    echo(f"Its {config.output} for {compared.images:,} {kind} {difference}.")
     if compared.accuracy is not None:
-        echo(f"Its test accuracy is {compared.accuracy:.2%}, the student's {compared.student_accuracy:.2%}.")
+        accuracies = f"{compared.accuracy:.2%}, the student's {compared.student_accuracy:.2%}"
+        echo(f"Its test accuracy is {accuracies}; they agree on {compared.agreement:.2%} of the images.")
     elif isinstance(test, str):
         echo(f"It was not run on real images: {test}")
 

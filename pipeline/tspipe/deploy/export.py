@@ -13,6 +13,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.deploy.fold import count_parameters, fold
 from tspipe.deploy.formats import FORMATS, Files, Run, check_installed, quiet
 from tspipe.deploy.labelled_images import LabelledImages
+from tspipe.deploy.quantise import quantise
 from tspipe.deploy.student import Student, last_rows
 from tspipe.errors import NetworkError
 from tspipe.models.probe import probe_images
@@ -20,7 +21,9 @@ from tspipe.utils.files import write_whole, writing
 from tspipe.utils.progress import progress
 
 _TOLERANCE = 1e-3  # max|Δ| / max|output|
+_AGREEMENT = 0.9  # of an int8 export's predictions with the student's
 _BATCH = 64
+_CALIBRATION_IMAGES = 256
 _RANDOM_IMAGES = 16
 
 
@@ -47,6 +50,29 @@ class WithPreprocessing(nn.Module):
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What to write.
+
+    Attributes:
+        format: one of `FORMATS`.
+        out: the file.
+        uint8: put normalisation and softmax into the file: images (n, H, W, C) uint8 in, probabilities out. Otherwise
+            normalised images (n, C, H, W) float32 in, logits out.
+        int8: quantise weights and activations to 8 bits (`onnx` alone).
+    """
+
+    format: str
+    out: Path
+    uint8: bool = False
+    int8: bool = False
+
+    @property
+    def output(self) -> str:
+        """The name of the file's output."""
+        return "probabilities" if self.uint8 else "logits"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """An export compared with its student on the same images.
 
@@ -55,6 +81,7 @@ class Comparison:
         real: whether they are test images, and not random pixels.
         difference: max|Δ| of the output, logits or probabilities.
         relative: the same, by the largest |output|.
+        agreement: the fraction of images for which the export predicts the same class.
         accuracy: the export's on the test split; None for random pixels.
         student_accuracy: the student's on the same images.
     """
@@ -63,6 +90,7 @@ class Comparison:
     real: bool
     difference: float
     relative: float
+    agreement: float
     accuracy: float | None
     student_accuracy: float | None
 
@@ -77,33 +105,39 @@ class Export:
     comparison: Comparison
 
 
-def export(student: Student, format_: str, out: Path, test: LabelledImages | None, *, uint8: bool = False) -> Export:
+def export(student: Student, config: ExportConfig, test: LabelledImages | None) -> Export:
     """Export a student, folded, to a file that takes batches of any size.
 
     Args:
-        format_: one of `FORMATS`.
-        test: the images to compare the file with the student on; None for random pixels.
-        uint8: put normalisation and softmax into the file: images (n, H, W, C) uint8 in, probabilities out. Otherwise
-            normalised images (n, C, H, W) float32 in, logits out.
+        test: the images to compare the file with the student on; None for random pixels. int8 needs real ones, and
+            takes its scales from images of the training split.
 
-    Raises NetworkError if a package is missing, the network cannot be exported, or the file's output differs from the
-    student's by more than 1e-3, max|Δ| / max|output|; then nothing is written.
+    Raises NetworkError if a package is missing, the network cannot be exported, or the file computes something else
+    than the student: its output differs by more than 1e-3, max|Δ| / max|output| or, for int8, it predicts another class
+    for more than a tenth of the images. Then nothing is written.
     """
-    check_installed(format_)
+    format_ = FORMATS[config.format]
+    if config.int8 and (config.format != "onnx" or test is None):
+        raise NetworkError("int8 needs the format onnx, and images to take its scales from: --cache FILE")
+    check_installed(config.format)
     module = fold(student)
     parameters = count_parameters(module)
-    if uint8:
+    if config.uint8:
         module = WithPreprocessing(module, student.preprocess).eval()
-    example = _inputs(student, (probe_images(student.facts.input_shape) * 255).to(torch.uint8), uint8)
-    files = FORMATS[format_].write(_trace(module, example, student.name), _metadata(student, uint8))
-    comparison = _compare(FORMATS[format_].load(files), student, test, uint8)
-    if not comparison.relative <= _TOLERANCE:
+    example = _inputs(student, (probe_images(student.facts.input_shape) * 255).to(torch.uint8), config.uint8)
+    files = format_.write(_trace(module, example, student.name), _metadata(student, config))
+    if config.int8 and test:
+        calibration = test.training_sample(_CALIBRATION_IMAGES).split(_BATCH)
+        files = Files(quantise(files.data, (_inputs(student, pixels, config.uint8).numpy() for pixels in calibration)))
+    comparison = _compare(format_.load(files), student, test, config.uint8)
+    if not (comparison.agreement >= _AGREEMENT if config.int8 else comparison.relative <= _TOLERANCE):
         raise NetworkError(
-            f"The {format_} file of {student.name} computes other {_output(uint8)} than the student, by up to "
-            f"{comparison.relative:.2g} of the largest, so it is not written."
+            f"The {config.format} file of {student.name} computes other {config.output} than the student, by up to "
+            f"{comparison.relative:.2g} of the largest, and predicts the same class for {comparison.agreement:.1%} of "
+            "the images, so it is not written."
         )
-    _write(out, files)
-    return Export(out, len(files.data), parameters, comparison)
+    _write(config.out, files)
+    return Export(config.out, len(files.data), parameters, comparison)
 
 
 def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.ExportedProgram:
@@ -125,7 +159,7 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
     return program
 
 
-def _metadata(student: Student, uint8: bool) -> dict[str, str]:
+def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
     facts = student.facts.model_dump(mode="json", include={"classes", "options", "preprocess", "input_shape"})
     row = last_rows(student.path.parent).get(student.name, {})
     return {
@@ -134,14 +168,10 @@ def _metadata(student: Student, uint8: bool) -> dict[str, str]:
         "cache": student.facts.cache,
         "network": student.facts.network,
         "name": student.name,
-        "input": "(n, H, W, C) uint8, resized and cropped" if uint8 else "(n, C, H, W) float32, preprocessed",
-        "output": _output(uint8),
+        "input": "(n, H, W, C) uint8, resized and cropped" if config.uint8 else "(n, C, H, W) float32, preprocessed",
+        "output": config.output,
         **({"test_accuracy": repr(row["test_accuracy"])} if "test_accuracy" in row else {}),
     }
-
-
-def _output(uint8: bool) -> str:
-    return "probabilities" if uint8 else "logits"
 
 
 def _inputs(student: Student, pixels: Tensor, uint8: bool) -> Tensor:
@@ -152,7 +182,7 @@ def _inputs(student: Student, pixels: Tensor, uint8: bool) -> Tensor:
 def _compare(run: Run, student: Student, test: LabelledImages | None, uint8: bool) -> Comparison:
     """Run the export and the student on all test images, or on random pixels, in batches of different sizes."""
     difference = largest = 0.0
-    count, correct, student_correct = 0, 0, 0
+    count, same, correct, student_correct = 0, 0, 0, 0
     total = len(test.labels) if test else _RANDOM_IMAGES + 1
     with progress("checking the export", total, "images") as advance, torch.inference_mode():
         for pixels, labels in test.batches(_BATCH) if test else _random(student.facts.input_shape):
@@ -164,11 +194,12 @@ def _compare(run: Run, student: Student, test: LabelledImages | None, uint8: boo
             difference = float(np.maximum(difference, np.abs(output - expected).max()))  # a NaN stays
             largest = max(largest, float(np.abs(expected).max()))
             count += len(pixels)
+            same += int((output.argmax(1) == expected.argmax(1)).sum())
             correct += int((output.argmax(1) == labels.numpy()).sum())
             student_correct += int((expected.argmax(1) == labels.numpy()).sum())
             advance(len(pixels), "checking the export")
     accuracies = (correct / count, student_correct / count) if test else (None, None)
-    return Comparison(count, test is not None, difference, difference / max(largest, 1e-12), *accuracies)
+    return Comparison(count, test is not None, difference, difference / max(largest, 1e-12), same / count, *accuracies)
 
 
 def _random(input_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,11 +20,12 @@ CPU = torch.device("cpu")
 
 
 class LabelledImages(NamedTuple):
-    """The test split of a cache, preprocessed, and the cache."""
+    """The test split of a cache, preprocessed, with its labels; and the training split."""
 
     cache: Cache
     images: ImageLoader
     labels: Tensor
+    train: ImageLoader
 
     @property
     def preprocess(self) -> Preprocess:
@@ -35,6 +36,12 @@ class LabelledImages(NamedTuple):
         """Yield images (n, C, H, W) uint8 and labels (n,) int64."""
         rows = list(torch.arange(len(self.labels)).split(batch_size))
         yield from zip(self.images.batches(rows), self.labels.split(batch_size), strict=True)
+
+    def training_sample(self, count: int) -> Tensor:
+        """Return at most so many images of the training split (n, C, H, W) uint8, evenly spaced."""
+        rows = torch.linspace(0, len(self.train) - 1, min(count, len(self.train))).round().long()
+        (pixels,) = self.train.batches([rows])
+        return pixels
 
 
 def find_cache(cache_id: str, file: Path | None = None, folder: Path = Path("cache")) -> Cache:
@@ -56,8 +63,9 @@ def open_labelled_images(cache: Cache, data: Path | None = None) -> LabelledImag
     name = cache.manifest["dataset"]["name"]
     folder = data or Path("data") / datasets.stem(name)
     dataset, remaining = open_images(cache, lambda: open_local(cache, name, folder, download=False, trust=False))
-    images = ImageLoader(dataset.test, remaining, "test", memory_limit(CPU) // 3, CPU)
-    return LabelledImages(cache, images, torch.from_numpy(cache.test.labels))
+    test = ImageLoader(dataset.test, remaining, "test", memory_limit(CPU) // 3, CPU)
+    train = ImageLoader(dataset.train, remaining, "train", 0, CPU)  # of which a few images are read
+    return LabelledImages(cache, test, torch.from_numpy(cache.test.labels), train)
 
 
 def find_test_images(cache_id: str, file: Path | None, data: Path | None) -> LabelledImages | str:

@@ -1,0 +1,42 @@
+"""Static quantisation of an ONNX export to 8-bit integers, by onnxruntime."""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tspipe.deploy.formats import INPUT, Array, quiet
+
+
+def quantise(model: bytes, batches: Iterable[Array]) -> bytes:
+    """Return the model with weights int8, per channel, and activations uint8, in ONNX's QDQ format.
+
+    Args:
+        batches: inputs of the model, whose smallest and largest activations give the scales.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no type hints
+        """Yields one batch per call, then None."""
+
+        def __init__(self, arrays: Iterator[Array]):
+            self.arrays = arrays
+
+        def get_next(self) -> dict[str, Any] | None:
+            """Return the next batch."""
+            images = next(self.arrays, None)
+            return None if images is None else {INPUT: images}
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        out = Path(folder) / "int8.onnx"
+        quantize_static(
+            onnx.load_from_string(model),
+            out,
+            Reader(iter(batches)),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return out.read_bytes()
