@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import time
 import zipfile
 from pathlib import Path
@@ -304,6 +305,21 @@ def test_damaged_bytes_raise_nothing_else(tmp_path, state, zipped):
         path.write_bytes(mutated)
         with contextlib.suppress(NetworkError):
             weights.read(path)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_flipped_bits_of_an_archive_are_noticed_by_its_checksums(tmp_path, checksums):
+    path, before = tmp_path / "w.pt", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    torch.save({"a": torch.full((100,), 1.25)}, path)
+    torch.serialization.set_crc32_options(before)
+    assert weights.read(path).tensors["a"].sum() == 125
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<f", 1.25), struct.pack("<f", 1.5), 1))
+    if checksums:
+        assert error_message(weights.read, path) == DAMAGED.format(path)
+    else:
+        assert weights.read(path).tensors["a"].sum() == 125.25
 
 
 def test_an_archive_in_several_parts(tmp_path):

@@ -155,18 +155,24 @@ def _names_in(data: bytes) -> list[str]:
 
 
 def _check_archive(data: bytes, source: str) -> None:
-    """Raise NetworkError if unpacking an archive takes much memory or time."""
+    """Raise NetworkError if unpacking an archive takes much memory or time, or if its checksums are wrong."""
     end = data.rfind(b"PK\5\6")  # the record that states the number of entries; 65,535 means that or more
     if int.from_bytes(data[end + 10 : end + 12], "little") > _MAX_TENSORS:
         raise NetworkError(TOO_MANY.format(source))
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+            entries = archive.infolist()
+            total = sum(entry.file_size for entry in entries)
+            bounded = total <= _MAX_EXPANSION * len(data)
+            has_checksums = any(entry.CRC for entry in entries)  # see torch.serialization.set_crc32_options
+            intact = not (bounded and has_checksums and archive.testzip())
     except Exception as error:  # a damaged archive can raise anything
         raise NetworkError(damaged(source)) from error
-    if max((size for name, size in sizes.items() if name.endswith(".pkl")), default=0) > MAX_RECORD_BYTES:
+    if any(entry.filename.endswith(".pkl") and entry.file_size > MAX_RECORD_BYTES for entry in entries):
         raise NetworkError(TOO_MANY.format(source))
-    if (total := sum(sizes.values())) > _MAX_EXPANSION * len(data):
+    if not bounded:
         raise NetworkError(
             f"{source} is refused: its {len(data):,} bytes unpack to {total:,}. Files of weights are not compressed so."
         )
+    if not intact:
+        raise NetworkError(damaged(source))
