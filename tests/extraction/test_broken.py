@@ -179,3 +179,19 @@ def test_another_number_of_rows_in_a_finished_cache_is_refused(config: ExtractCo
     with pytest.raises(CacheMismatch, match=r"dataset\.rows\.train is 16, not 15"):
         extract(config)
     assert open_cache(config.out).id == cache.id
+
+
+def test_a_teacher_of_images_that_are_broken_now(config: ExtractConfig, tmp_path: Path, tspipe: Any) -> None:
+    folder = tmp_path / "shapes"
+    dataset = ["--dataset", f"folder:{folder}", "--teacher", "lenet5"]
+    assert tspipe("teacher", *dataset, "--epochs", 1, "--set=teacher.batch_size=8").code == 0
+    truncate(folder / "train/a/05.png", 100)
+    refused: Result = tspipe("cache", *dataset, "--skip-broken")
+    assert refused.error.startswith(f"{folder}/train/a/05.png cannot be decoded: ")
+    remedy = "--weights checkpoints/shapes-lenet5.safetensors"
+    assert refused.error.endswith(
+        f". The teacher was trained with this image. Mend it, or use the teacher as it is: {remedy}"
+    )
+    made: Result = tspipe("cache", *dataset, "--skip-broken", *remedy.split())
+    assert made.code == 0, made.err
+    assert open_cache("cache/shapes-lenet5.h5").manifest["dataset"]["rows"]["train"] == 15

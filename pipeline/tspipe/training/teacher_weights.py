@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from tspipe.data.datasets import Images, open_dataset, parse
 from tspipe.data.image_loader import input_shape
 from tspipe.data.preprocess import Preprocess
-from tspipe.errors import NetworkError
+from tspipe.errors import DatasetError, NetworkError
 from tspipe.models import networks
 from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
@@ -93,7 +93,13 @@ def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weig
     check_network(weights, network)
     if file is None and "pixels_sha256" in weights.metadata:
         images = open_dataset(recipe.dataset, config.data, download=config.download).train
-        training_data.check(weights, training_data.describe(images))
+        try:
+            training_data.check(weights, training_data.describe(images))
+        except DatasetError as problem:
+            raise DatasetError(
+                f"{problem} The teacher was trained with this image. Mend it, or use the teacher as it is: --weights "
+                f"{path}"
+            ) from problem
     return weights
 
 
