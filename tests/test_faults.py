@@ -12,7 +12,7 @@ from conftest import Zygote
 from shared import TEACHER
 from tspipe.cache import Cache
 
-KEPT = "What is already there is kept: run the same command again when this is put right."
+KEPT = "Existing files are kept. Fix this, then run the same command again."
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
         write(tmp_path / "file" / "pets.h5", plan({"train": 1, "test": 1}))
     assert str(refused.value) == (
         f"{tmp_path}/file/pets.h5.part cannot be written: File exists. "
-        "What is already there is kept: run the same command again when this is put right."
+        "Existing files are kept. Fix this, then run the same command again."
     )
 
 

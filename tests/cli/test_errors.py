@@ -95,7 +95,7 @@ def test_a_locale_without_utf8(digits: Cache) -> None:
             "runs/x: Input/output error. The disk or its connection may be failing: copy what is on it, and use "
             "another.",
         ),
-        (errno.EBUSY, "runs/x: Device or resource busy. Run the same command again when this is put right."),
+        (errno.EBUSY, "runs/x: Device or resource busy. Fix this, then run the same command again."),
     ],
 )
 def test_an_error_of_the_system_is_a_sentence(
@@ -113,8 +113,8 @@ def test_an_error_of_the_system_is_a_sentence(
     [
         (
             OSError("Can't read data (file read failed: time = Fri Nov 27\n, errno = 5)"),
-            "The system reports an error: Can't read data (file read failed: time = Fri Nov 27\\n, errno = 5). Run the "
-            "same command again when this is put right.",
+            "The system reports an error: Can't read data (file read failed: time = Fri Nov 27\\n, errno = 5). Fix "
+            "this, then run the same command again.",
         ),
         (
             OverflowError("Python int too large to convert to C long"),

@@ -423,8 +423,8 @@ def test_save_replaces_the_file_and_keeps_the_old_one_on_failure(tmp_path, state
     with pytest.raises(TspipeError) as error:
         weights.save(path, {"a": torch.zeros(1)}, {})
     assert str(error.value) == (
-        f"{path} cannot be written: No space left on device. What is already there is kept: run the same command "
-        "again when this is put right."
+        f"{path} cannot be written: No space left on device. Existing files are kept. Fix this, then run the "
+        "same command again."
     )
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]

@@ -51,8 +51,8 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(CacheBusy) as refused, lock(tmp_path / "x", CacheBusy):
         pass
     assert str(refused.value) == (
-        f"{tmp_path}/x.lock cannot be written: it is a link to another file. What is already there is kept: run the "
-        "same command again when this is put right."
+        f"{tmp_path}/x.lock cannot be written: it is a link to another file. Existing files are kept. Fix "
+        "this, then run the same command again."
     )
     assert victim.read_bytes() == b"precious"
 

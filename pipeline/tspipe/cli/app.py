@@ -115,7 +115,7 @@ def _message(problem: Exception) -> str | None:
     if isinstance(problem, OSError):
         reason = f"{problem.strerror or problem}".rstrip(".")
         text = f"{problem.filename}: {reason}." if problem.filename else f"The system reports an error: {reason}."
-        return f"{text} {_REMEDIES.get(problem.errno or 0, 'Run the same command again when this is put right.')}"
+        return f"{text} {_REMEDIES.get(problem.errno or 0, 'Fix this, then run the same command again.')}"
     if isinstance(problem, OverflowError):
         return f"A number in the flags, the recipe or a file is too large: {problem}."
     if is_out_of_memory(problem):

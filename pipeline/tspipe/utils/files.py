@@ -28,7 +28,7 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
         why = "it is a link to another file" if problem.errno == errno.ELOOP else problem.strerror or problem
         raise error(
             f"{path} cannot be written: {why}. "
-            "What is already there is kept: run the same command again when this is put right."
+            "Existing files are kept. Fix this, then run the same command again."
         ) from problem
 
 
