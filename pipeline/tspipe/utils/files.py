@@ -27,8 +27,7 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
     except OSError as problem:
         why = "it is a link to another file" if problem.errno == errno.ELOOP else problem.strerror or problem
         raise error(
-            f"{path} cannot be written: {why}. "
-            "Existing files are kept. Fix this, then run the same command again."
+            f"{path} cannot be written: {why}. Existing files are kept. Fix this, then run the same command again."
         ) from problem
 
 
