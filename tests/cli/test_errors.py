@@ -149,10 +149,8 @@ def test_a_file_without_permission(zygote: Zygote, digits: Cache, tmp_path: Path
     recipe = tmp_path / "secret.toml"
     commands = (
         (["info", secret], 1, f"{secret}: cannot be read ({denied})."),
-        (["student", "--cache", secret], 1, f"{secret}: cannot be read ({denied})."),
         (["student", "--cache", digits.path, "--recipe", recipe], 1, f"The recipe {recipe} cannot be read: {denied}."),
         (["verify", secret], 2, f"Invalid value for 'file': {unreadable}"),
-        (["push", secret, tmp_path / "team"], 2, f"Invalid value for 'file': {unreadable}"),
         (["teacher", "--dataset", "digits", "--weights", secret], 2, f"Invalid value for '--weights': {unreadable}"),
     )
     for command, code, expected in commands:
