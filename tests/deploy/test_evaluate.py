@@ -32,6 +32,10 @@ def test_the_command(tspipe: Callable, run: Path, student_file: Path, digits: Ca
     rows = RunFolder(run, {}, {}).rows()
     accuracy = next(row["test_accuracy"] for row in rows[::-1] if row["arm"] == "taught")
     assert student["scores"]["top1"] == pytest.approx(accuracy)
+    worst = student["scores"].pop("worst_classes")
+    assert exported["scores"].pop("worst_classes") == worst
+    assert len(worst) == 3
+    assert list(worst.values()) == sorted(worst.values())
     assert exported["scores"] == pytest.approx(student["scores"], abs=1e-6)
     assert (student["parameters"], exported["parameters"]) == (5_822, None)
     assert student["size"] == student_file.stat().st_size

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from tspipe.deploy.scores import calibration_error, macro_f1, score
+from tspipe.deploy.scores import calibration_error, macro_f1, score, worst_classes
 
 
 def test_macro_f1_is_that_of_scikit_learn() -> None:
@@ -26,3 +26,8 @@ def test_accuracies_and_agreement() -> None:
     scores = score(probabilities, torch.tensor([1, 0]), torch.tensor([0, 1]))
     assert (scores.top1, scores.top5, scores.agreement) == (0, 0.5, 0.5)
     assert score(probabilities[:, :5], torch.tensor([0, 2]), torch.tensor([0, 2])).top5 is None
+
+
+def test_the_worst_classes_have_images() -> None:
+    labels, predicted = torch.tensor([0, 0, 1, 1, 3, 4]), torch.tensor([0, 1, 0, 0, 3, 4])
+    assert worst_classes(predicted, labels, 6) == [(1, 0), (0, 0.5), (3, 1)]

@@ -147,9 +147,12 @@ def eval_(
     opened = open_cache(cache) if cache else find_cache(classifiers[0].facts.cache)
     evaluations = evaluate(classifiers, open_labelled_images(opened, data), seconds)
     if json_:
-        fields = [{**asdict(one), "scores": one.scores._asdict()} for one in evaluations]
-        for record, one in zip(fields, evaluations, strict=True):
-            record["latency"] = {size: latency._asdict() for size, latency in one.latency.items()}
-        print(json.dumps({"cache": opened.id, "images": len(opened.test), "results": fields}, indent=2))
+        results: list[dict[str, Any]] = []
+        for one in evaluations:
+            worst = {opened.classes[label]: value for label, value in one.scores.worst_classes}
+            scores = {**one.scores._asdict(), "worst_classes": worst}
+            latency = {size: measured._asdict() for size, measured in one.latency.items()}
+            results.append({**asdict(one), "scores": scores, "latency": latency})
+        print(json.dumps({"cache": opened.id, "images": len(opened.test), "results": results}, indent=2))
     else:
         show_evaluations(evaluations, opened)

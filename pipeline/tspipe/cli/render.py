@@ -124,13 +124,20 @@ def show_evaluations(evaluations: "Sequence[Evaluation]", cache: Cache) -> None:
         texts.append("" if one.size is None else format_bytes(one.size).replace(" bytes", " B"))
         texts += [f"{one.latency[size].median:.3g}" if size in one.latency else "" for size in (1, 32)]
         table.add_row(Text(printable(one.name, 40)), *texts)
-    stdout_console().print(table)
+    out = stdout_console()
+    out.print(table)
+    out.print()
+    for one in evaluations:
+        worst = ", ".join(
+            f"{printable(cache.classes[label], _NAME)} {value:.0%}" for label, value in one.scores.worst_classes
+        )
+        out.print(Text(f"worst classes of {printable(one.name, 40)}: {worst}"))
     legend = (
         f"\n{len(cache.test):,} test images of {printable(cache.name, _NAME)}. In percent: top-1 and top-5 accuracy, "
         "macro F1, expected calibration error (ECE), agreement with the teacher. weights: after folding. ms: median "
         "milliseconds from pixels to probabilities, for one image and for 32."
     )
-    stdout_console().print(Text(legend))
+    out.print(Text(legend))
 
 
 def _count(number: int) -> str:

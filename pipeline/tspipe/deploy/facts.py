@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json, JsonValue, ValidationEr
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 
-_MAX_SIDE = 8192  # pixels
+_MAX_SIDE = 2048  # pixels; a file may claim any size, and a probe of that size is run when it is loaded
 _Channels = Annotated[int, Field(ge=1, le=1024)]
 _Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 

@@ -17,6 +17,7 @@ class Scores(NamedTuple):
         macro_f1: the mean of the F1 of each class that occurs as a label or a prediction.
         calibration_error: the expected calibration error over 15 bins of equal width.
         agreement: how often the prediction is the teacher's.
+        worst_classes: up to three classes with images, those of the lowest accuracy first, and their accuracy.
     """
 
     top1: float
@@ -24,6 +25,7 @@ class Scores(NamedTuple):
     macro_f1: float
     calibration_error: float
     agreement: float
+    worst_classes: list[tuple[int, float]]
 
 
 def score(probabilities: Tensor, labels: Tensor, teacher_labels: Tensor) -> Scores:
@@ -38,7 +40,17 @@ def score(probabilities: Tensor, labels: Tensor, teacher_labels: Tensor) -> Scor
         macro_f1(predicted, labels, classes),
         calibration_error(confidence, correct),
         float((predicted == teacher_labels).double().mean()),
+        worst_classes(predicted, labels, classes),
     )
+
+
+def worst_classes(predicted: Tensor, labels: Tensor, classes: int, most: int = 3) -> list[tuple[int, float]]:
+    """Return the classes with the lowest accuracy on their images, of those that have any, and their accuracy."""
+    hits = torch.bincount(labels[predicted == labels], minlength=classes).double()
+    accuracies = hits / torch.bincount(labels, minlength=classes)  # NaN for a class without images
+    ranked = accuracies.sort(stable=True)
+    pairs = zip(ranked.indices.tolist(), ranked.values.tolist(), strict=True)
+    return [(label, value) for label, value in pairs if value == value][:most]
 
 
 def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> float:
