@@ -86,6 +86,8 @@ def test_an_image_of_another_size_is_refused(altered: Callable[..., Path], stude
         ("input_shape", "[1, 16]", "its metadata, input_shape: "),
         ("input_shape", "[1, 16, 1000000]", "its metadata, input_shape: "),
         ("input_shape", "[1, 32, 32]", "preprocess does not yield images of 1×32×32"),
+        ("network", "./mine.py", "its metadata, network: "),
+        ("network", "mine\x1b[31m", "its metadata, network: "),
         ("options", "[]", "its metadata, options: "),
         ("preprocess", '{"mean": [0.5], "std": [0]}', "std must be positive"),
         ("preprocess", '{"mean": [0.5], "std": [1], "resize": [16, 16], "more": 1}', "its metadata, preprocess: "),
@@ -123,7 +125,7 @@ def test_a_network_of_the_users_is_named_and_never_imported_by_itself(
         f"{tmp_path}/student-x.safetensors is a student of 'mine', which is not one of tspipe's networks. Name the "
         "network's file: --network ./mine.py (in Python: load_student(…, network='./mine.py'))"
     )
-    assert "which is not one of" in error_message(tspipe.load_student, altered(network="./mine.py"))
+    assert "which is not one of" in error_message(tspipe.load_student, altered(network="mine.py"))
     assert not Path("imported").exists()
     student = tspipe.load_student(altered(network="mine"), network="./mine.py")
     assert student.predict([np.zeros((8, 8), np.uint8)]).labels.shape == (1,)

@@ -52,7 +52,7 @@ class StudentFacts(Facts):
     """
 
     arm: str
-    network: Annotated[str, Field(min_length=1)]
+    network: Annotated[str, Field(pattern=r"^[\w.+-]+(:[\w.+-]+)?$")]  # a name, never a path
     options: Json[dict[str, JsonValue]]
     width: Annotated[int, Field(ge=1)]
 
