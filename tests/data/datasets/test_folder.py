@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unicodedata import normalize
 
@@ -153,20 +154,21 @@ def test_a_link_to_itself(root):
 
 def test_a_folder_and_a_file_without_permission(root):
     """As an ordinary user: for root, nothing is without permission."""
-    (root / "train/dog").chmod(0)
-    (root / "test/dog/2.PNG").chmod(0)
-    for parent in [root, *root.parents][:4]:
-        parent.chmod(0o755)
     user = os.geteuid()
-    os.seteuid(user or 65534)
-    try:
-        with pytest.raises(DatasetError) as refused:
-            open_dataset("folder", root)
-        unreadable = folder.load(root, "test")
-        with pytest.raises(DatasetError) as broken:
-            unreadable.read(1)
-    finally:
-        os.seteuid(user)
+    with tempfile.TemporaryDirectory() as public:  # pytest's own folders are closed to other users
+        Path(public).chmod(0o755)
+        root = shutil.copytree(root, Path(public, "folder"))
+        (root / "train/dog").chmod(0)
+        (root / "test/dog/2.PNG").chmod(0)
+        os.seteuid(user or 65534)
+        try:
+            with pytest.raises(DatasetError) as refused:
+                open_dataset("folder", root)
+            unreadable = folder.load(root, "test")
+            with pytest.raises(DatasetError) as broken:
+                unreadable.read(1)
+        finally:
+            os.seteuid(user)
     assert str(refused.value) == f"{root}/train/dog cannot be read: Permission denied."
     assert str(broken.value) == f"{root}/test/dog/2.PNG cannot be decoded: Permission denied."
 
