@@ -79,7 +79,10 @@ MANIFESTS: list[tuple[Change, str]] = [
     # A teacher that names code, or takes what no network takes.
     *(
         (changed("teacher.network", name), f'manifest.teacher.network cannot be "{name}".')
-        for name in ("evil.py", "./evil", "../evil", "torchvision:evil.py", "torchvision:../evil", "os:system", "..")
+        for name in (
+            "evil.py", "./evil", "../evil", "torchvision:evil.py", "torchvision:../evil", "timm:evil.py",
+            "timm:../evil", "hub:evil", "os:system", "..",
+        )
     ),
     (changed("teacher.options", {"x": 65537}), 'manifest.teacher.options cannot be {"x": 65537}.'),
     (changed("teacher.options", {"x": 1e300}), 'manifest.teacher.options cannot be {"x": 1e+300}.'),

@@ -144,7 +144,7 @@ def test_list(tspipe: Callable, what: str) -> None:
     shown = tspipe("list", what)
     assert shown.code == 0
     assert shown.out.splitlines() == sorted(shown.out.splitlines())
-    assert {"datasets": "cub200", "networks": "resnet56", "losses": "ts", "recipes": "cifar10"}[what] in shown.out
+    assert {"datasets": "cub200", "networks": "timm:NAME", "losses": "ts", "recipes": "cifar10"}[what] in shown.out
 
 
 @pytest.mark.parametrize("command", [[], ["teacher"], ["cache"], ["student"], ["info"], ["list"]])

@@ -1,7 +1,7 @@
 """Files of weights: every format that is read, every file that is refused, and deterministic bytes."""
 
-import argparse
 import contextlib
+import fractions
 import hashlib
 import json
 import os
@@ -227,7 +227,7 @@ def test_no_tensors_by_name(tmp_path, content, what):
     ("value", "name"),
     [
         (np.float64(1), np.float64(1).__reduce__()[0].__module__ + ".scalar"),
-        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (fractions.Fraction(1), "fractions.Fraction"),
     ],
 )
 def test_what_is_beside_the_weights_is_named(tmp_path, state, zipped, value, name):

@@ -161,5 +161,5 @@ def test_a_teacher_that_has_learned_nothing_is_remarked_on(tmp_path: Path, capsy
 def test_hostile_metadata_are_refused(text: str) -> None:
     hostile = weights.Weights({}, {"preprocess": text}, "", "w.pt")
     with pytest.raises(NetworkError) as error:
-        teacher_weights.recorded_settings(hostile)
+        teacher_weights.recorded_settings(hostile, "resnet20")
     assert str(error.value) == "w.pt: its metadata is damaged. Train the teacher again with `tspipe teacher`."

@@ -149,7 +149,7 @@ def _check(manifest: Any, finished: bool) -> None:
             if correct.value[split] > rows.value[split]:
                 raise NotACache(f"{correct.where}.{split} is {correct.value[split]} of {rows.value[split]} images.")
     teacher.text("file_sha256", _SHA256)
-    teacher.text("network", f"(torchvision:)?{_NAME}")
+    teacher.text("network", f"((torchvision|timm):)?{_NAME}")
     teacher.require("options", _are_options(teacher.value["options"]))
     teacher.text("weights_sha256", _SHA256)
 

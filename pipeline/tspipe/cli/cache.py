@@ -52,6 +52,8 @@ def cache(
     with distributed.group() as group:
         with group.rank_zero_first():
             chosen = recipes.load(name, settings or (), flags)
+            recorded = teachers.recorded_settings(None, chosen.teacher.network)
+            chosen = recipes.load(name, settings or (), flags, recorded)
             dataset_name = datasets.parse(dataset, data).name
             config = TeacherConfig(chosen, data, download=download)
             repeated = {"--teacher": teacher, "--data": data, "--recipe": recipe}
@@ -61,7 +63,8 @@ def cache(
             teachers.train_on_rank_zero(config, dataset_name, group)
         with group.rank_zero_first():
             teacher_weights = teachers.read_weights(config, dataset_name, weights)
-            chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(teacher_weights))
+            recorded = teachers.recorded_settings(teacher_weights, chosen.teacher.network)
+            chosen = recipes.load(name, settings or (), flags, recorded)
             default_network = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:

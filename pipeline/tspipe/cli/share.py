@@ -61,7 +61,8 @@ def list_(
 
     packages = {package.rpartition(".")[2]: package for package in plugins.KINDS}
     if what in packages:
-        print(*plugins.names(packages[what]), sep="\n")
+        libraries = [f"{prefix}NAME" for prefix in plugins.LIBRARIES] if what == "networks" else []
+        print(*plugins.names(packages[what]), *libraries, sep="\n")
     elif what == "recipes":
         from tspipe.recipes.load import names
 

@@ -36,6 +36,7 @@ def teacher(
     start = weight_files.read(weights, chosen.teacher.weights_key) if weights else None
     if start and start.choice:
         echo(f"Fine-tuning the weights {start.source} ({start.choice})")
-    if start and start.metadata.get("network") == networks.recorded_name(chosen.teacher.network):
-        chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(start))
+    network = chosen.teacher.network
+    same = start if start and start.metadata.get("network") == networks.recorded_name(network) else None
+    chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(same, network))
     teachers.train_and_report(TeacherConfig(chosen, data, start, out, force, download))

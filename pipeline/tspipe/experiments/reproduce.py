@@ -156,7 +156,7 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
         teacher_weights.train_on_rank_zero(training, dataset, group)
     with group.rank_zero_first():
         weights = teacher_weights.read_weights(training, dataset, config.weights)
-        recipe = load.load(part.recipes, config.settings, flags, teacher_weights.recorded_settings(weights))
+        recipe = load.load(part.recipes, config.settings, flags, teacher_weights.recorded_settings(weights, network))
         if not group.rank:
             teacher_weights.print_teacher(weights, network, dataset)
     extract(ExtractConfig(recipe, weights, path, config.data, download=config.download, random_pool=pool), group)

@@ -1,5 +1,6 @@
 """PyTorch's checkpoints: pickles that are read within bounds and without running code, and the state dicts in them."""
 
+import argparse
 import io
 import pickle
 import pickletools
@@ -114,7 +115,8 @@ def _load(data: bytes, source: str) -> Any:
     if data.startswith(_ZIP):
         _check_archive(data, source)
     try:
-        with warnings.catch_warnings():
+        # timm's checkpoints hold the arguments of their training as a Namespace, which is only a record.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about old formats and pickle protocols; errors are raised
             return torch.load(_Limited(data), map_location="cpu", weights_only=True)
     except OverflowError:

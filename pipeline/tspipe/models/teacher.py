@@ -66,13 +66,13 @@ def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
 def teacher_spec(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> NetworkSpec:
     """Return the network of the cache's teacher for images of this shape (C, H, W).
 
-    It is tspipe's or torchvision's, or a user's file that the recipe names. A file that only the cache names is never
-    imported: the cache may come from anyone.
+    It is tspipe's, torchvision's or timm's, or a user's file that the recipe names. A file that only the cache names is
+    never imported: the cache may come from anyone.
     """
     name, requested = cache.manifest["teacher"]["network"], recipe.teacher.network
     if plugins.is_file(requested) and networks.recorded_name(requested) == name:
         name = requested
-    elif name not in networks.names() and not name.startswith("torchvision:"):
+    elif name not in networks.names() and not networks.is_from_library(name):
         raise NetworkError(
             f"The teacher of {cache.path.name} is {name!r}, which is not one of tspipe's networks. "
             f"Name its file: --set teacher.network=./{name}.py"

@@ -73,10 +73,12 @@ def read(path: Path, key: str | None = None) -> Weights:
 
 
 def pretrained(name: str, network: str, *, download: bool) -> Weights:
-    """Return torchvision's weights of a name like `ResNet50_Weights.IMAGENET1K_V1`, from PyTorch's download folder.
+    """Return weights that `networks.pretrained` names, from PyTorch's or the Hugging Face hub's download folder.
 
     Raises NetworkError if they are damaged, cannot be fetched, or are absent and `download` is false.
     """
+    if "/" in name:
+        return read(_from_hub(name, network, download))
     from torchvision.models import get_weight
 
     entry = get_weight(name)
@@ -100,6 +102,25 @@ def pretrained(name: str, network: str, *, download: bool) -> Weights:
             f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it and fetch it again: --download"
         )
     return weights
+
+
+def _from_hub(name: str, network: str, download: bool) -> Path:
+    """Return the file of weights in a repository of the Hugging Face hub, as `timm/resnet18.a1_in1k`."""
+    from huggingface_hub import hf_hub_download  # which timm requires
+
+    remedy = "start from a file's (--weights FILE), or from random ones: --set teacher.pretrained=false"
+    if "://" in name:
+        raise NetworkError(f"Training {network} starts from the weights at {name}. Fetch that file, then {remedy}")
+    try:
+        return Path(hf_hub_download(name, "model.safetensors", local_files_only=not download))
+    except Exception as error:  # of the hub's, of its HTTP client's and of the file system's types
+        if download:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NetworkError(f"{name} cannot be fetched from the Hugging Face hub: {reason}") from error
+        raise NetworkError(
+            f"Training {network} starts from {name} on the Hugging Face hub, which is not on this machine. Fetch it: "
+            f"--download. Or {remedy}"
+        ) from None
 
 
 def parse(data: bytes, source: str) -> dict[str, Tensor]:

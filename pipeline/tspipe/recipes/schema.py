@@ -11,8 +11,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, mo
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import Generator
 from tspipe.data.views import Views
+from tspipe.utils.plugins import LIBRARIES, recorded_name, unknown
 from tspipe.utils.plugins import names as plugin_names
-from tspipe.utils.plugins import recorded_name, unknown
 
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -49,7 +49,9 @@ class Optimisation(Section):
 class Teacher(Optimisation):
     """The teacher: its network, and how `tspipe teacher` trains it."""
 
-    network: str = Field("resnet56", description="A network's name, torchvision:NAME, or the path of a Python file.")
+    network: str = Field(
+        "resnet56", description="A network's name, torchvision:NAME, timm:NAME, or the path of a Python file."
+    )
     options: dict[str, Any] = Field({}, description="The options of the network.")
     weights_key: str | None = Field(
         None, description="Which weights of a file that holds several, as state_dict_ema; none prefers averaged ones."
@@ -173,7 +175,7 @@ class Recipe(Optimisation):
         losses = {*plugin_names("losses"), *(recorded_name("losses", name) for name in self.loss)}
         for kind, names, known in (("student", self.students, networks), ("loss", self.losses, losses)):
             for name in names:
-                if name not in known and not (kind == "student" and name.startswith("torchvision:")):
+                if name not in known and not (kind == "student" and name.startswith(LIBRARIES)):
                     raise ValueError(unknown(kind, name, known))
         return self
 

@@ -137,10 +137,13 @@ def check_network(weights: Weights, network: str) -> None:
         )
 
 
-def recorded_settings(weights: Weights | None) -> dict[str, dict[str, Any]]:
-    """Return the recipe settings that tspipe recorded with the weights, by section; none for any other file."""
+def recorded_settings(weights: Weights | None, network: str) -> dict[str, dict[str, Any]]:
+    """Return the recipe settings that come with the weights, by section.
+
+    They are those that tspipe recorded in the file, else the preprocessing that timm states for a network of its own.
+    """
     if weights is None or "preprocess" not in weights.metadata:
-        return {}
+        return {"preprocess": stated} if (stated := networks.preprocess(network)) else {}
     try:
         settings = {"preprocess": dict(json.loads(weights.metadata["preprocess"]))}
         TypeAdapter(Preprocess).validate_python(settings["preprocess"])

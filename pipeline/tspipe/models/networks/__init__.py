@@ -17,7 +17,7 @@ A file may also define:
 A module with a method `losses(images, labels) -> dict[str, Tensor]` is trained as a teacher with the sum of these
 scalars instead of the cross-entropy of its logits. Labels are (n,) int64.
 
-`torchvision:NAME` is any image classifier of torchvision.
+`torchvision:NAME` is any image classifier of torchvision, `timm:NAME` any of timm.
 """
 
 import difflib
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from tspipe.errors import NetworkError
+from tspipe.models.networks import _timm
 from tspipe.models.probe import probe_images, run_probe
 from tspipe.utils import plugins
 
@@ -38,8 +39,13 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)} 
 
 
 def names() -> list[str]:
-    """Return the names of tspipe's networks, without those of torchvision."""
+    """Return the names of tspipe's networks, without those of torchvision and timm."""
     return plugins.names("models.networks")
+
+
+def is_from_library(name: str) -> bool:
+    """Return whether a name is `torchvision:NAME` or `timm:NAME`."""
+    return name.startswith(plugins.LIBRARIES)
 
 
 def recorded_name(name: str) -> str:
@@ -56,7 +62,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     """Return a network with random initial weights from torch's generator, checked once on two images.
 
     Args:
-        name: one of `names()`, `torchvision:NAME`, or the path of a Python file.
+        name: one of `names()`, `torchvision:NAME`, `timm:NAME`, or the path of a Python file.
         num_classes: c; the module maps (n, C, H, W) float32 to logits (n, c).
         input_shape: (C, H, W). A `build` without such a parameter is called without it.
         options: the network's own options.
@@ -65,8 +71,15 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     return a classifier. On the meta device the module is not run.
     """
     recorded_name(name)  # refuses a file whose name is one of tspipe's networks
+    if is_from_library(name) and input_shape[0] != 3:
+        raise NetworkError(
+            f"{name} takes images of 3 channels, these have {input_shape[0]}. "
+            f"tspipe's own networks take any number: {', '.join(names())}."
+        )
     if name.startswith(_TORCHVISION):
         module = _build_torchvision(name, num_classes, input_shape, options)
+    elif name.startswith(_timm.PREFIX):
+        module = _timm.build(name, num_classes, input_shape, options)
     else:
         function, fixed = _attribute(name, "build"), dict((_attribute(name, "VARIANTS") or {}).get(name, {}))
         parameters = inspect.signature(function).parameters
@@ -99,9 +112,20 @@ def complete(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tenso
 
 
 def pretrained(name: str) -> str | None:
-    """Return torchvision's name of the weights that training starts from, as `ResNet50_Weights.IMAGENET1K_V1`."""
+    """Return the weights that training starts from, if the network names any.
+
+    They are torchvision's, as `ResNet50_Weights.IMAGENET1K_V1`, or in a repository of the Hugging Face hub, as
+    `timm/resnet18.a1_in1k`, or at a URL.
+    """
+    if name.startswith(_timm.PREFIX):
+        return _timm.pretrained(name)
     weights: str | None = _attribute(name, "PRETRAINED")
     return weights
+
+
+def preprocess(name: str) -> dict[str, Any]:
+    """Return the fields of the preprocessing that a library states for a network's weights; empty if it states none."""
+    return _timm.preprocess(name) if name.startswith(_timm.PREFIX) else {}
 
 
 def published(name: str, dataset: str) -> str | None:
@@ -111,7 +135,7 @@ def published(name: str, dataset: str) -> str | None:
 
 def _attribute(name: str, attribute: str) -> Any:
     """Return what a network's file defines under this name, or None."""
-    if name.startswith(_TORCHVISION):
+    if is_from_library(name):
         return None
     return getattr(plugins.load("models.networks", name, "build", NetworkError), attribute, None)
 
@@ -127,11 +151,6 @@ def _build_torchvision(
         near = difflib.get_close_matches(model, known, n=5, cutoff=0)
         sentence = plugins.unknown("torchvision network", model, near).removesuffix(".")
         raise NetworkError(f"{sentence}, and {len(known) - len(near)} more.")
-    if input_shape[0] != 3:
-        raise NetworkError(
-            f"{name} takes images of 3 channels, these have {input_shape[0]}. "
-            f"tspipe's own networks take any number: {', '.join(names())}."
-        )
     defaults: dict[str, Any] = {"aux_logits": False, "init_weights": True} if model in _AUXILIARY else {}
     try:
         return models.get_model(model, weights=None, num_classes=num_classes, **{**defaults, **options})

@@ -1,0 +1,206 @@
+"""timm's classifiers as teachers and students: one network of each family, its preprocessing and its weights."""
+
+import argparse
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from shared import equal
+from tspipe.errors import NetworkError
+from tspipe.models import loading, networks, weights
+from tspipe.models.feature_net import student_of
+from tspipe.models.inference import freeze
+from tspipe.models.probe import probe_images
+from tspipe.training import teacher_weights
+
+timm = pytest.importorskip("timm")
+
+# A small one of each of these families. TSPIPE_TIMM=1 tests the smallest of every family of timm's.
+SAMPLE = [
+    "test_byobnet", "test_coatnet", "test_convnext", "test_efficientnet", "test_mambaout", "test_nfnet", "test_resnet",
+    "test_vit", "edgenext_xx_small", "ghostnet_050", "mobilenetv4_conv_small_035", "mobilevit_xxs", "regnetx_002",
+    "starnet_s050",
+]  # fmt: skip
+
+
+def smallest(family: str) -> str:
+    """Return the smallest network of a family that tspipe can build for 32×32, or for its own size if that is fixed."""
+
+    def count(name: str) -> int:
+        with torch.device("meta"):
+            try:
+                return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+            except (NotImplementedError, RuntimeError):
+                return 2**40
+
+    return min(timm.list_models(module=family), key=count)
+
+
+def input_shape(name: str) -> tuple[int, int, int]:
+    config = timm.get_pretrained_cfg(name)
+    return config.input_size if config.fixed_input_size or os.environ.get("TSPIPE_TIMM") else (3, 64, 64)
+
+
+@pytest.fixture
+def fast_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy initial weights from one array of random numbers, because drawing millions takes seconds."""
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.05
+
+    def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        if not tensor.is_meta:
+            with torch.no_grad():
+                for part in tensor.flatten().split(len(noise)):
+                    part.copy_(noise[: len(part)])
+        return tensor
+
+    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
+        monkeypatch.setattr(nn.init, name, fill)
+
+
+@pytest.mark.usefixtures("fast_weights")
+@pytest.mark.parametrize("model", map(smallest, timm.list_modules()) if os.environ.get("TSPIPE_TIMM") else SAMPLE)
+def test_teacher_and_student(model: str) -> None:
+    name, shape = f"timm:{model}", input_shape(model)
+    module = networks.build(name, 4, shape)
+    spec = loading.NetworkSpec(name, 4, shape, {})
+    assert spec.count_parameters() == sum(parameter.numel() for parameter in module.parameters())
+    loaded, _ = loading.load_network(spec, module.state_dict(), "w.pt")
+    assert equal(loaded.state_dict(), module.state_dict())
+    probe = probe_images(shape)
+    with torch.inference_mode():
+        expected = module.eval()(probe)
+        features, logits = freeze(loaded, name, shape, torch.device("cpu"))(probe)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    assert features.ndim == 2
+    student = student_of(module, name, 5, 3, probe).train()
+    with torch.no_grad():
+        assert [part.shape for part in student(probe)] == [(2, 5), (2, 3)]
+
+
+@pytest.mark.usefixtures("fast_weights")
+def test_a_network_that_ends_in_a_convolution_is_refused_by_name() -> None:
+    module = networks.build("timm:dla46x_c", 4, (3, 32, 32))
+    with pytest.raises(NetworkError, match=r"^timm:dla46x_c does not end in a Linear layer"):
+        freeze(module, "timm:dla46x_c", (3, 32, 32), torch.device("cpu"))
+
+
+def test_preprocessing_is_that_of_timms_configuration() -> None:
+    bicubic = {"interpolation": "bicubic"}
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    vit, resnet = (networks.preprocess(f"timm:{name}") for name in ("vit_tiny_patch16_224", "resnet18.tv_in1k"))
+    assert vit == {**half, "resize": [248, 248], "crop": 224, **bicubic}
+    assert resnet == {**imagenet, "resize": [256, 256], "crop": 224, "interpolation": "bilinear"}
+    assert networks.preprocess("resnet18") == networks.preprocess("torchvision:resnet18") == {}
+
+
+def test_every_preprocessing_is_one_of_tspipes() -> None:
+    for name in timm.list_models():
+        preprocess = teacher_weights.Preprocess.from_dict(networks.preprocess(f"timm:{name}"))
+        side = preprocess.crop
+        assert ([side, side] if side else list(preprocess.resize or ())) == list(
+            timm.get_pretrained_cfg(name).input_size[1:]
+        )
+
+
+def test_metadata_of_the_weights_come_before_timms_configuration() -> None:
+    recorded = weights.Weights({}, {"preprocess": '{"mean": [0.1], "std": [1]}'}, "", "w.safetensors")
+    plain = recorded._replace(metadata={"format": "pt"})
+    vit = "timm:vit_tiny_patch16_224"
+    assert teacher_weights.recorded_settings(recorded, vit)["preprocess"] == {"mean": [0.1], "std": [1]}
+    assert teacher_weights.recorded_settings(plain, vit) == {"preprocess": networks.preprocess(vit)}
+    assert teacher_weights.recorded_settings(plain, "resnet20") == {}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth.tar"])
+def test_timms_files_of_weights_load(tmp_path: Path, suffix: str) -> None:
+    state, path = timm.create_model("test_efficientnet", num_classes=4).state_dict(), tmp_path / f"w.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file(state, path, {"format": "pt"})
+    else:  # as timm.utils.CheckpointSaver writes it
+        averaged = {key: value + 1 for key, value in state.items()}
+        record = {"epoch": 3, "arch": "test_efficientnet", "optimizer": {"state": {}}, "args": argparse.Namespace(lr=1)}
+        torch.save({**record, "state_dict": averaged, "state_dict_ema": state, "version": 2, "metric": 0.5}, path)
+    spec = loading.NetworkSpec("timm:test_efficientnet", 4, (3, 64, 64), {})
+    module, _ = loading.load_network(spec, weights.read(path).tensors, str(path))
+    assert equal(module.state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "message"),
+    [
+        ("resnet18", (1, 64, 64), {}, "timm:resnet18 takes images of 3 channels, these have 1. tspipe's own networks"),
+        (
+            "test_vit",
+            (3, 32, 32),
+            {},
+            "timm:test_vit takes images of 160×160, these are 32×32. Resize them (--set preprocess.resize=[160,160] in "
+            "stage one), or build it for their size with its option img_size.",
+        ),
+        ("test_vit", (3, 33, 33), {"dynamic_img_size": True, "depth": -1}, "timm:test_vit"),
+        ("resnet18s", (3, 64, 64), {}, "Unknown timm network 'resnet18s'. There are: resnet18, "),
+        ("hf-hub:timm/resnet18", (3, 64, 64), {}, "Unknown timm network 'hf-hub:timm/resnet18'. There are: "),
+        ("resnet18.tv", (3, 64, 64), {}, "Unknown timm network 'resnet18.tv'. There are: resnet18.tv_in1k, "),
+        ("test_resnet", (3, 64, 64), {"layers": [1, 65536]}, "timm:test_resnet cannot be built with layers=[1, 65536]"),
+        ("test_resnet", (3, 64, 64), {"widthh": 2}, "timm:test_resnet cannot be built with widthh=2: "),
+    ],
+)
+def test_refusals(name: str, shape: tuple[int, int, int], options: dict, message: str) -> None:
+    with pytest.raises(NetworkError, match=f"^{re.escape(message)}"):
+        networks.build(f"timm:{name}", 4, shape, options)
+
+
+def test_another_size_is_an_option() -> None:
+    module = networks.build("timm:test_vit", 4, (3, 32, 32), {"img_size": 32})
+    assert module(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pretrained": True}, {"checkpoint_path": "w.pth"}, {"pretrained_cfg": "a1_in1k"}, {"num_classes": 9}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_download_and_read_nothing(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    connections: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", connections.append)
+    with pytest.raises(NetworkError, match="multiple values for"):
+        networks.build("timm:test_resnet", 4, (3, 64, 64), options)
+    assert not connections
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(NetworkError) as error:
+        networks.build("timm:resnet18", 4, (3, 64, 64))
+    assert str(error.value) == "timm:resnet18 needs timm: pip install 'tspipe[timm]'"
+
+
+def test_published_weights_are_fetched_only_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state, calls = timm.create_model("test_resnet").state_dict(), []
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+
+    def fetch(repository: str, file: str, *, local_files_only: bool) -> str:
+        calls.append((repository, file))
+        if local_files_only:
+            raise FileNotFoundError
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    name = networks.pretrained("timm:test_resnet")
+    assert name == "timm/test_resnet.r160_in1k"
+    assert equal(weights.pretrained(name, "timm:test_resnet", download=True).tensors, state)
+    with pytest.raises(NetworkError) as error:
+        weights.pretrained(name, "timm:test_resnet", download=False)
+    assert str(error.value) == (
+        "Training timm:test_resnet starts from timm/test_resnet.r160_in1k on the Hugging Face hub, which is not on "
+        "this machine. Fetch it: --download. Or start from a file's (--weights FILE), or from random ones: --set "
+        "teacher.pretrained=false"
+    )
+    assert calls == [(name, "model.safetensors")] * 2
