@@ -67,7 +67,8 @@ def test_the_archive_has_grey_and_rotated_images_of_many_sizes(archive: Path) ->
     assert len({Image.open(path).size for path in pictures}) > 10
 
 
-def test_both_stages(tspipe: Tspipe, archive: Path, tmp_path: Path) -> None:
+def test_both_stages(tspipe: Tspipe, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_log, "_LABELLED", 4)
     data = ["--dataset", "cub200", "--data", archive]
     trained = tspipe("teacher", *data, *SMALL, *NARROW, "--set=teacher.pretrained=false")
     assert (trained.code, trained.error) == (0, "")
