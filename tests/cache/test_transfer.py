@@ -868,7 +868,13 @@ def test_what_an_address_is() -> None:
     assert is_url("https://host/pets.h5")
     assert not is_url("cache/pets.h5")
     assert not is_url("C:\\caches\\pets.h5")
+    assert not is_url("C:\\caches\\me@home\\pets.h5")
+    assert not is_url("/home/me@host/pets.h5")
     assert without_secrets("https://me:a@b@host:1/x.h5?k=1#f") == "https://host:1/x.h5"
+    assert without_secrets("http://host/x;token=1/y.h5;k=2") == "http://host/x/y.h5"
+    assert without_secrets("s3://bucket/x;y.h5") == "s3://bucket/x;y.h5"
+    assert without_secrets("http:///u:k@host/x.h5") == "the given address"
+    assert without_secrets("memory:///x.h5") == "memory:///x.h5"
     assert without_secrets("hf://datasets/me/pets@main/x.h5") == "hf://datasets/me/pets@main/x.h5"
     assert without_secrets("/mnt/what?/x.h5") == "/mnt/what?/x.h5"
 

@@ -299,6 +299,9 @@ def test_damaged_pixels_are_found_and_repaired(tspipe: Tspipe, photos: Path) -> 
         "s3://key:qq/zz@bucket/x.h5",
         "ss3://me:qq:zz@host/x.h5",
         "//me:qq:zz@host/x.h5",
+        "//u:qqzz@host/x.h5",
+        "u:qqzz@host/x.h5",
+        "http:///u:qqzz@host/x.h5",
     ],
 )
 def test_a_malformed_address_is_never_repeated(tspipe: Tspipe, digits: Cache, tmp_path: Path, url: str) -> None:

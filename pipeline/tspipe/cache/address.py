@@ -8,10 +8,15 @@ _ADDRESS = re.compile(
     r"(?P<host>[^/?#@:]*|\[[0-9A-Fa-f:.%]+\])(?P<port>:\d*)?(?P<path>(?:/[^?#]*)?)(?:[?#].*)?",
     re.DOTALL,
 )
-# What a user meant as an address: a known scheme with wrong slashes, or a user and a password before an @.
+# What a user meant as an address: a known scheme with wrong slashes, or a user and a password before an @. A single
+# letter before a colon and a slash is a drive of Windows.
 _MEANT = re.compile(
-    r"\s*(https?|s3a?|gs|gcs|hf|file|memory)(:|/[/\\]|\\)|\s*(//|https?/)?[^/\\@:\s]{2,}:[^@]*@", re.IGNORECASE
+    r"\s*(https?|s3a?|gs|gcs|hf|file|memory)(:|/[/\\]|\\)"
+    r"|\s*((/+|https?/)[^/\\@:\s]*|[^/\\@:\s]{2,}|[^/\\@:\s](?!:[/\\])):[^@]*@",
+    re.IGNORECASE,
 )
+_WEB = ("http", "https")
+_WITHOUT_HOST = ("file", "memory")
 
 
 def is_url(text: str) -> bool:
@@ -22,11 +27,13 @@ def is_url(text: str) -> bool:
 def is_well_formed(url: str) -> bool:
     """Return whether an address has a scheme, a host and a path, so that its secrets are known to be secrets."""
     match = _ADDRESS.fullmatch(url)
-    return match is not None and not (match["port"] and "@" in match["path"])
+    if match is None or not (match["host"] or match["scheme"].lower() in _WITHOUT_HOST):
+        return False
+    return not (match["port"] and "@" in match["path"])
 
 
 def without_secrets(url: str) -> str:
-    """Return an address without user, password, query and fragment, to print it; of a malformed one nothing.
+    """Return an address without user, password, parameters, query and fragment; of a malformed one nothing.
 
     >>> without_secrets("https://me:secret@host/digits.h5?token=1")
     'https://host/digits.h5'
@@ -36,7 +43,8 @@ def without_secrets(url: str) -> str:
     match = _ADDRESS.fullmatch(url)
     if match is None or not is_well_formed(url):
         return "the given address"
-    return f"{match['scheme']}://{match['host']}{match['port'] or ''}{match['path']}"
+    path = re.sub(";[^/]*", "", match["path"]) if match["scheme"].lower() in _WEB else match["path"]
+    return f"{match['scheme']}://{match['host']}{match['port'] or ''}{path}"
 
 
 def file_name(url: str) -> str:
