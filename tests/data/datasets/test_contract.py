@@ -163,6 +163,21 @@ def test_an_image_that_breaks_the_contract(image, description):
     )
 
 
+def test_an_array_has_the_images_that_are_read():
+    array = np.zeros((2, 4, 5, 3), np.uint8)
+    array[1, 0, 0, 0] = 9
+    with pytest.raises(DatasetError) as refused:
+        check_images(replace(SOUND, array=array), "mine, split train")
+    assert str(refused.value) == (
+        "mine, split train: array[1] and read(1) differ. Return the same pixels, or None as array."
+    )
+    count = 1000
+    many = Images(np.zeros(count, np.int64), [*map(str, range(count))], ["cat"], SOUND.read)
+    array = np.zeros((count, 4, 5, 3), np.uint8)
+    array[7] = 9  # not compared, and the same for every reader
+    assert check_images(replace(many, array=array), "mine, split train").read(7)[0, 0, 0] == 9
+
+
 def test_an_image_that_cannot_be_read_is_named():
     with pytest.raises(DatasetError) as refused:
         check_images(replace(SOUND, read=lambda i: [][i]), "mine, split train").read(1)

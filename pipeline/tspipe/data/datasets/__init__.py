@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from unicodedata import normalize
 
 import numpy as np
@@ -21,6 +21,7 @@ from tspipe.errors import DatasetError, TspipeError
 from tspipe.utils import plugins
 
 Pixels = NDArray[np.uint8]
+_SAMPLE = 16  # images of an array that are compared with `read`
 
 
 class ArrayLike(Protocol):
@@ -42,7 +43,8 @@ class Images:
         classes: the class names.
         read: `read(i)` returns image i as (H, W, C) uint8, after EXIF rotation and conversion to RGB (grey
             datasets keep C = 1). Safe to call from several threads.
-        array: all images as (N, H, W, C) uint8, in memory or in one piece of a file; None where sizes differ.
+        array: all images as (N, H, W, C) uint8, in memory or in one piece of a file; None where sizes differ. `read`
+            of a dataset that has been opened takes them from it.
         check_header: `check_header(i)` raises DatasetError if the header of image i shows that `read(i)` would; None if
             that takes as long as `read(i)`.
     """
@@ -182,7 +184,7 @@ def check_images(images: Any, where: str) -> Images:
     if not isinstance(images, Images):
         raise DatasetError(f"{where}: load returns {_describe(images)}. Return tspipe.data.datasets.Images.")
     classes, keys = _check_names(where, "classes", images.classes), _check_names(where, "keys", images.keys)
-    labels, array = images.labels, images.array
+    labels, array = images.labels, cast(Pixels | None, images.array)
     _check_labels(where, labels, len(classes))
     if len(keys) != len(labels):
         raise DatasetError(f"{where}: {len(keys)} keys for {len(labels)} labels. Return one key per image.")
@@ -194,7 +196,7 @@ def check_images(images: Any, where: str) -> Images:
     def read(index: int) -> Pixels:
         pixels: Pixels
         try:
-            pixels = images.read(index)
+            pixels = images.read(index) if array is None else array[index]
         except (MemoryError, TspipeError):
             raise
         except Exception as problem:
@@ -207,6 +209,12 @@ def check_images(images: Any, where: str) -> Images:
             )
         return pixels
 
+    if array is not None:
+        for index in np.linspace(0, len(labels) - 1, _SAMPLE, dtype=np.int64).tolist():
+            if not np.array_equal(images.read(index), array[index]):
+                raise DatasetError(
+                    f"{where}: array[{index}] and read({index}) differ. Return the same pixels, or None as array."
+                )
     return replace(images, classes=classes, keys=keys, read=read)
 
 
