@@ -105,18 +105,19 @@ def test_linked_folders(root, tmp_path):
     assert folder.load(root, "train").keys == ["cat/b.png", "cat/deep/a.jpg", "dog/1.jpg"]
 
 
-def test_links_that_go_round(root):
+def test_links_that_go_round(root, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    shutil.copy(root / "train/dog/1.jpg", tmp_path / "more")
+    (tmp_path / "more/up").symlink_to(root)
+    (root / "train/cat/more").symlink_to(tmp_path / "more")
     (root / "train/cat/deep/up").symlink_to(root / "train/cat")
     (root / "train/cat/other").symlink_to(root / "train/dog")
-    (root / "train/dog/back").symlink_to(root / "train/cat")
-    assert folder.load(root, "train").keys == [
-        "cat/b.png",
-        "cat/deep/a.jpg",
-        "cat/other/1.jpg",
-        "dog/1.jpg",
-        "dog/back/b.png",
-        "dog/back/deep/a.jpg",
-    ]
+    (root / "train/dog/back").symlink_to(root / "train/cat/deep")
+    (root / "train/dog/all").symlink_to("..")
+    images = folder.load(root, "train")
+    assert images.keys == ["cat/b.png", "cat/deep/a.jpg", "cat/more/1.jpg", "dog/1.jpg"]
+    assert images.labels.tolist() == [0, 0, 0, 1]
+    assert capsys.readouterr().err == (f"{root}/train: files are left out: 4 × link to a folder of other classes.\n")
 
 
 def test_cross_links_are_followed_once(root):

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from unicodedata import normalize
 
@@ -24,8 +24,9 @@ def load(root: Path, split: str) -> Images:
     """Return images (H, W, 3) uint8 of any size from `root`/train or `root`/test (else `root`/val).
 
     Classes are the sorted folders in train; an image belongs to the class folder that contains it, at any depth. Images
-    are sorted by class, then by path; keys are paths relative to the split's folder. Hidden files are ignored; files
-    that do not end like an image that Pillow decodes are left out, and counted on standard error.
+    are sorted by class, then by path; keys are paths relative to the split's folder. Hidden files are ignored. Files
+    that do not end like an image that Pillow decodes, and links to folders of other classes, are left out and counted
+    on standard error.
 
     Raises DatasetError: no folder of that split, no classes, a class of train without images, or one that train does
     not have.
@@ -35,10 +36,12 @@ def load(root: Path, split: str) -> Images:
     left_out: Counter[str] = Counter()
     files: list[str] = []
     labels: list[int] = []
-    for name, class_folder in _classes(folder).items():
+    class_folders = _classes(folder)
+    resolved = {name: (folder / class_folder).resolve() for name, class_folder in class_folders.items()}
+    for name, class_folder in class_folders.items():
         if name not in number:
             raise DatasetError(f"{folder / class_folder}: there is no class {name!r} in {train}.")
-        class_files, others = _files(folder, class_folder)
+        class_files, others = _files(folder, class_folder, [path for other, path in resolved.items() if other != name])
         left_out += others
         if not class_files:
             empty = f"{folder / class_folder} holds no images that Pillow decodes{_list(others)}."
@@ -88,11 +91,13 @@ def _classes(folder: Path) -> dict[str, str]:
     return dict(sorted(classes.items()))
 
 
-def _files(folder: Path, class_folder: str) -> tuple[list[str], Counter[str]]:
+def _files(folder: Path, class_folder: str, other_classes: Sequence[Path]) -> tuple[list[str], Counter[str]]:
     """Return a class's image files, relative to the split's folder, sorted by Unicode NFC, and the counts of others."""
     files, others = [], Counter[str]()
-    for path in _walk(folder / class_folder):
-        if decode.has_image_extension(path):
+    for path in _walk(folder / class_folder, other_classes):
+        if path.endswith("/"):
+            others["link to a folder of other classes"] += 1
+        elif decode.has_image_extension(path):
             files.append(f"{class_folder}/{path}")
         else:
             others[PurePath(path).suffix.lower() or "without an extension"] += 1
@@ -108,10 +113,12 @@ def _utf8(name: str) -> str:
     return os.fsencode(name).decode("utf-8")
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of the files below a folder, with / on every system; each folder is visited once.
+def _walk(folder: Path, other_classes: Sequence[Path]) -> Iterator[str]:
+    """Yield the relative paths of the files below a class's folder, with / on every system.
 
-    A folder that several links lead to has the same path each time: links are followed last, in the order of names.
+    Each folder is visited once. One that several links lead to has the same path each time: links are followed last, in
+    the order of names. Those into another class's folder, or to a folder that contains that of the class, are not
+    followed: their paths are yielded with / at the end.
     """
     visited = set()
     folders, links = deque([("", folder.stat())]), deque[tuple[str, os.stat_result]]()
@@ -123,10 +130,23 @@ def _walk(folder: Path) -> Iterator[str]:
         for entry in sorted(os.scandir(f"{folder}/{path}".rstrip("/")), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append((f"{path}{entry.name}/", entry.stat()))
-            else:
+            if not entry.is_dir():
                 yield path + entry.name
+            elif not entry.is_symlink():
+                folders.append((f"{path}{entry.name}/", entry.stat()))
+            elif _leads_out(Path(entry.path).resolve(), folder.resolve(), other_classes):
+                yield f"{path}{entry.name}/"
+            else:
+                links.append((f"{path}{entry.name}/", entry.stat()))
+
+
+def _leads_out(target: Path, folder: Path, other_classes: Sequence[Path]) -> bool:
+    """Return whether a link's target contains a class's folder, or lies in that of another class than `folder`'s."""
+    if target.is_relative_to(folder):
+        return False
+    return folder.is_relative_to(target) or any(
+        target.is_relative_to(other) or other.is_relative_to(target) for other in other_classes
+    )
 
 
 def _list(counts: Counter[str]) -> str:
