@@ -55,14 +55,18 @@ def split(module: nn.Module, name: str, probe: Tensor) -> FeatureNet:
         return FeatureNet(nn.Flatten(), head)
     module.set_submodule(path, nn.Identity())
     network = FeatureNet(module, head).train(module.training)
-    with eval_mode(network):
-        features, logits = network(probe)
+    inseparable = NetworkError(
+        f"{name} computes more than its last Linear ({path}) at its end, so its features cannot be separated. "
+        "Use a network that ends in a Linear."
+    )
+    try:
+        with eval_mode(network):
+            features, logits = network(probe)
+    except Exception as error:  # of any type, where the outputs of several heads no longer fit together
+        raise inseparable from error
     equal = torch.allclose(logits, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     if features.shape != (len(probe), head.in_features) or not equal:
-        raise NetworkError(
-            f"{name} computes more than its last Linear ({path}) at its end, so its features cannot be separated. "
-            "Use a network that ends in a Linear."
-        )
+        raise inseparable
     return network
 
 
