@@ -103,6 +103,28 @@ def test_averaged_weights_are_preferred_and_the_choice_is_stated(tmp_path, state
     )
 
 
+@pytest.mark.parametrize("name", ["swa_model", "emamodel", "averaged_model", "model_ema", "EMA", "avg_model"])
+def test_names_of_averaged_weights(tmp_path, state, name):
+    ema = {key: value + 1 for key, value in state.items()}
+    torch.save({"model": state, name: ema}, tmp_path / "w.pt")
+    read = weights.read(tmp_path / "w.pt")
+    assert equal(read.tensors, ema) and read.choice == f"{name}, not model"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"ema": {"decay": 0.9, "shadow_params": [torch.ones(2)]}}, "ema.shadow_params"),
+        ({"ema": (torch.ones(2),)}, "ema"),
+    ],
+)
+def test_averaged_weights_without_names_are_mentioned(tmp_path, state, content, name):
+    torch.save({"model": state, **content, "rng": [torch.ones(2)]}, tmp_path / "w.pt")
+    read = weights.read(tmp_path / "w.pt")
+    assert equal(read.tensors, state)
+    assert read.choice == f"model, not {name} (a list: its tensors have no names)"
+
+
 def test_a_common_name_is_preferred(tmp_path, state):
     torch.save({**state, "other": state, "net": {"c": torch.ones(2)}}, tmp_path / "w.pt")
     read = weights.read(tmp_path / "w.pt")

@@ -24,7 +24,8 @@ _REMEDY = "save its state_dict: torch.save(net.state_dict(), …)"
 TOO_MANY = f"{{}} holds too many objects for a file of weights. Load it elsewhere and {_REMEDY}"
 TOP = "its own tensors"  # the name of the checkpoint itself among the state dicts in it
 _NAMES = {"model", "model_state_dict", "module", "net", "net_state_dict", "network", "params", "state_dict", "weights"}
-_EMA = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
+_EMA = re.compile(r"(^|[._])((model|net)?(ema|swa)(model|net)?|(averaged?|avg)_?(model|net))([._]|$)", re.IGNORECASE)
+_UNNAMED = re.compile(rf"{_EMA.pattern}|(^|[._])shadow([._]|$)", re.IGNORECASE)
 _OPTIMIZER = re.compile(r"(^|_)(optim|optimizers?|schedulers?|scaler)(_|$)")
 
 
@@ -33,17 +34,20 @@ def damaged(source: str) -> str:
     return f"{source} is damaged, or not a file of weights. Download it again and compare its checksum."
 
 
-def read_state_dicts(data: bytes, source: str) -> dict[str, dict[str, Tensor]]:
+def read_state_dicts(data: bytes, source: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Return the state dicts in the bytes of a PyTorch checkpoint by their dotted path, "" for the checkpoint itself.
 
-    Those of optimizers are left out. Raises NetworkError, which names `source`, if there is none, for a damaged file,
+    Those of optimizers are left out. Return also the paths of averaged weights (EMA) in lists: they have no names, so
+    they cannot be loaded. Raises NetworkError, which names `source`, if there is none, for a damaged file,
     for one that holds more than weights, and for one that would take much memory or time.
     """
     content = _load(data, source)
-    states: dict[str, dict[str, Tensor]] = {}
+    states, lists = dict[str, dict[str, Tensor]](), list[str]()
     pending, visited = [("", content)], set[int]()
     while pending:
         path, value = pending.pop()
+        if isinstance(value, list | tuple) and _UNNAMED.search(path) and any(isinstance(v, Tensor) for v in value):
+            lists.append(path)
         if not isinstance(value, Mapping) or id(value) in visited:
             continue
         visited.add(id(value))
@@ -62,7 +66,7 @@ def read_state_dicts(data: bytes, source: str) -> dict[str, dict[str, Tensor]]:
             f"and {_REMEDY}"
         )
     vectors = {path: state for path, state in states.items() if any(tensor.ndim for tensor in state.values())}
-    return vectors or states
+    return vectors or states, lists
 
 
 def choose(states: Mapping[str, dict[str, Tensor]], key: str | None, source: str) -> tuple[str, dict[str, Tensor]]:

@@ -54,7 +54,7 @@ def read(path: Path, key: str | None = None) -> Weights:
         raise NetworkError(f"There is no file {path}. Give the path of the weights: --weights FILE") from None
     except OSError as error:
         raise NetworkError(f"{path} cannot be read: {error.strerror}.") from error
-    metadata: dict[str, str] = {}
+    metadata, lists = dict[str, str](), list[str]()
     if path.suffix == ".safetensors" or _is_safetensors(data):
         states = {"": parse(data, str(path))}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -64,11 +64,12 @@ def read(path: Path, key: str | None = None) -> Weights:
                 f"{path} has no tensors. Save the network's weights in it: torch.save(net.state_dict(), …)"
             )
     else:
-        states = checkpoints.read_state_dicts(data, str(path))
+        states, lists = checkpoints.read_state_dicts(data, str(path))
     chosen, tensors = checkpoints.choose(states, key, str(path))
     checkpoints.check_kinds(tensors, str(path))
-    others = ", ".join(sorted(other or checkpoints.TOP for other in states if other != chosen))
-    choice = f"{chosen or checkpoints.TOP}, not {others}" if others else ""
+    others = sorted(other or checkpoints.TOP for other in states if other != chosen)
+    others += [f"{averaged} (a list: its tensors have no names)" for averaged in lists]
+    choice = f"{chosen or checkpoints.TOP}, not {', '.join(others)}" if others else ""
     return Weights(tensors, metadata, hashlib.sha256(data).hexdigest(), str(path), choice)
 
 
