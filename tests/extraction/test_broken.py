@@ -154,6 +154,18 @@ def test_no_image_is_left(config: ExtractConfig, tmp_path: Path) -> None:
         extract(replace(config, skip_broken=True))
 
 
+def test_no_image_of_a_class_is_left(config: ExtractConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "shapes"
+    for path in (folder / "train/b").iterdir():
+        truncate(path, 5)
+    with pytest.raises(DatasetError) as refused:
+        extract(replace(config, skip_broken=True))
+    assert str(refused.value) == (
+        f"No image of the class 'b' can be decoded in the train split. The first: {folder}/train/b/00.png is not an "
+        "image that Pillow knows. Mend one, or remove the class."
+    )
+
+
 def test_students_and_verify_leave_out_the_same(config: ExtractConfig, tmp_path: Path, tspipe: Any) -> None:
     folder = tmp_path / "shapes"
     whole = truncate(folder / "train/a/05.png", 100)
@@ -185,13 +197,23 @@ def test_a_teacher_of_images_that_are_broken_now(config: ExtractConfig, tmp_path
     folder = tmp_path / "shapes"
     dataset = ["--dataset", f"folder:{folder}", "--teacher", "lenet5"]
     assert tspipe("teacher", *dataset, "--epochs", 1, "--set=teacher.batch_size=8").code == 0
+    (folder / "train/b/new.png").write_bytes(b"")  # the teacher was trained without it
+    made: Result = tspipe("cache", *dataset, "--skip-broken", "--out", "new.h5")
+    assert made.code == 0, made.err
+    assert open_cache("new.h5").manifest["dataset"]["rows"]["train"] == 16
     truncate(folder / "train/a/05.png", 100)
-    refused: Result = tspipe("cache", *dataset, "--skip-broken")
-    assert refused.error.startswith(f"{folder}/train/a/05.png cannot be decoded: ")
     remedy = "--weights checkpoints/shapes-lenet5.safetensors"
+    refused: Result = tspipe("cache", *dataset)
+    assert refused.error.startswith(f"{folder}/train/a/05.png cannot be decoded: ")
     assert refused.error.endswith(
         f". The teacher was trained with this image. Mend it, or use the teacher as it is: {remedy}"
     )
-    made: Result = tspipe("cache", *dataset, "--skip-broken", *remedy.split())
+    refused = tspipe("cache", *dataset, "--skip-broken")
+    assert refused.error == (
+        "Without 2 broken images, listed above, the data are not those that checkpoints/shapes-lenet5.safetensors was "
+        f"trained on. Mend what is broken, or use the teacher as it is: {remedy}"
+    )
+    assert all(f"{folder}/train/{name}.png " in refused.err for name in ("a/05", "b/new"))
+    made = tspipe("cache", *dataset, "--skip-broken", *remedy.split())
     assert made.code == 0, made.err
     assert open_cache("cache/shapes-lenet5.h5").manifest["dataset"]["rows"]["train"] == 15

@@ -62,7 +62,7 @@ def cache(
         if group.broadcast(untrained):
             teachers.train_on_rank_zero(config, dataset_name, group)
         with group.rank_zero_first():
-            teacher_weights = teachers.read_weights(config, dataset_name, weights)
+            teacher_weights = teachers.read_weights(config, dataset_name, weights, skip_broken=skip_broken)
             recorded = teachers.recorded_settings(teacher_weights, chosen.teacher.network)
             chosen = recipes.load(name, settings or (), flags, recorded)
             default_network = recipes.load(name, flags={"dataset": dataset}).teacher.network

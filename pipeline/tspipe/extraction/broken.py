@@ -1,10 +1,12 @@
 """Images that cannot be decoded: all are named at once, or left out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from tspipe.cache import SPLITS, Cache
-from tspipe.data.datasets import Dataset
+from tspipe.data.datasets import Dataset, Images
 from tspipe.data.image_loader import find_broken
 from tspipe.data.local import find_left_out
 from tspipe.errors import DatasetError
@@ -18,7 +20,8 @@ def find(dataset: Dataset, finished: Cache | None, skip: bool) -> dict[str, dict
     Without `skip` only headers are read, before the teacher starts; with it, all images are decoded, so that the rows
     of the cache are known. Of a finished cache, none are read but those that it lacks.
 
-    Raises DatasetError if there are broken images and `skip` is not set, or if no image of a split is left.
+    Raises DatasetError if there are broken images and `skip` is not set, or if no image of a split or of a class of
+    train is left.
     """
     if finished is not None:
         return {split: find_left_out(finished, split, dataset.split(split)) for split in SPLITS} if skip else {}
@@ -30,10 +33,23 @@ def find(dataset: Dataset, finished: Cache | None, skip: bool) -> dict[str, dict
         broken[split] = find_broken(images, split)
         if len(broken[split]) == len(images):
             raise DatasetError(f"No image of the {split} split can be decoded. The first: {broken[split][0]}")
+        if split == "train" and skip:
+            _check_classes(images, broken[split])
     problems = [problem for split in broken.values() for problem in split.values()]
     if problems and not skip:
         raise error(problems)
     return broken
+
+
+def _check_classes(images: Images, broken: Mapping[int, str]) -> None:
+    """Raise DatasetError if all images of a class are broken: in a folder, an empty class is refused, too."""
+    left = np.delete(images.labels, list(broken))
+    for index, problem in broken.items():
+        if (label := images.labels[index]) not in left:
+            raise DatasetError(
+                f"No image of the class {images.classes[label]!r} can be decoded in the train split. The first: "
+                f"{problem} Mend one, or remove the class."
+            )
 
 
 def report(broken: dict[str, dict[int, str]]) -> None:

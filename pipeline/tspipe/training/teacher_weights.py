@@ -11,16 +11,16 @@ import torch
 from pydantic import TypeAdapter
 
 from tspipe.data.datasets import Images, open_dataset, parse
-from tspipe.data.image_loader import input_shape
+from tspipe.data.image_loader import find_broken, input_shape
 from tspipe.data.preprocess import Preprocess
-from tspipe.errors import DatasetError, NetworkError
+from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import networks
 from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.training import train_teacher, training_data
 from tspipe.training.train_teacher import TeacherConfig
-from tspipe.utils.console import echo
+from tspipe.utils.console import echo, pluralize
 from tspipe.utils.distributed import Group
 from tspipe.utils.progress import warn
 
@@ -82,10 +82,11 @@ def train_on_rank_zero(config: TeacherConfig, dataset: str, group: Group) -> Non
     group.barrier()
 
 
-def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weights:
+def read_weights(config: TeacherConfig, dataset: str, file: Path | None, *, skip_broken: bool = False) -> Weights:
     """Read a teacher's weights from `file`, else from its checkpoint.
 
-    Raises TrainingError if tspipe trained those of the checkpoint on other data; for a file, the user decides.
+    Raises TrainingError if tspipe trained those of the checkpoint on other data, which are those without broken images
+    if `skip_broken` is set; for a file, the user decides.
     """
     network, recipe = config.recipe.teacher.network, config.recipe
     path = file or train_teacher.find_checkpoint(dataset, network) or train_teacher.checkpoint_path(dataset, network)
@@ -96,11 +97,31 @@ def read_weights(config: TeacherConfig, dataset: str, file: Path | None) -> Weig
         try:
             training_data.check(weights, training_data.describe(images))
         except DatasetError as problem:
+            if skip_broken:
+                _check_without_broken(weights, images)
+                return weights
             raise DatasetError(
                 f"{problem} The teacher was trained with this image. Mend it, or use the teacher as it is: --weights "
                 f"{path}"
             ) from problem
     return weights
+
+
+def _check_without_broken(weights: Weights, images: Images) -> None:
+    """Raise TrainingError, after a list of broken images, if the weights were trained on other data than the rest."""
+    broken = find_broken(replace(images, check_header=images.read), "train")
+    if len(broken) == len(images):
+        raise DatasetError(f"No image of the train split can be decoded. The first: {broken[0]}")
+    try:
+        training_data.check(weights, training_data.describe(images.without(broken)))
+    except TrainingError as difference:
+        for problem in broken.values():
+            warn(problem)
+        raise TrainingError(
+            f"Without {pluralize(len(broken), 'broken image')}, listed above, the data are not those that "
+            f"{weights.source} was trained on. Mend what is broken, or use the teacher as it is: --weights "
+            f"{weights.source}"
+        ) from difference
 
 
 def print_teacher(weights: Weights, network: str, dataset: str) -> None:

@@ -148,9 +148,11 @@ def test_folders_of_any_depth(root, monkeypatch):
 
 def test_a_link_to_itself(root):
     (root / "train/dog/0.png").symlink_to("0.png")
+    train = open_dataset("folder", root).train
+    assert train.keys == ["cat/b.png", "cat/deep/a.jpg", "dog/0.png", "dog/1.jpg"]
     with pytest.raises(DatasetError) as refused:
-        open_dataset("folder", root)
-    assert str(refused.value) == f"{root}/train/dog/0.png cannot be read: Too many levels of symbolic links."
+        train.read(2)
+    assert str(refused.value) == f"{root}/train/dog/0.png cannot be decoded: Too many levels of symbolic links."
 
 
 def test_a_folder_and_a_file_without_permission(root):
@@ -191,6 +193,12 @@ def test_names_in_the_unicode_form_of_macos(tmp_path, picture):
         == [f"caf\u00e9/{name}.png" for name in ("e", "z", "\u00e9", "\u00fc")]
     )
     assert decomposed.test.read(2).shape == (8, 12, 3)
+    picture(tmp_path / "NFC/train/caf\u00e9" / normalize("NFD", "\u00fc.png"))
+    with pytest.raises(DatasetError) as refused:
+        open_dataset("folder", tmp_path / "NFC")
+    assert normalize("NFC", str(refused.value)) == (
+        f"{tmp_path}/NFC/train has two files caf\u00e9/\u00fc.png, in different Unicode forms. Rename one."
+    )
     picture(tmp_path / "NFC/train" / normalize("NFD", "caf\u00e9") / "a.png")
     with pytest.raises(DatasetError) as refused:
         open_dataset("folder", tmp_path / "NFC")

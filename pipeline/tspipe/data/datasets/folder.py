@@ -1,5 +1,7 @@
 """A user's images in folders: train/CLASS/… and test/CLASS/…"""
 
+import errno
+import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -105,7 +107,11 @@ def _files(folder: Path, class_folder: str, other_classes: Sequence[Path]) -> tu
         _utf8("\n".join(files))
     except UnicodeDecodeError:
         raise DatasetError(f"{str(folder / class_folder)!a} holds a name that is not UTF-8. Rename it.") from None
-    return sorted(files, key=lambda path: normalize("NFC", path)), others
+    files.sort(key=lambda path: normalize("NFC", path))
+    for first, second in itertools.pairwise(files):
+        if normalize("NFC", first) == normalize("NFC", second):
+            raise DatasetError(f"{folder} has two files {first}, in different Unicode forms. Rename one.")
+    return files, others
 
 
 def _utf8(name: str) -> str:
@@ -130,7 +136,13 @@ def _walk(folder: Path, other_classes: Sequence[Path]) -> Iterator[str]:
         for entry in sorted(os.scandir(f"{folder}/{path}".rstrip("/")), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as problem:
+                if problem.errno != errno.ELOOP:
+                    raise
+                is_folder = False  # a link to itself is a broken file
+            if not is_folder:
                 yield path + entry.name
             elif not entry.is_symlink():
                 folders.append((f"{path}{entry.name}/", entry.stat()))
