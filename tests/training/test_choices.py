@@ -27,7 +27,10 @@ def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = (AL
 
 
 def weights_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name.removeprefix("student-"): path.read_bytes() for path in run.path.glob("student-*")}
+    return {
+        path.name.removeprefix("student-"): safetensors.torch.save(safetensors.torch.load_file(path))
+        for path in run.path.glob("student-*")
+    }
 
 
 def test_losses_side_by_side(digits: Cache, tmp_path: Path) -> None:

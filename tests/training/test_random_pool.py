@@ -40,7 +40,10 @@ def stage_two(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = 
 
 
 def students(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.path.glob("student-*.safetensors"))}
+    return {
+        path.name: safetensors.torch.save(safetensors.torch.load_file(path))
+        for path in sorted(run.path.glob("student-*.safetensors"))
+    }
 
 
 def metrics(run: RunFolder) -> list[dict[str, Any]]:

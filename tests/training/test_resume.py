@@ -9,7 +9,8 @@ import pytest
 
 from shared import interrupted_at, untouched
 from tspipe.cache import Cache
-from tspipe.errors import RecipeError
+from tspipe.errors import RecipeError, ReportError
+from tspipe.experiments import results
 from tspipe.recipes import load
 from tspipe.training import run_folder
 from tspipe.training.checkpoint import Checkpointer
@@ -86,7 +87,7 @@ def test_what_a_finished_run_has_lost_is_made_again(
     taken = interrupted_at(monkeypatch)
     train_students(config(digits, copy))
     assert len(taken) == steps
-    message = f"{copy} is a finished run, but missing or damaged: {name}. They are made again."
+    message = f"{copy} is a finished run, but missing or damaged: {name}."
     assert message in capsys.readouterr().err
     assert students(copy) == students(finished.path)
     assert metrics(copy) == metrics(finished.path)
@@ -104,6 +105,62 @@ def test_changed_metrics_of_a_finished_run_are_refused(digits: Cache, copy: Path
     assert str(refused.value) == (
         f"{copy}/metrics.csv has changed since the run was finished. Restore it, or choose another --out."
     )
+
+
+@pytest.fixture(scope="module")
+def other(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of another config, whose files have the same names."""
+    return train_students(config(digits, tmp_path_factory.mktemp("other") / "run", "lr=0.00001")).path
+
+
+@pytest.mark.parametrize(
+    ("names", "removed"),
+    [
+        (["metrics.csv", "summary.json", STUDENT.format(0), STUDENT.format(1)], []),
+        (["metrics.csv", STUDENT.format(0), STUDENT.format(1)], ["summary.json"]),
+        (["metrics.csv"], ["summary.json"]),
+        (["metrics.csv", "summary.json"], []),
+    ],
+)
+def test_the_files_of_another_run_are_not_used(
+    digits: Cache, finished: RunFolder, copy: Path, other: Path, names: list[str], removed: list[str]
+) -> None:
+    for name in names:
+        shutil.copy(other / name, copy / name)
+    for name in removed:
+        (copy / name).unlink()
+    if "summary.json" in names:
+        with pytest.raises(ReportError, match=r"summary\.json is of another run"):
+            results.read(results.open_run(copy))
+    train_students(config(digits, copy))
+    assert students(copy) == students(finished.path)
+    assert metrics(copy) == metrics(finished.path)
+
+
+def test_a_student_under_the_name_of_another_is_not_used(
+    digits: Cache, finished: RunFolder, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "summary.json").unlink()
+    shutil.copy(copy / STUDENT.format(0), copy / STUDENT.format(1))
+    trained = interrupted_at(monkeypatch)
+    train_students(config(digits, copy))
+    assert len(trained) == STEPS
+    assert students(copy) == students(finished.path)
+
+
+@pytest.mark.parametrize(("step", "steps"), [(4, 8), (STEPS + 4, 8)])
+def test_the_metrics_of_another_run_are_not_continued(
+    digits: Cache, finished: RunFolder, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    step: int, steps: int,
+) -> None:  # fmt: skip
+    interrupted(digits, tmp_path / "run", step)
+    count = len((tmp_path / "run/metrics.csv").read_text().splitlines())
+    lines = (other / "metrics.csv").read_text().splitlines(keepends=True)[:count]
+    (tmp_path / "run/metrics.csv").write_text("".join(lines))
+    trained = interrupted_at(monkeypatch)
+    train_students(config(digits, tmp_path / "run"))
+    assert len(trained) == steps
+    assert metrics(tmp_path / "run") == metrics(finished.path)
 
 
 def interrupted(digits: Cache, out: Path, step: int) -> None:

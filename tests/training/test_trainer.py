@@ -50,7 +50,10 @@ def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = ARM
 
 
 def weights_of(run: RunFolder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.path.glob("student-*.safetensors"))}
+    return {
+        path.name: safetensors.torch.save(safetensors.torch.load_file(path))
+        for path in sorted(run.path.glob("student-*.safetensors"))
+    }
 
 
 def metrics_of(run: RunFolder) -> list[dict[str, object]]:

@@ -95,6 +95,7 @@ class Teacher(BaseModel):
 class Summary(BaseModel):
     """summary.json."""
 
+    identity: str | None = None
     dataset: str
     teacher: Teacher
     parameters: dict[str, Count]
@@ -198,6 +199,8 @@ def read(run: RunFolder) -> Findings:
         config = Config.model_validate(run.config)
     with _reading(run.path / "summary.json"):
         summary = Summary.model_validate(run.read_json("summary.json"))
+    if summary.identity not in (None, run.identity):
+        raise ReportError(f"{run.path / 'summary.json'} is of another run. Run the command of {run.path} again.")
     labels: dict[str, int] = {}
     with _reading(run.path / "random_labels.json"):
         if (run.path / "random_labels.json").exists():  # absent without random images

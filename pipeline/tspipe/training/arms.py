@@ -1,8 +1,9 @@
 """The arms of a comparison, and the learners that they consist of."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tspipe import losses
 from tspipe.models import networks
@@ -52,6 +53,11 @@ class LearnerSpec:
     def file_name(self) -> str:
         """The file of the trained student in the run folder."""
         return f"student-{self.name}.safetensors"
+
+    def rows(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the learner's rows of metrics.csv."""
+        learner = (self.student, self.arm, self.loss_name, self.seed)
+        return [row for row in rows if (row["student"], row["arm"], row["loss"], row["seed"]) == learner]
 
 
 def learner_name(student: str, arm: str, loss: str, seed: int) -> str:

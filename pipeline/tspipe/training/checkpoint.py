@@ -31,12 +31,12 @@ class Position(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint: state, the next batch, the run's identity, and the files of the students that are finished."""
+    """A checkpoint: state, the next batch, the run's identity, and the students and metrics written by then."""
 
     tensors: dict[str, Tensor]
     position: Position
     identity: str
-    students: dict[str, FileFacts]
+    files: dict[str, FileFacts]
 
 
 class Checkpointer:
@@ -46,12 +46,12 @@ class Checkpointer:
         identity: what determines the results; a checkpoint of another identity is not used. None accepts any.
 
     Attributes:
-        students: the files of the students that are finished; every checkpoint states them.
+        files: the students that are finished, and metrics.csv as of the last epoch; every checkpoint states them.
     """
 
     def __init__(self, path: Path, seconds: float, identity: str | None):
         self.path, self.previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
-        self.clock, self.identity, self.students = Clock(seconds), identity, dict[str, FileFacts]()
+        self.clock, self.identity, self.files = Clock(seconds), identity, dict[str, FileFacts]()
 
     def save(self, tensors: Mapping[str, Tensor], position: Position) -> None:
         """Write a checkpoint atomically; the last one becomes the previous one."""
@@ -59,7 +59,7 @@ class Checkpointer:
         metadata = {
             "identity": self.identity or "",
             "position": json.dumps(position._asdict()),
-            "students": json.dumps(self.students),
+            "files": json.dumps(self.files),
         }
         if self.path.exists():
             with writing(self.previous):
@@ -82,7 +82,7 @@ class Checkpointer:
                 reason = str(problem)
             else:
                 if self.identity in (None, checkpoint.identity):
-                    self.students = checkpoint.students
+                    self.files = checkpoint.files
                     return checkpoint
                 reason = f"{path} is a checkpoint of other settings or data."
                 if refuse_foreign:
@@ -105,7 +105,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = weights.unpack_metadata(header.get("__metadata__"))
         position = TypeAdapter(Position).validate_json(metadata["position"])
-        students = TypeAdapter(dict[str, FileFacts]).validate_json(metadata["students"])
+        files = TypeAdapter(dict[str, FileFacts]).validate_json(metadata["files"])
         checksum = metadata.pop("sha256")
     except OSError as problem:
         raise TrainingError(f"The checkpoint {path} cannot be read: {problem.strerror}.") from problem
@@ -115,7 +115,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise TrainingError(f"The checkpoint {path} is damaged: its checksum is wrong.")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise TrainingError(f"The checkpoint {path} has weights that are not finite.")
-    return Checkpoint(tensors, position, metadata["identity"], students)
+    return Checkpoint(tensors, position, metadata["identity"], files)
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tspipe.errors import NetworkError, RecipeError
-from tspipe.models import weights
+from tspipe.models import networks, weights
 from tspipe.training.arms import LearnerSpec
 from tspipe.training.checkpoint import Position
-from tspipe.training.run_folder import NAMES, FileFacts, Row, RunFolder
+from tspipe.training.run_folder import NAMES, FileFacts, Row, RunFolder, results_sha256
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class WrittenResults:
     Attributes:
         cohort: the learners of seed 0.
         columns: those of metrics.csv.
-        recorded: the size and SHA-256 of files, as far as a checkpoint or summary.json states them.
+        recorded: the size and SHA-256 of files, as far as a checkpoint or summary.json states them; metrics.csv only
+            if summary.json does.
     """
 
     folder: RunFolder
@@ -49,23 +50,31 @@ class WrittenResults:
         """Yield what is missing or damaged of a seed that is finished."""
         if self.epochs_done(seed) < self.epochs:
             yield f"metrics.csv has no sound row for each epoch of seed {seed}"
-        for spec in self.cohort:
-            name = replace(spec, seed=seed).file_name
-            if not self._is_sound_student(name):
+        for spec in (replace(spec, seed=seed) for spec in self.cohort):
+            name, metrics = spec.file_name, self.recorded.get("metrics.csv")
+            facts = self.recorded.get(name)
+            if facts and not self.folder.is_intact(name, facts):
                 yield f"{name} is missing or damaged"
+            elif not (facts and metrics):
+                metadata = self._metadata(name)
+                if not metadata.items() >= provenance(self.folder.identity, spec).items():
+                    yield f"{name} is missing, damaged or of another run"
+                elif metadata.get("results_sha256") != results_sha256(spec.rows(self.rows)):
+                    yield f"metrics.csv has not the results of {name}"
 
-    def _is_sound_student(self, name: str) -> bool:
-        if facts := self.recorded.get(name):
-            return self.folder.is_intact(name, facts)
-        path = self.folder.path / name
+    def _metadata(self, name: str) -> Mapping[str, str]:
+        """Return the metadata of a student, which are empty if it is missing or damaged."""
         try:
-            return path.is_file() and "arm" in weights.read(path).metadata
+            return weights.read(self.folder.path / name).metadata
         except NetworkError:
-            return False
+            return {}
 
-    def resume_from(self, checkpoint: Position | None, seeds: int) -> tuple[Position, str]:
+    def resume_from(
+        self, checkpoint: Position | None, seeds: int, metrics: FileFacts | None = None
+    ) -> tuple[Position, str]:
         """Return where to resume, and why that is before the checkpoint; no reason if it is not.
 
+        `metrics` is what the checkpoint states of metrics.csv.
         Raises RecipeError if a finished run's metrics.csv is complete, but not what was written.
         """
         seed, reason = next(((s, what) for s in range(seeds) for what in self.missing(s)), (seeds, ""))
@@ -76,8 +85,21 @@ class WrittenResults:
         if checkpoint is None or checkpoint.seed < seed:
             return Position(seed), ""
         if checkpoint.seed == seed and self.epochs_done(seed) >= checkpoint.epoch:
-            return checkpoint, ""
+            if not checkpoint.epoch or (metrics and self.folder.begins_with("metrics.csv", metrics)):
+                return checkpoint, ""
+            reason = "metrics.csv is not as the checkpoint states"
         return Position(seed), reason
+
+
+def provenance(identity: str, spec: LearnerSpec) -> dict[str, str]:
+    """Return the metadata of a student that say which learner of which run it is."""
+    return {
+        "arm": spec.arm,
+        "identity": identity,
+        "loss": spec.loss_name,
+        "network": networks.recorded_name(spec.student),
+        "seed": str(spec.seed),
+    }
 
 
 def _is_sound(cell: tuple[str, object]) -> bool:

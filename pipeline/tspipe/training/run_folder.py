@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def identity(self) -> str:
-        """The SHA-256 of the config; the run's checkpoints carry it."""
+        """The SHA-256 of the config; the run's checkpoints, students and summary.json carry it."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -120,10 +120,16 @@ class RunFolder:
         return [name for name, facts in files.items() if not self.is_intact(name, facts)] if files else ["summary.json"]
 
     def recorded_files(self) -> dict[str, FileFacts]:
-        """Return the size and SHA-256 of files as summary.json states them; none if it is absent or damaged."""
+        """Return the size and SHA-256 of files as summary.json states them.
+
+        There are none if it is absent, damaged or of another run; a folder that is opened without a config accepts any.
+        """
         try:
-            return TypeAdapter(dict[str, FileFacts]).validate_python(self.read_json("summary.json")["files"])
-        except (KeyError, RecursionError, TypeError, ValueError, RecipeError):
+            summary = self.read_json("summary.json")
+            if self.config and summary.get("identity", self.identity) != self.identity:
+                return {}
+            return TypeAdapter(dict[str, FileFacts]).validate_python(summary["files"])
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError, RecipeError):
             return {}
 
     def is_intact(self, name: str, facts: FileFacts) -> bool:
@@ -132,6 +138,14 @@ class RunFolder:
             return Path(name).name == name and self.describe([name])[name] == facts
         except OSError:
             return False
+
+    def begins_with(self, name: str, facts: FileFacts) -> bool:
+        """Return whether a file of the folder begins with content of this size and SHA-256."""
+        try:
+            content = read_file(self.path / name)[: facts["bytes"]]
+        except OSError:
+            return False
+        return hashlib.sha256(content).hexdigest() == facts["sha256"]
 
     def remove_leftovers(self) -> None:
         """Remove what a process that was killed after the run was finished has left."""
@@ -181,6 +195,12 @@ def find_run(config: dict[str, Any], environment: dict[str, Any], stem: str, out
     if differences := describe_differences(recorded.config, config):
         raise RecipeError(f"{path} is the folder of another run: {differences}. Choose another --out.")
     return RunFolder(path, config, recorded.environment.model_dump())
+
+
+def results_sha256(rows: Iterable[Row]) -> str:
+    """Return the SHA-256 of rows of metrics.csv without their seconds, in which equal runs differ."""
+    results = [{name: v for name, v in row.items() if not name.startswith("seconds")} for row in rows]
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tspipe.data import random_images
 from tspipe.errors import RecipeError
-from tspipe.models import networks, weights
+from tspipe.models import weights
 from tspipe.models.teacher import check_teacher, count_teacher_parameters, load_teacher
 from tspipe.training.arms import RANDOM, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource, shuffled_batches
@@ -28,9 +28,9 @@ from tspipe.training.metrics_log import MetricsLog, loss_ratios, record_random_l
 from tspipe.training.partition import Partition, choose_partition
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.random_source import RandomSource, RandomSpec
-from tspipe.training.resume import WrittenResults
+from tspipe.training.resume import WrittenResults, provenance
 from tspipe.training.run_data import RunData, open_run_data
-from tspipe.training.run_folder import RunFolder, environment, find_run
+from tspipe.training.run_folder import RunFolder, environment, find_run, results_sha256
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
 from tspipe.training.tensorboard import TensorBoard
 from tspipe.utils.device import pick_device, use_full_precision
@@ -80,7 +80,7 @@ def _is_finished(folder: RunFolder) -> bool:
     """Return whether the run is finished, and its files are as it wrote them."""
     damaged = folder.damaged_files() if folder.finished else []
     if damaged:
-        warn(f"{folder.path} is a finished run, but missing or damaged: {', '.join(damaged)}. They are made again.")
+        warn(f"{folder.path} is a finished run, but missing or damaged: {', '.join(damaged)}.")
     elif folder.finished:
         folder.remove_leftovers()
     return folder.finished and not damaged
@@ -128,6 +128,7 @@ class Trainer:
                     rows = self.partition.gather_rows(rows)
                     if is_writer:
                         rows = self.log.write(rows)
+                        self.checkpointer.files |= self.folder.describe(["metrics.csv"])
                         if (seed, epoch) == (0, 0):
                             for sentence in loss_ratios(rows, hint=self.folder.config.get("mse_weight") != "auto"):
                                 warn(sentence)
@@ -175,11 +176,12 @@ class Trainer:
         """Return where an earlier run stopped and its learners' state; drop the metrics of epochs to be run again."""
         recipe, is_writer, recorded = self.config.recipe, self.partition.is_writer, self.folder.recorded_files()
         checkpoint = self.checkpointer.load(visible=is_writer)
-        recorded |= self.checkpointer.students
-        self.checkpointer.students = {name: recorded[name] for name in recorded if name.startswith("student-")}
+        metrics = self.checkpointer.files.pop("metrics.csv", None)
+        recorded |= self.checkpointer.files
+        self.checkpointer.files = {name: recorded[name] for name in recorded if name.startswith("student-")}
         written = WrittenResults(self.folder, learner_specs(self.config, 0), self.log.columns, recipe.epochs, recorded)
         position, reason = self.partition.group.broadcast(
-            written.resume_from(checkpoint and checkpoint.position, recipe.seeds)
+            written.resume_from(checkpoint and checkpoint.position, recipe.seeds, metrics)
         )
         if is_writer:
             if reason:
@@ -188,6 +190,8 @@ class Trainer:
                 (self.folder.path / "summary.json").unlink(missing_ok=True)
             end = (position.seed, position.epoch + 1)
             self.folder.keep([row for row in written.rows if (row["seed"], row["epoch"]) < end])
+            if (self.folder.path / "metrics.csv").exists():
+                self.checkpointer.files |= self.folder.describe(["metrics.csv"])
         return position, checkpoint.tensors if checkpoint and checkpoint.position == position else {}
 
     def _progress(self, position: Position) -> AbstractContextManager[Advance]:
@@ -206,11 +210,13 @@ class Trainer:
     def _save_students(self, seed: int, learners: list[Learner]) -> None:
         """Write the trained students of a cohort, those of other processes included."""
         states = self.partition.gather_states(learners)
+        rows = self.folder.rows() if self.partition.is_writer else []
         for spec in learner_specs(self.config, seed) if self.partition.is_writer else []:
             tensors = without_prefix(f"{spec.name}/module/network.", states)
-            metadata = student_metadata(self.config, self.batches.data, spec)
+            metadata = student_metadata(self.config, self.batches.data, spec) | provenance(self.folder.identity, spec)
+            metadata["results_sha256"] = results_sha256(spec.rows(rows))
             weights.save(self.folder.path / spec.file_name, tensors, metadata)
-            self.checkpointer.students |= self.folder.describe([spec.file_name])
+            self.checkpointer.files |= self.folder.describe([spec.file_name])
 
 
 def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
@@ -224,13 +230,11 @@ def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
 
 
 def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec) -> dict[str, str]:
-    """Return what a student's file says of it, as safetensors metadata."""
+    """Return how to build a student and what it takes, as safetensors metadata."""
     return {
-        "arm": spec.arm,
         "cache": config.cache.id,
         "classes": json.dumps(config.cache.classes),
         "input_shape": json.dumps(data.train.shape),
-        "network": networks.recorded_name(spec.student),
         "options": json.dumps(config.recipe.student_options(spec.student), sort_keys=True),
         "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
         "width": str(config.cache.dimensions.width),
@@ -244,6 +248,7 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
     specs = [spec for seed in range(recipe.seeds) for spec in learner_specs(config, seed)]
     files = ["metrics.csv", *(["random_labels.json"] if random else []), *(spec.file_name for spec in specs)]
     return {
+        "identity": folder.identity,
         "dataset": manifest["dataset"]["name"],
         "teacher": {
             "network": manifest["teacher"]["network"],
