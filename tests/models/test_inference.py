@@ -117,3 +117,22 @@ def test_other_batch_norms_are_kept(module: nn.Module) -> None:
     with torch.no_grad():
         logits = freeze(module, "module", SHAPE, torch.device("cpu"))(images).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """A classifier that adds a buffer of five dimensions to its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 2)
+        self.register_buffer("mask", torch.zeros(1, 1, 4, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head((self.convolution(images) + self.mask[0]).flatten(1))
+
+
+def test_a_buffer_of_five_dimensions_keeps_its_format() -> None:
+    network = freeze(Masked(), "masked", (3, 8, 8), torch.device("cpu"))
+    kernels = [tensor for tensor in network.parameters() if tensor.ndim == 4]
+    assert [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels] == [True]
+    assert [buffer.ndim for buffer in network.buffers()] == [5]

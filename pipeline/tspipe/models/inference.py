@@ -20,7 +20,10 @@ def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], devi
     probe = probe_images(input_shape)
     network = split(module.eval().requires_grad_(False), name, probe)
     network = FeatureNet(fold_if_equal(network.backbone, probe), network.head).eval()
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    for tensor in (*network.to(device).parameters(), *network.buffers()):
+        if tensor.ndim == 4:  # Module.to would refuse one of five dimensions, as Swin's masks have
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return network
 
 
 def fold_if_equal(module: nn.Module, probe: Tensor) -> nn.Module:
