@@ -105,6 +105,16 @@ def test_no_network_is_suggested_for_weights_that_fit_none():
     )
 
 
+@pytest.mark.parametrize(("names", "others"), [(("model", "ema_model"), ()), (("encoder_q", "encoder_k"), ("queue",))])
+def test_several_sets_of_weights_in_one_dict(names, others):
+    state = on_meta("resnet20").state_dict()
+    tensors = {f"{name}.{key}": state[key] for name in names for key in state} | {n: torch.zeros(2) for n in others}
+    assert misfit("resnet20", tensors).endswith(
+        f"It seems to hold the weights of resnet20 under {names[0]} and under {names[1]}. "
+        f"Name those to load: --set teacher.weights_key={names[0]}"
+    )
+
+
 @pytest.mark.parametrize("name", ["resnet56", "lenet5", "torchvision:resnet18", "torchvision:squeezenet1_0"])
 def test_another_number_of_classes(name):
     assert misfit(name, on_meta(name, 100).state_dict()) == (

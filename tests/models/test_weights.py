@@ -140,6 +140,8 @@ def test_several_networks_are_refused_unless_one_is_named(tmp_path, state):
     assert equal(weights.read(path, "teacher").tensors, half)
     torch.save({"state_dict": {f"{name}.{key}": state[key] for key in state for name in ("net", "loss")}}, path)
     assert equal(weights.read(path, "state_dict.net").tensors, state)
+    torch.save({"state_dict": {f"module.{n}.{key}": state[key] for key in state for n in ("net", "loss")}}, path)
+    assert equal(weights.read(path, "net").tensors, state)
 
 
 def test_read_ignores_other_values(tmp_path, state):

@@ -111,24 +111,26 @@ def test_a_teacher_is_reused_only_for_its_data(tmp_path: Path) -> None:
         return str(refused.value)
 
     remedy = (
-        f"differ. Train the teacher anew (tspipe teacher --force, with the same flags), or use it as it is: "
-        f"tspipe cache --weights {out}"
+        "Train the teacher anew (tspipe teacher --force, with the same flags), or use it as it is: "
+        f"add --weights {out}{{}} to the flags of tspipe cache."
     )
+    same_classes, other_classes = remedy.format(""), remedy.format(" --set teacher.any_classes=true")
     first = folder / "train/a/00.png"
     pixels = first.read_bytes()
     first.write_bytes((folder / "train/a/01.png").read_bytes())
-    assert refusal() == f"{out} was trained on other data: the pixels {remedy}"
+    assert refusal() == f"{out} was trained on other data: the pixels differ. {same_classes}"
     first.write_bytes(pixels)
     assert train_teacher(trained_on(folder, out)) == before
     first.rename(folder / "train/b/77.png")  # a label is corrected
-    assert refusal() == f"{out} was trained on other data: the images or labels {remedy}"
+    assert refusal() == f"{out} was trained on other data: the images or labels differ. {same_classes}"
     for split in ("train", "test"):
         (folder / split / "a").rename(folder / split / "ant")
     difference = "class 0 is 'a' in place of 'ant' of this dataset"
-    assert refusal() == (
-        f"{out} was trained on other data: {difference}. {remedy.removeprefix('differ. ')} "
-        "--set teacher.any_classes=true"
-    )
+    assert refusal() == f"{out} was trained on other data: {difference}. {other_classes}"
+    trained = weights.read(out)
+    weights.save(out, trained.tensors, {**trained.metadata, "classes": "["})
+    difference = "the class names in its metadata cannot be read"
+    assert refusal() == f"{out} was trained on other data: {difference}. {other_classes}"
     assert train_teacher(replace(trained_on(folder, out), force=True)).path == out
 
 

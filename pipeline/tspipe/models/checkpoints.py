@@ -73,14 +73,17 @@ def choose(states: Mapping[str, dict[str, Tensor]], key: str | None, source: str
     """Return the path of the state dict to load, and the state dict.
 
     Without a `key`, averaged weights (EMA) are preferred, then a common name. A `key` is a path, or a path and a prefix
-    of the keys there. Raises NetworkError, which lists the paths, if the choice is not unique, or there is no such key.
+    of the keys there, which may lack its beginning if it is the only such one. Raises NetworkError, which lists the
+    paths, if the choice is not unique, or there is no such key.
     """
     if key is not None and key in states:
         return key, states[key]
     if key is not None:
         flat = {f"{path}.{name}".lstrip("."): value for path, state in states.items() for name, value in state.items()}
-        if chosen := {name.removeprefix(f"{key}."): flat[name] for name in flat if name.startswith(f"{key}.")}:
-            return key, chosen
+        prefixes = {f".{name}".partition(f".{key}.")[0] for name in flat if f".{key}." in f".{name}"}
+        if len(prefixes) == 1 or "" in prefixes:
+            prefix = key if "" in prefixes else f"{prefixes.pop()[1:]}.{key}"
+            return prefix, {n.removeprefix(f"{prefix}."): flat[n] for n in flat if n.startswith(f"{prefix}.")}
     else:
         for is_preferred in (_EMA.search, lambda path: path.rpartition(".")[2] in _NAMES, lambda path: not path, bool):
             preferred = [path for path in states if is_preferred(path)]

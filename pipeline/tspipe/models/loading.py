@@ -1,6 +1,7 @@
 """Whether weights fit a network, and which network they fit instead."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -139,7 +140,13 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
         _count(missing, "missing"),
         _count(shapes, "of another shape"),
     ]
-    remedy = _suggestion(tensors, network) or "Name the network that they belong to: --teacher NAME"
+    remedy = _suggestion(tensors, network)
+    if not remedy and (sets := _weight_sets(tensors, expected)):
+        remedy = (
+            f"It seems to hold the weights of {network} under {' and under '.join(sets)}. Name those to load: --set "
+            f"teacher.weights_key={sets[0]}"
+        )
+    remedy = remedy or "Name the network that they belong to: --teacher NAME"
     raise NetworkError(f"{source} does not fit {network}: {', '.join(filter(None, problems))}. {remedy}")
 
 
@@ -154,6 +161,12 @@ def _without_counters(shapes: Shapes) -> Shapes:
 def _count(keys: list[str], problem: str) -> str:
     listed = ", ".join([*keys[:2], "…"] if len(keys) > 2 else keys)
     return f"{len(keys)} key{'s' * (len(keys) > 1)} {problem} ({listed})" if keys else ""
+
+
+def _weight_sets(tensors: Mapping[str, Tensor], expected: Shapes) -> list[str]:
+    """Return the beginnings of keys, as `encoder_q` and `encoder_k`, that most of a network's keys follow."""
+    counts = Counter(key.partition(".")[0] for key in tensors if key.partition(".")[2] in expected)
+    return [beginning for beginning, count in counts.items() if 2 * count > len(expected)]
 
 
 def _suggestion(tensors: Mapping[str, Tensor], network: str) -> str:

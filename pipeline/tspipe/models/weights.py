@@ -146,16 +146,22 @@ def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 def check_classes(weights: Weights, classes: Sequence[str], dataset: str) -> None:
     """Raise NetworkError if the weights' metadata record other classes than a dataset has, given by its name."""
-    try:
-        recorded = json.loads(weights.metadata.get("classes", ""))
-    except (ValueError, RecursionError):  # not recorded, or by another program in another form
-        return
-    if isinstance(recorded, list) and (difference := class_difference(recorded, classes)):
+    recorded = recorded_classes(weights)
+    if recorded is not None and (difference := class_difference(recorded, classes)):
         command = shlex.join(["tspipe", "teacher", "--dataset", dataset, "--weights", weights.source])
         raise NetworkError(
             f"{weights.source} was trained for other classes: {difference} of {dataset}. Fine-tune it ({command}), or "
             "use it as it is: --set teacher.any_classes=true"
         )
+
+
+def recorded_classes(weights: Weights) -> list[Any] | None:
+    """Return the class names in the weights' metadata; None if there are none, or another program's in another form."""
+    try:
+        recorded = json.loads(weights.metadata.get("classes", ""))
+    except (ValueError, RecursionError):
+        return None
+    return recorded if isinstance(recorded, list) else None
 
 
 def class_difference(trained: Sequence[Any], classes: Sequence[str]) -> str:

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 
 from tspipe.cache.layout import digest
 from tspipe.data.datasets import Images
 from tspipe.data.image_loader import read_ahead
 from tspipe.errors import TrainingError
-from tspipe.models.weights import Weights, class_difference
+from tspipe.models.weights import Weights, class_difference, recorded_classes
 from tspipe.utils.progress import progress
 
 _BATCH = 256  # images
@@ -40,12 +41,13 @@ def check(trained: Weights, data: Mapping[str, str]) -> None:
     if not differing:
         return
     what = f"the {kinds[differing[0]]} differ"
-    command = f"tspipe cache --weights {trained.source}"
+    flags = shlex.join(["--weights", trained.source])
     if differing[0] == "classes":
-        classes = json.loads(data["classes"])
-        what = f"{class_difference(json.loads(trained.metadata['classes']), classes)} of this dataset"
-        command += " --set teacher.any_classes=true"
+        classes, recorded = json.loads(data["classes"]), recorded_classes(trained)
+        difference = None if recorded is None else class_difference(recorded, classes)
+        what = f"{difference} of this dataset" if difference else "the class names in its metadata cannot be read"
+        flags += " --set teacher.any_classes=true"
     raise TrainingError(
         f"{trained.source} was trained on other data: {what}. Train the teacher anew (tspipe teacher --force, with the "
-        f"same flags), or use it as it is: {command}"
+        f"same flags), or use it as it is: add {flags} to the flags of tspipe cache."
     )
