@@ -1,6 +1,7 @@
 """Loading a student: what it computes, and what a file may not do."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,19 @@ def test_a_loaded_student_has_the_accuracy_of_its_run(run: Path, digits: Cache) 
         assert student.classes == digits.classes
         assert student.preprocess.as_dict() == digits.manifest["preprocess"]
     assert min(rows.values()) > 0.5
+
+
+def test_a_student_changed_since_its_run_is_refused(run: Path, student_file: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "metrics.csv", "summary.json"):
+        shutil.copy(run / name, tmp_path / name)
+    changed = Path(shutil.copy(run / "student-lenet5-alone-seed0.safetensors", tmp_path / student_file.name))
+    for path, pattern in ((changed, None), (tmp_path, "*taught*")):
+        assert error_message(lambda p=path, s=pattern: tspipe.load_student(p, student=s)) == (
+            f"{changed} is not the student that its run wrote: summary.json states another SHA-256. Train it again "
+            f"with the run's command: tspipe student --cache CACHE --out {tmp_path}, and the settings in config.json"
+        )
+    shutil.copy(student_file, changed)
+    assert tspipe.load_student(changed).name == "lenet5-taught-seed0"
 
 
 def test_of_a_run_the_best_student_is_loaded(run: Path) -> None:

@@ -77,13 +77,20 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
             the highest accuracy on held-back images is loaded or, if the run held none back, on the test split.
         network: the path of the network's file, if it is a user's (`./mine.py`).
 
-    Raises NetworkError if there is no such student, its metadata or weights do not fit, or `network` is needed.
+    Raises NetworkError if there is no such student, it has changed since its run was finished, its metadata or weights
+    do not fit, or `network` is needed.
     """
     path = Path(path)
     file = next(iter(find_students(path, student).values())) if path.is_dir() else path
     if not file.is_file():
         raise NetworkError(f"There is no student {file}. Give a file student-*.safetensors or a run folder.")
     read = weights.read(file)
+    recorded = RunFolder(file.parent, {}, {}).recorded_files().get(file.name)
+    if recorded and recorded["sha256"] != read.sha256:
+        raise NetworkError(
+            f"{file} is not the student that its run wrote: summary.json states another SHA-256. Train it again with "
+            f"the run's command: tspipe student --cache CACHE --out {file.parent}, and the settings in config.json"
+        )
     facts = parse(StudentFacts, read.metadata, str(file))
     return Student(_build(facts, read.tensors, _network_name(facts, network, file), str(file)), facts, file).eval()
 
