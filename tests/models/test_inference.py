@@ -128,11 +128,11 @@ class Masked(nn.Module):
         self.register_buffer("mask", torch.zeros(1, 1, 4, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head((self.convolution(images) + self.mask[0]).flatten(1))
+        return self.head((self.convolution(images)[None] + self.mask)[0].flatten(1))
 
 
 def test_a_buffer_of_five_dimensions_keeps_its_format() -> None:
     network = freeze(Masked(), "masked", (3, 8, 8), torch.device("cpu"))
     kernels = [tensor for tensor in network.parameters() if tensor.ndim == 4]
     assert [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels] == [True]
-    assert [buffer.ndim for buffer in network.buffers()] == [5]
+    assert {buffer.ndim for buffer in network.buffers()} == {5}
