@@ -1,7 +1,7 @@
 """A cache beside any PyTorch dataset: every image gets its own targets, whatever the order, in any worker."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +172,50 @@ def test_what_does_not_fit_is_said_at_once(digits: Cache, photos: Cache) -> None
     assert str(refused.value) == "dataset[2] is no (image, label)."
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (lambda keys: keys[:5], "5 keys for 16 images."),
+        (lambda keys: [*keys, "a/more.png"], "17 keys for 16 images."),
+        (lambda keys: iter(keys[:5]), "5 keys for 16 images."),
+        (lambda keys: [None] * 16, "The key of image 0 is None. Give keys that are str, as in the cache."),
+        (lambda keys: [*keys[:15], 7], "The key of image 15 is 7. Give keys that are str, as in the cache."),
+        (lambda keys: 7, "The key of image 0 is 7. Give keys that are str, as in the cache."),
+        (lambda keys: "a" * 16, "1 keys for 16 images."),
+    ],
+)
+def test_keys_that_do_not_fit_the_dataset(photos: Cache, keys: Callable[[list[str]], object], message: str) -> None:
+    stored = [key.decode() for key in photos.train.keys]
+    for attribute in (False, True):
+        folder, options = images(photos), {}
+        if attribute:
+            folder.keys = keys(stored)
+        else:
+            options = {"keys": keys(stored)}
+        with pytest.raises(DatasetError) as refused:
+            tspipe.CachedTargets(folder, photos, **options)
+        assert str(refused.value) == message
+    folder = images(photos)
+    folder.keys = dict.fromkeys(np.array(stored)).keys()
+    assert len(tspipe.CachedTargets(folder, photos)) == 16
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([], "The dataset has no images."),
+        ([0, 16], "A Subset has the index 16 of a dataset of 16 images."),
+        ([-17], "A Subset has the index -17 of a dataset of 16 images."),
+        ([0.5], "The indices of a Subset are not a list of integers."),
+        ([[0, 1]], "The indices of a Subset are not a list of integers."),
+    ],
+)
+def test_a_subset_that_does_not_fit_its_dataset(photos: Cache, indices: list[object], message: str) -> None:
+    with pytest.raises(DatasetError) as refused:
+        tspipe.CachedTargets(Subset(images(photos), indices), photos)
+    assert str(refused.value) == message
+
+
 def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Cache) -> None:
     order = np.random.default_rng(2).permutation(1000)
     parts = [Subset(Shuffled(order), list(range(600, 1000))), Subset(Shuffled(order), list(range(600)))]
@@ -183,7 +227,7 @@ def test_concatenated_datasets_are_matched_by_the_keys_of_their_parts(digits: Ca
     assert str(refused.value) == "Some of the concatenated datasets have keys and some have not. Give all: keys=[…]"
 
 
-@pytest.mark.parametrize("label", ["3", (1, 0), torch.tensor([0.0, 1.0]), None])
+@pytest.mark.parametrize("label", ["3", 0.0, np.float32(1), torch.tensor(1.0), (1, 0), torch.tensor([0.0, 1.0]), None])
 def test_a_label_that_is_no_class_number(photos: Cache, label: object) -> None:
     dataset = [("image", label)] * 16
     with pytest.raises(DatasetError) as refused:

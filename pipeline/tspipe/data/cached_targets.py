@@ -61,6 +61,8 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
             raise CacheMismatch(f"{cache.path.name} holds views of its images, which CachedTargets cannot replay.")
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise DatasetError("CachedTargets takes a map-style dataset, one with a length and dataset[i].")
+        if not len(dataset):
+            raise DatasetError("The dataset has no images.")
         self.dataset, self.path, self.id, self.split = dataset, cache.path, cache.id, split
         self.check_labels = check_labels
         source = _source(dataset)
@@ -103,9 +105,10 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
 
 def _class_number(label: Any, index: int) -> int:
     try:
-        if isinstance(label, str | bytes):
+        number = torch.as_tensor(label)
+        if isinstance(label, str | bytes) or number.is_floating_point():
             raise TypeError
-        return int(label)
+        return int(number)
     except (TypeError, ValueError, RuntimeError) as problem:
         raise DatasetError(
             f"The label of image {index} is no class number, so it cannot be compared with the cache's. Where that is "
@@ -125,7 +128,13 @@ def _source(dataset: Any) -> _Source:
     """Return the datasets below any number of `Subset`s and `ConcatDataset`s."""
     if isinstance(dataset, Subset):
         bases, base, position = _source(dataset.dataset)
-        chosen = np.asarray(dataset.indices, np.int64)
+        chosen = np.asarray(dataset.indices)
+        if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "biu"):
+            raise DatasetError("The indices of a Subset are not a list of integers.")
+        chosen = chosen.astype(np.int64)
+        outside = chosen[(chosen < -len(base)) | (chosen >= len(base))]
+        if outside.size:
+            raise DatasetError(f"A Subset has the index {outside[0]} of a dataset of {len(base):,} images.")
         return _Source(bases, base[chosen], position[chosen])
     if isinstance(dataset, ConcatDataset):
         parts = [_source(part) for part in dataset.datasets]
@@ -158,10 +167,8 @@ def _rows(source: _Source, cache: Cache, split: str, keys: Sequence[str] | None)
         same_base = np.array([[a is b for a in source.bases] for b in source.bases]).argmax(1)
         images = np.stack([same_base[source.base], source.position])  # a `Subset` may have an image several times
         _check_unique("The dataset", [image_keys[i] for i in np.unique(images, axis=1, return_index=True)[1]])
-    elif len(keys) != len(source.position):
-        raise DatasetError(f"{len(keys):,} keys for {len(source.position):,} images.")
     else:
-        image_keys = _normalise(keys)
+        image_keys = _normalise(keys, len(source.position))
         _check_unique("The dataset", image_keys)
     stored_keys = read_keys(stored)
     _check_unique(name, stored_keys)
@@ -187,15 +194,22 @@ def _keys(dataset: Any) -> list[str] | None:
     """Return a dataset's keys; those of torchvision's `ImageFolder` are the paths below its root, as for `folder`."""
     keys = getattr(dataset, "keys", None)
     if keys is not None and not callable(keys):
-        return _normalise(map(str, keys))
+        return _normalise(keys, len(dataset))
     root, samples = getattr(dataset, "root", None), getattr(dataset, "samples", None)
     if root is None or not samples or not isinstance(samples[0][0], str):
         return None
-    return _normalise(PurePath(os.path.relpath(path, Path(root))).as_posix() for path, _ in samples)
+    paths = [PurePath(os.path.relpath(path, Path(root))).as_posix() for path, _ in samples]
+    return _normalise(paths, len(dataset))
 
 
-def _normalise(keys: Iterable[str]) -> list[str]:
-    """Return keys in Unicode NFC, the form of the keys in a cache."""
+def _normalise(keys: Any, images: int) -> list[str]:
+    """Return keys in Unicode NFC, the form of the keys in a cache; raise DatasetError unless each image has a str."""
+    keys = list(keys) if isinstance(keys, Iterable) and not isinstance(keys, str) else [keys]
+    for index, key in enumerate(keys):
+        if not isinstance(key, str):
+            raise DatasetError(f"The key of image {index} is {key!r}. Give keys that are str, as in the cache.")
+    if len(keys) != images:
+        raise DatasetError(f"{len(keys):,} keys for {images:,} images.")
     return [normalize("NFC", key) for key in keys]
 
 
