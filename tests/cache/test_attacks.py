@@ -326,7 +326,7 @@ ATTACKS: list[tuple[Change, str]] = [
     (typed(of(h5py.string_dtype("utf-8", 6))), TYPE),
     (typed(padded(h5t.STR_NULLTERM)), TYPE),
     (typed(padded(h5t.STR_SPACEPAD)), TYPE),
-    (typed(of("S4097")), TYPE),
+    (typed(of("S4097")), "'train_features' has names of up to 4,097 bytes; the format allows 4,096."),
     (stretched(2**40), "'train_features' is damaged, or extends beyond the end of the file."),
     (stretched(2**62), "'train_features' is damaged, or extends beyond the end of the file."),
     (again(shape=(5, 5)), "'train_features' is <f2 (5, 5); its manifest says <f2 (10, 5)."),

@@ -122,7 +122,8 @@ def test_a_header_that_drips_is_not_waited_for(start: Callable[[Answer], Server]
             act()
         assert time.monotonic() - begin < 5
         assert str(refused.value) == (
-            f"{server.url}: nothing arrived for 0.4 seconds. Fix that, then run the same command again."
+            f"{server.url}: hardly anything arrived for 0.4 seconds. The server sends too slowly: run the same command "
+            "again later."
         )
 
 
@@ -133,9 +134,44 @@ def test_a_body_that_drips_is_not_waited_for(start: Callable[[Answer], Server], 
             yield cache[i : i + 1]
 
     server, begin = start(with_body(body, announced=len(cache))), time.monotonic()
-    with pytest.raises(RemoteError, match="nothing arrived"):
+    with pytest.raises(RemoteError, match="hardly anything arrived"):
         pull(server.url, tmp_path / "pets.h5", nothing)
     assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (
+            head("302 Found", "Location: file:///etc/passwd"),
+            "its server redirects to what is no address of a web server.",
+        ),
+        (head("302 Found", "Location: /pets.h5"), "its server redirects in a circle, or too often."),
+        (b"", "the connection was lost."),
+        (head("400 Bad Request", "Content-Length: 0"), "its server answers 400."),
+    ],
+)
+def test_what_happened_is_said(start: Callable[[Answer], Server], tmp_path: Path, answer: bytes, reason: str) -> None:
+    server = start(lambda request: iter([answer]))
+    for act in (lambda: pull(server.url, tmp_path / "pets.h5", nothing), lambda: peek(server.url)):
+        with pytest.raises(RemoteError) as refused:
+            act()
+        assert str(refused.value).startswith(f"{server.url}: {reason}") and not refused.value.absent
+
+
+def test_a_port_that_does_not_exist(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:99999/pets.h5"
+    for act in (lambda: pull(url, tmp_path / "pets.h5", nothing), lambda: peek(url)):
+        with pytest.raises(RemoteError) as refused:
+            act()
+        assert str(refused.value) == f"{url}: it is not a valid address. Check its host and port."
+
+
+def test_an_impossible_size(start: Callable[[Answer], Server], cache: bytes) -> None:
+    answer = head("206 Partial Content", f"Content-Range: bytes 0-{len(cache) - 1}/{10**17}")
+    server = start(lambda request: iter([answer, cache]))
+    with pytest.raises(CacheError, match=r"its server claims that the file has 100,000,000,000,000,000 bytes"):
+        peek(server.url)
 
 
 @pytest.mark.parametrize("announced", [True, False])

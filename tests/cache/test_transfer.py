@@ -473,7 +473,7 @@ def test_a_broken_connection_is_told(cache: Path, web: Web, tmp_path: Path) -> N
     web.cut_after = 1_500_000
     with pytest.raises(CacheError) as refused:
         pull(url, target, nothing)
-    assert str(refused.value) == f"{url}: the connection was lost. Fix that, then run the same command again."
+    assert str(refused.value) == f"{url}: the connection was lost. Run the same command again."
     assert not target.exists()
     web.cut_after = None
     pull(url, target, nothing)
@@ -799,12 +799,18 @@ class NoCredentialsError(Exception):
             "access is denied. Log in with its own tool, or ask its owner for access.",
         ),
         (NoCredentialsError(), "access is denied. Log in with its own tool, or ask its owner for access."),
-        (TimeoutError("secret"), "nothing arrived for 60 seconds. Fix that, then run the same command again."),
+        (
+            TimeoutError("secret"),
+            "hardly anything arrived for 60 seconds. The server sends too slowly: run the same command again later.",
+        ),
         (
             OSError(errno.EHOSTUNREACH, "secret"),
             "No route to host. Fix that, then run the same command again.",
         ),
-        (RuntimeError("https://me:secret@host"), "RuntimeError. Fix that, then run the same command again."),
+        (
+            RuntimeError("https://me:secret@host"),
+            "the transfer failed (RuntimeError). Check the address and the network, then run the same command again.",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

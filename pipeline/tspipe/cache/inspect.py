@@ -189,7 +189,11 @@ def _column(hdf5: h5py.File, file: OpenFile, name: bytes) -> Column:
 def _dtype(kind: Any, label: str) -> np.dtype[Any]:
     """Return the numpy dtype that equals an HDF5 type; big-endian, padded or variable-length types equal none."""
     candidates = ["u1", "<i2", "<i8", "<f2", "<f4"]
-    if kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str() and kind.get_size() <= _MAX_NAME_BYTES:
+    if kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str():
+        if kind.get_size() > _MAX_NAME_BYTES:
+            raise NotACache(
+                f"{label} has names of up to {kind.get_size():,} bytes; the format allows {_MAX_NAME_BYTES:,}."
+            )
         candidates = [f"S{kind.get_size()}"]
     for candidate in candidates:
         if kind.equal(h5py.h5t.py_create(np.dtype(candidate))):

@@ -53,7 +53,13 @@ def peek(url: str) -> Peek:
             head, size = read(0, _HEAD)
             with local_errors(sparse):
                 sparse.write_bytes(head)
-                os.truncate(sparse, size)
+                try:
+                    os.truncate(sparse, size)
+                except OSError as problem:
+                    raise CacheError(
+                        f"{remote.address}: its server claims that the file has {size:,} bytes, more than a file can "
+                        "have on this machine. Ask its owner."
+                    ) from problem
             identified = _complete(sparse, inspect(sparse, identified=False).columns, read, 3 if remote.web else 2)
             structure = inspect(sparse, identified=identified)
             columns, names = structure.columns, structure.columns["classes"]

@@ -283,20 +283,33 @@ def driver_errors(address: str) -> Iterator[None]:
 
 def _as_remote_error(problem: BaseException, address: str) -> RemoteError:
     cause = problem.__cause__
-    if cause is not None and (isinstance(cause, OSError) or hasattr(cause, "status")):
-        problem = cause  # fsspec turns any failed HEAD into a FileNotFoundError
+    # fsspec turns any failed HEAD into a FileNotFoundError; a LookupError is that of a store without the file.
+    wrapped = isinstance(problem, FileNotFoundError) and not isinstance(cause, LookupError)
+    if cause is not None and (wrapped or isinstance(cause, OSError) or hasattr(cause, "status")):
+        problem = cause
     status = getattr(problem, "status", None) or getattr(problem, "code", None)
     kind = type(problem).__name__
+    if "Redirect" in kind:  # before the status, which is that of the redirect
+        where = "in a circle, or too often" if kind == "TooManyRedirects" else "to what is no address of a web server"
+        return RemoteError(f"{address}: its server redirects {where}. Ask its owner for another address.")
     if isinstance(problem, PermissionError) or status in (401, 403) or re.search("Credential|Token|Auth", kind):
         log_in = "Log in with its own tool, or ask" if is_url(address) else "Ask"
         return RemoteError(f"{address}: access is denied. {log_in} its owner for access.", absent=True)
     if isinstance(problem, FileNotFoundError) or status in (404, 410):
         return RemoteError(f"There is no file {address}. Check the address.", absent=True)
-    number = getattr(problem, "errno", None) or 0
+    number, again = getattr(problem, "errno", None) or 0, "run the same command again"
     if isinstance(problem, TimeoutError) and not number:
-        why = f"nothing arrived for {_PATIENCE:g} seconds"
+        why = f"hardly anything arrived for {_PATIENCE:g} seconds. The server sends too slowly: {again} later."
     elif re.search("Payload|Disconnected", kind):
-        why = "the connection was lost"
+        why = f"the connection was lost. R{again[1:]}."
+    elif status:
+        why = f"its server answers {status}. Ask its owner, or {again} later."
+    elif number > 0:
+        why = f"{os.strerror(number)}. Fix that, then {again}."
+    elif number or "DNS" in kind:
+        why = f"its host cannot be found. Check the address and the network, then {again}."
+    elif isinstance(problem, ValueError | OverflowError) and "JSON" not in kind:
+        why = "it is not a valid address. Check its host and port."
     else:
-        why = f"answer {status}" if status else os.strerror(number) if number > 0 else kind
-    return RemoteError(f"{address}: {why}. Fix that, then run the same command again.")
+        why = f"the transfer failed ({kind}). Check the address and the network, then {again}."
+    return RemoteError(f"{address}: {why}")
