@@ -38,6 +38,16 @@ def test_what_a_kill_at_the_very_end_left_is_removed(teacher: Path) -> None:
     assert [path.name for path in teacher.parent.glob("digits-*")] == [teacher.name]
 
 
+@pytest.mark.parametrize("accuracy", ["nan", "1e999", "x", None])
+def test_an_accuracy_that_is_no_fraction_is_refused(teacher: Path, tmp_path: Path, accuracy: str | None) -> None:
+    path, trained = tmp_path / teacher.name, weights.read(teacher)
+    metadata = {**trained.metadata, "accuracy": accuracy}
+    weights.save(path, trained.tensors, {name: text for name, text in metadata.items() if text is not None})
+    with pytest.raises(TrainingError) as refused:
+        train_teacher(config(path))
+    assert str(refused.value) == f"{path}: its metadata is damaged. Train the teacher again with --force."
+
+
 def test_augmentation_changes_the_weights_and_is_reproducible(tmp_path: Path) -> None:
     files = []
     for name, shift in (("a", 2), ("b", 2), ("c", 0)):

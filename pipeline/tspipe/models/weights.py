@@ -22,7 +22,7 @@ from tspipe.utils.files import write_whole
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.reading import read_file
 
-_METADATA = "tspipe"
+_METADATA, _CHECKSUM = "tspipe", "tensors_sha256"
 
 
 class Weights(NamedTuple):
@@ -59,6 +59,8 @@ def read(path: Path, key: str | None = None) -> Weights:
         states = {"": parse(data, str(path))}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = unpack_metadata(header.get("__metadata__"))
+        if metadata.pop(_CHECKSUM, None) not in (None, tensors_sha256(states[""])):
+            raise NetworkError(f"{path} is damaged: its weights have changed since tspipe wrote them. Make it again.")
         if not states[""]:
             raise NetworkError(
                 f"{path} has no tensors. Save the network's weights in it: torch.save(net.state_dict(), …)"
@@ -177,13 +179,26 @@ def canonical_bytes(module: nn.Module) -> bytes:
     return _bytes(module.state_dict(), None)
 
 
-def save(path: Path, weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as a safetensors file, atomically. Equal weights and metadata give equal bytes."""
-    # safetensors writes several metadata keys in random order, so they are packed into one.
-    text = json.dumps(dict(metadata), sort_keys=True, separators=(",", ":"))
+def save(
+    path: Path, weights: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, str], *, checksum: bool = True
+) -> None:
+    """Write weights as a safetensors file, atomically, with a checksum. Equal weights and metadata give equal bytes."""
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    fields = {**metadata, **({_CHECKSUM: tensors_sha256(tensors)} if checksum else {})}
+    # safetensors writes several metadata keys in random order, so they are packed into one.
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, _bytes(tensors, {_METADATA: text}))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:

@@ -4,11 +4,12 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tspipe.data.datasets import Dataset, Images, open_dataset, stem
@@ -257,6 +258,12 @@ def _finished(path: Path, identity: str, data: dict[str, str], test: Images) -> 
     """Return the teacher in a finished file. Raises TrainingError if it was trained otherwise."""
     trained = weights.read(path)
     if trained.metadata.get("identity") == identity:
-        return TrainedTeacher(path, float(trained.metadata["accuracy"]), chance(test.labels))
+        try:
+            accuracy = TypeAdapter(Annotated[float, Field(ge=0, le=1)]).validate_python(
+                trained.metadata.get("accuracy")
+            )
+        except ValidationError:
+            raise TrainingError(f"{path}: its metadata is damaged. Train the teacher again with --force.") from None
+        return TrainedTeacher(path, accuracy, chance(test.labels))
     training_data.check(trained, data)
     raise TrainingError(f"{path} holds weights of other settings. Replace them with --force, or choose --out.")
