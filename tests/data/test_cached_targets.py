@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import ToTensor
+from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, ToTensor
 
 import tspipe
 from shared import make_folder, small
@@ -300,6 +300,61 @@ def test_the_pixels_of_a_dataset_in_memory_are_compared(digits: Cache, planes_fi
     with pytest.raises(CacheMismatch, match=r"has other pixels in the dataset than .*check_pixels=False$"):
         tspipe.CachedTargets(other, digits)
     assert len(tspipe.CachedTargets(other, digits, check_pixels=False)) == 1000
+
+
+def test_another_preprocessing_is_refused(photos: Cache) -> None:
+    folder, other = images(photos), Preprocess((0.0,) * 3, (1.0,) * 3, resize=(8, 8))
+    for transform in (other, Compose([other])):
+        folder.transform = transform
+        with pytest.raises(CacheMismatch, match=r"^photos.h5 was made with preprocess.mean = \[.*\], the dataset's "):
+            tspipe.CachedTargets(folder, photos)
+        assert len(tspipe.CachedTargets(folder, photos, check_pixels=False)) == 16
+
+
+class Wrapper(Dataset):
+    """A folder in another order, without keys; the images are Pillow's or arrays."""
+
+    def __init__(self, folder: ImageFolder, order: Sequence[int], convert: Callable[[Image.Image], object]):
+        self.folder, self.order, self.convert = folder, order, convert
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image, label = self.folder[self.order[index]]
+        return self.convert(image), label
+
+
+@pytest.mark.parametrize("convert", [lambda image: image, np.asarray, PILToTensor()])
+def test_raw_images_of_a_dataset_without_keys_are_compared(
+    photos: Cache, convert: Callable[[Image.Image], object]
+) -> None:
+    folder = ImageFolder(images(photos).root)
+    assert len(tspipe.CachedTargets(Wrapper(folder, range(16), convert), photos)) == 16
+    exchanged = Wrapper(folder, [1, 0, *range(2, 16)], convert)  # of one class
+    with pytest.raises(CacheMismatch) as refused:
+        tspipe.CachedTargets(exchanged, photos)
+    assert str(refused.value) == (
+        "photos.h5: image 0 of the dataset is not the unchanged one that the teacher saw. Check its order and its "
+        "transforms, or use check_pixels=False where that is meant."
+    )
+    assert len(tspipe.CachedTargets(exchanged, photos, check_pixels=False)) == 16
+
+
+def test_images_that_are_drawn_at_random_are_refused(photos: Cache) -> None:
+    folder = ImageFolder(images(photos).root, Compose([RandomHorizontalFlip(), ToTensor()]))
+    state = torch.get_rng_state()
+    with pytest.raises(CacheMismatch) as refused:
+        for _ in range(3):  # one in 2^16 passes a check
+            tspipe.CachedTargets(folder, photos)
+    assert str(refused.value).endswith(
+        "is another each time it is loaded, and the teacher's targets belong to the unchanged image. Leave out random "
+        "transforms, or use check_pixels=False where that is meant."
+    )
+    assert torch.get_rng_state().equal(state)
+    folder.transform = RandomHorizontalFlip(1.0)
+    with pytest.raises(CacheMismatch, match="is not the unchanged one that the teacher saw"):
+        tspipe.CachedTargets(folder, photos)
 
 
 def test_images_with_one_key_are_refused(photos: Cache) -> None:

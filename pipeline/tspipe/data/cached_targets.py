@@ -2,9 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from tspipe.cache import Cache, Split, open_cache
-from tspipe.cache.layout import digest
 from tspipe.cache.read import read_keys
-from tspipe.data.preprocess import Preprocess
+from tspipe.data import pixel_checks
+from tspipe.data.pixel_checks import Source
 from tspipe.errors import CacheMismatch, DatasetError
-
-_SAMPLE = 64  # images whose pixels are compared
 
 
 class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
@@ -28,7 +26,9 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
     Images are matched by key if the dataset has keys: a sequence `dataset.keys`, or the files of torchvision's
     `ImageFolder`, whose keys are the paths below its root. Any other dataset must have the cache's length and order.
     `Subset` and `ConcatDataset` of either work. Every label is compared with the cache's, and a sample of the images
-    if the dataset shows what it decodes: by `loader` and `samples` as `ImageFolder`, or as an array `data` of uint8.
+    if the dataset shows what it decodes: by `loader` and `samples` as `ImageFolder`, as an array `data` of uint8, or as
+    Pillow images and uint8 in its samples. So is a `Preprocess` in its transform. Images that are drawn at random are
+    refused.
 
     It works in a `DataLoader` with any start method: rows are not pickled, and each worker opens the file.
 
@@ -68,7 +68,7 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         source = _source(dataset)
         rows = _rows(source, cache, split, keys)
         if check_pixels:
-            _check_pixels(source, rows, cache, split)
+            pixel_checks.check_pixels(source, rows, cache, split)
         self._rows = None if np.array_equal(rows, np.arange(len(cache.split(split)))) else rows
         self._opened: Split | None = cache.split(split)
 
@@ -116,15 +116,7 @@ def _class_number(label: Any, index: int) -> int:
         ) from problem
 
 
-class _Source(NamedTuple):
-    """Where each image of a dataset comes from: the base dataset, and its position there, (n,) each."""
-
-    bases: list[Any]
-    base: NDArray[np.int64]
-    position: NDArray[np.int64]
-
-
-def _source(dataset: Any) -> _Source:
+def _source(dataset: Any) -> Source:
     """Return the datasets below any number of `Subset`s and `ConcatDataset`s."""
     if isinstance(dataset, Subset):
         bases, base, position = _source(dataset.dataset)
@@ -135,19 +127,19 @@ def _source(dataset: Any) -> _Source:
         outside = chosen[(chosen < -len(base)) | (chosen >= len(base))]
         if outside.size:
             raise DatasetError(f"A Subset has the index {outside[0]} of a dataset of {len(base):,} images.")
-        return _Source(bases, base[chosen], position[chosen])
+        return Source(bases, base[chosen], position[chosen])
     if isinstance(dataset, ConcatDataset):
         parts = [_source(part) for part in dataset.datasets]
         firsts = np.cumsum([0, *(len(part.bases) for part in parts)]).tolist()
-        return _Source(
+        return Source(
             [base for part in parts for base in part.bases],
             np.concatenate([part.base + first for part, first in zip(parts, firsts[:-1], strict=True)]),
             np.concatenate([part.position for part in parts]),
         )
-    return _Source([dataset], np.zeros(len(dataset), np.int64), np.arange(len(dataset)))
+    return Source([dataset], np.zeros(len(dataset), np.int64), np.arange(len(dataset)))
 
 
-def _rows(source: _Source, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64]:
+def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64]:
     """Return the cache's row of each image of the dataset."""
     stored, name = cache.split(split), cache.path.name
     if keys is None:
@@ -211,34 +203,3 @@ def _normalise(keys: Any, images: int) -> list[str]:
     if len(keys) != images:
         raise DatasetError(f"{len(keys):,} keys for {images:,} images.")
     return [normalize("NFC", key) for key in keys]
-
-
-def _check_pixels(source: _Source, rows: NDArray[np.int64], cache: Cache, split: str) -> None:
-    """Compare the pixels of a random sample with those that the teacher saw; raise CacheMismatch if they differ."""
-    readers = [_reader(base) for base in source.bases]
-    chosen = np.sort(np.random.default_rng().choice(len(rows), min(_SAMPLE, len(rows)), replace=False))
-    for i, stored in zip(chosen, cache.split(split).digests.take(rows[chosen]), strict=True):
-        read = readers[source.base[i]]
-        if read is not None and digest(read(int(source.position[i]))) != stored.tobytes():
-            decoded = hasattr(source.bases[source.base[i]], "loader")
-            remedy = "ImageFolder(…, loader=tspipe.load_image)" if decoded else "check_pixels=False"
-            raise CacheMismatch(
-                f"{cache.path.name}: image {i} has other pixels in the dataset than the teacher saw. If the file is "
-                f"the same, it is decoded differently: use {remedy}"
-            )
-
-
-def _reader(dataset: Any) -> Callable[[int], NDArray[np.uint8]] | None:
-    """Return a function that gives the pixels (H, W, C) of image i before any transform, if the dataset shows them."""
-    if callable(loader := getattr(dataset, "loader", None)) and getattr(dataset, "samples", None):
-        transform = getattr(dataset, "transform", None)
-        # Preprocess rotates an image that was not rotated, and no other transform does.
-        to_array = transform.to_array if isinstance(transform, Preprocess) else np.asarray
-        return lambda index: to_array(loader(dataset.samples[index][0]))
-    data = getattr(dataset, "data", None)
-    if not isinstance(data, np.ndarray | Tensor) or len(data) != len(dataset) or not 3 <= data.ndim <= 4:
-        return None
-    array = np.asarray(data)
-    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):  # (N, C, H, W)
-        array = array.transpose(0, 2, 3, 1)
-    return (lambda index: array[index].reshape(*array.shape[1:3], -1)) if array.dtype == np.uint8 else None
