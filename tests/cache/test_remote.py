@@ -157,6 +157,7 @@ def test_what_happened_is_said(start: Callable[[Answer], Server], tmp_path: Path
         with pytest.raises(RemoteError) as refused:
             act()
         assert str(refused.value).startswith(f"{server.url}: {reason}") and not refused.value.absent
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_port_that_does_not_exist(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_what_is_no_cache_and_has_no_length_is_left_at_its_beginning(
     with pytest.raises(NotACache) as refused:
         pull(server.url, tmp_path / "pets.h5", nothing)
     assert str(refused.value) == f"{server.url}: it is not an HDF5 file, so not a tspipe cache."
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 5 * 2**20
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_compressed_body_is_unpacked_no_further_than_the_file(

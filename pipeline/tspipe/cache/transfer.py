@@ -122,8 +122,13 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
                 if not force:
                     raise CacheMismatch(f"{path} may not be {remote.address}. Delete it, or replace it: --force")
             part = _part(path, published)
-            sha256 = _download(remote, part, size, advance)
-            _verify(part, sha256, published, remote.address)
+            try:
+                sha256 = _download(remote, part, size, advance)
+                _verify(part, sha256, published, remote.address)
+            except BaseException:
+                if not published or (part.is_file() and not part.stat().st_size):  # it cannot be resumed
+                    part.unlink(missing_ok=True)
+                raise
             part.replace(path)
             sync_folder(path.parent)
     return Pulled(path, sha256, new=True, published=published is not None)
