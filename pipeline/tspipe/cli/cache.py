@@ -1,6 +1,5 @@
 """The commands on one cache: make it, show it, check it, compare it."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ import typer
 from tspipe.cli import options
 from tspipe.cli.share import find_damage, local_path
 from tspipe.errors import CacheDamaged
-from tspipe.utils.console import echo, format_bytes
+from tspipe.utils.console import echo, format_bytes, quote
 
 if TYPE_CHECKING:
     from tspipe.extraction.extract import ExtractConfig
@@ -74,7 +73,7 @@ def cache(
         finished = extract.extract(extraction, group)
     if finished is not None:
         info(str(finished.path))
-        echo("Next: " + " ".join(["tspipe student --cache", str(out), *_student_flags(extraction, dataset, name)]))
+        echo("Next: " + " ".join(["tspipe student --cache", quote(out), *_student_flags(extraction, dataset, name)]))
 
 
 def info(file: options.FileOrUrl) -> None:
@@ -160,11 +159,11 @@ def _student_flags(extraction: "ExtractConfig", dataset: str, recipe: str) -> li
 
     folder = extraction.data or datasets.parse(dataset, extraction.data).folder
     network = extraction.recipe.teacher.network
-    flags = ["--data", shlex.quote(str(folder))] if folder and not extraction.images else []
+    flags = ["--data", quote(folder)] if folder and not extraction.images else []
     if plugins.is_file(dataset):
-        flags += ["--recipe", recipe, f"--set dataset={shlex.quote(dataset)}"]
+        flags += ["--recipe", quote(recipe), f"--set dataset={quote(dataset)}"]
     if plugins.is_file(network):
-        flags += [f"--set teacher.network={shlex.quote(network)}"]
+        flags += [f"--set teacher.network={quote(network)}"]
     if extraction.random_pool:
         flags += ["--set random_source=pool"]
     return flags

@@ -7,7 +7,7 @@ import typer
 
 from tspipe.cli import options
 from tspipe.errors import CacheDamaged
-from tspipe.utils.console import echo
+from tspipe.utils.console import echo, quote
 
 if TYPE_CHECKING:
     from tspipe.cache import Cache
@@ -29,7 +29,7 @@ def push(
         pushed = transfer.push(file, url, moved, force=force)
     echo(f"{'Pushed to' if pushed.new else 'Already at'} {pushed.address}: id {opened.id[:12]}")
     _print_contents(opened)
-    echo(f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {pushed.address}")
+    echo(f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {quote(pushed.address)}")
 
 
 def pull(
@@ -49,7 +49,7 @@ def pull(
     checked = "its SHA-256 matches" if pulled.published else "no SHA-256 is published; its own checksums match"
     echo(f"{'Pulled' if pulled.new else 'Already have'} {out}: id {opened.id[:12]}, {checked}")
     _print_contents(opened)
-    echo(f"Next: tspipe student --cache {out}")
+    echo(f"Next: tspipe student --cache {quote(out)}")
 
 
 def list_(

@@ -1,7 +1,11 @@
 """Text for people: safe for a terminal, in readable units."""
 
 import math
+import os
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich is imported where it is used, for quick shell completion
@@ -23,6 +27,20 @@ def printable(text: str, limit: int = 2000) -> str:
 def echo(text: str) -> None:
     """Print a line at once, made safe for a terminal."""
     print(printable(text), flush=True)
+
+
+def quote(text: str | Path) -> str:
+    """Return a word for a shell, in bytes as `$'…'` if standard output cannot show it."""
+    text = str(text)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return (
+            "$'"
+            + "".join(f"\\x{byte:02x}" if byte > 126 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text))
+            + "'"
+        )
+    return shlex.quote(text)
 
 
 def pluralize(count: int, noun: str) -> str:
