@@ -157,7 +157,7 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "reason"),
     [
-        ("config.json", "[]", "input should be a valid dictionary or instance of ConfigFile"),
+        ("config.json", "[]", "input should be a JSON object"),
         ("config.json", '{"config": {"seeds": 0, "epochs": 1}, "environment": {}}',
          "seeds: input should be greater than or equal to 1"),
         ("config.json", '{"config": {"seeds": 2, "epochs": 1}, "environment": {}}',

@@ -89,6 +89,16 @@ def test_a_lock_removes_what_a_dead_process_left_in_the_folder(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_names_what_is_written(tmp_path: Path) -> None:
+    with (
+        lock(tmp_path / "run", CacheBusy),
+        pytest.raises(CacheBusy) as refused,
+        lock(tmp_path / "run", CacheBusy, tmp_path),
+    ):
+        pass
+    assert str(refused.value).startswith(f"{tmp_path} is being written by process {os.getpid()} on ")
+
+
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):

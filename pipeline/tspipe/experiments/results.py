@@ -228,7 +228,8 @@ def _reading(file: Path) -> Iterator[None]:
     except ValidationError as problem:
         first = problem.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        reason = f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}".removeprefix(": ")
+        message = "input should be a JSON object" if first["type"] == "model_type" else first["msg"]
+        reason = f"{place}: {message[0].lower()}{message[1:]}".removeprefix(": ")
     except KeyError as problem:
         reason = f"{problem.args[0]!r} is missing"
     except (OverflowError, RecursionError, ValueError, csv.Error) as problem:

@@ -67,7 +67,7 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
         trainer = open_trainer(config, folder, device, group)
         if trainer.partition.is_writer:
             folder.create()
-    with lock(folder.path / "run", RecipeError) if trainer.partition.is_writer else nullcontext():
+    with lock(folder.path / "run", RecipeError, folder.path) if trainer.partition.is_writer else nullcontext():
         # Another job may have finished it while this one read the data.
         if not group.broadcast(folder.finished and not folder.damaged_files()):
             with group.abort_on_lost_peer():

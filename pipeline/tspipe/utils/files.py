@@ -114,8 +114,10 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
+def lock(path: Path, error: type[TspipeError], target: Path | None = None) -> Iterator[None]:
     """Hold `<path>.lock`, which names the holder's process and host; raise `error` if another process holds it.
+
+    The error names what is written: `target`, by default `path`.
 
     The operating system releases the lock when its process dies, so a stale file blocks no process. The holder removes
     what killed processes have left in the folder.
@@ -125,7 +127,7 @@ def lock(path: Path, error: type[TspipeError]) -> Iterator[None]:
         while (descriptor := _create_lock(name)) is None:
             pass
         if isinstance(descriptor, str):
-            raise error(f"{path} is being written by {descriptor}. Wait for it to end, or stop it.")
+            raise error(f"{target or path} is being written by {descriptor}. Wait for it to end, or stop it.")
     try:
         remove_abandoned(path.parent)
         yield
