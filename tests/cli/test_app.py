@@ -336,3 +336,11 @@ def test_shell_completion(words: str, completion: str) -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert completion in result.stdout.split()
+
+
+def test_a_plug_in_that_ends_the_command_is_an_error(tspipe: Callable, tmp_path: Path) -> None:
+    """A network, whose code runs in many places."""
+    (tmp_path / "mine.py").write_text("def build(*arguments):\n    raise SystemExit(0)\n")
+    result = tspipe("teacher", "--dataset", "digits", "--teacher", "./mine.py", "--set=teacher.pretrained=false")
+    assert result.code == 1
+    assert result.error == "A plug-in ended the command with exit(0). Raise an error in its place."

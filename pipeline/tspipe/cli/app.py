@@ -6,6 +6,7 @@ Stages are imported inside the commands, so that `tspipe --help` answers at once
 import contextlib
 import errno
 import gc
+import os
 import sys
 from typing import Annotated, Any
 
@@ -80,6 +81,11 @@ def main() -> None:
             rich_utils.rich_format_error(problem)
         elif text := problem.format_message():
             _print_error(text)
+    except SystemExit as stop:
+        if any(name.endswith("_COMPLETE") for name in os.environ):  # shell completion has printed its answer
+            raise
+        code = 1
+        _print_error(f"A plug-in ended the command with exit({stop.code!r}). Raise an error in its place.")
     except Exception as problem:
         text, code = _message(problem), 1
         if text is None or "--debug" in sys.argv:

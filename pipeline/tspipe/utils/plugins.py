@@ -156,7 +156,7 @@ def _load_file(path: Path, error: type[TspipeError]) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         del sys.modules[name]
         raise error(f"{path} fails when imported: {type(cause).__name__}: {cause}") from cause
     return module

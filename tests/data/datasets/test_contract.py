@@ -1,5 +1,6 @@
 """The contract of every dataset. A new file in data/datasets is tested without being named."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -176,6 +177,27 @@ def test_an_array_has_the_images_that_are_read():
     array = np.zeros((count, 4, 5, 3), np.uint8)
     array[7] = 9  # not compared, and the same for every reader
     assert check_images(replace(many, array=array), "mine, split train").read(7)[0, 0, 0] == 9
+
+
+def test_a_header_that_cannot_be_checked():
+    with pytest.raises(DatasetError) as refused:
+        check_images(replace(SOUND, check_header=5), "mine, split train")
+    assert str(refused.value) == "mine, split train: check_header is int. Return a function, or None."
+    images = check_images(replace(SOUND, check_header=lambda i: {}[i]), "mine, split train")
+    with pytest.raises(DatasetError) as refused:
+        images.check_header(1)
+    assert str(refused.value) == "mine, split train: check_header(1), 'b', fails: KeyError: 1."
+
+
+def test_a_plug_in_that_ends_the_process_is_an_error(tmp_path):
+    with pytest.raises(DatasetError) as refused:
+        check_images(replace(SOUND, read=lambda _: sys.exit(0)), "mine, split train").read(1)
+    assert str(refused.value) == "mine, split train: read(1), 'b', fails: SystemExit: 0."
+    for number, body in enumerate(("raise SystemExit(0)", "def load(root, split):\n    raise SystemExit(0)")):
+        file = tmp_path / f"mine{number}.py"
+        file.write_text(body)
+        with pytest.raises(DatasetError, match=r"fails.*: SystemExit: 0"):
+            open_dataset(str(file))
 
 
 def test_an_image_that_cannot_be_read_is_named():

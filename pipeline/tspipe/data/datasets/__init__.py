@@ -168,7 +168,7 @@ def _load(module: ModuleType, root: Path, split: str, where: str) -> Images:
         raise DatasetError(f"{problem.filename or where} cannot be read: {problem.strerror or problem}.") from problem
     except (MemoryError, TspipeError):
         raise
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise DatasetError(f"{where}: load fails: {type(problem).__name__}: {problem}.") from problem
 
 
@@ -193,15 +193,21 @@ def check_images(images: Any, where: str) -> Images:
             f"{where}: array is {_describe(array)}. Return a uint8 array of shape ({len(labels)}, H, W, C), or None."
         )
 
-    def read(index: int) -> Pixels:
-        pixels: Pixels
+    header = images.check_header
+    if header is not None and not callable(header):
+        raise DatasetError(f"{where}: check_header is {_describe(header)}. Return a function, or None.")
+
+    def call(function: Callable[[int], Any], name: str, index: int) -> Any:
         try:
-            pixels = images.read(index) if array is None else array[index]
+            return function(index)
         except (MemoryError, TspipeError):
             raise
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             reason = f"{type(problem).__name__}: {problem}"
-            raise DatasetError(f"{where}: read({index}), {keys[index]!r}, fails: {reason}.") from problem
+            raise DatasetError(f"{where}: {name}({index}), {keys[index]!r}, fails: {reason}.") from problem
+
+    def read(index: int) -> Pixels:
+        pixels: Pixels = call(images.read if array is None else array.__getitem__, "read", index)
         if not (_is_array(pixels, np.uint8, 3) and pixels.size and pixels.shape[2] in (1, 3)):
             raise DatasetError(
                 f"{where}: read({index}) returns {_describe(pixels)}. Return a uint8 array of shape (H, W, C), with "
@@ -211,11 +217,12 @@ def check_images(images: Any, where: str) -> Images:
 
     if array is not None:
         for index in np.linspace(0, len(labels) - 1, _SAMPLE, dtype=np.int64).tolist():
-            if not np.array_equal(images.read(index), array[index]):
+            if not np.array_equal(call(images.read, "read", index), array[index]):
                 raise DatasetError(
                     f"{where}: array[{index}] and read({index}) differ. Return the same pixels, or None as array."
                 )
-    return replace(images, classes=classes, keys=keys, read=read)
+    check_header = header and (lambda index: call(header, "check_header", index))
+    return replace(images, classes=classes, keys=keys, read=read, check_header=check_header)
 
 
 def _check_labels(where: str, labels: Any, classes: int) -> None:
