@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -218,3 +219,18 @@ def test_a_plan_that_no_reader_would_take_leaves_nothing(tmp_path: Path) -> None
         write(tmp_path / "pets.h5", manifest)
     assert str(refused.value) == 'manifest.dataset.name cannot be "my pets".'
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "names"), [("key_bytes", "the keys of test images"), ("class_bytes", "the names of classes")]
+)
+def test_names_that_are_too_long_leave_no_file(tmp_path: Path, field: str, names: str) -> None:
+    manifest = plan({"train": 10, "test": 3})
+    sizes = dimensions(manifest)
+    sizes = replace(sizes, **{field: 100_000 if field == "class_bytes" else {**sizes.key_bytes, "test": 100_000}})
+    with pytest.raises(CacheError) as refused, CacheWriter(tmp_path / "x.h5", manifest, sizes, CLASSES):
+        pass
+    assert str(refused.value) == (
+        f"{tmp_path / 'x.h5'}: {names} have up to 100,000 bytes; the format allows 4,096. Shorten them."
+    )
+    assert not list(tmp_path.iterdir())

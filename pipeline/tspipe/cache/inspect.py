@@ -25,7 +25,7 @@ from tspipe.cache.object_headers import DAMAGED, SUPERBLOCK_BYTES, check_superbl
 from tspipe.errors import CacheDamaged, CacheIncomplete, NotACache
 
 _LAYOUTS = {h5py.h5d.COMPACT: "compact", h5py.h5d.CHUNKED: "chunked", h5py.h5d.VIRTUAL: "virtual"}
-_MAX_NAME_BYTES = 4096  # bytes of a key or a class name
+MAX_NAME_BYTES = 4096  # bytes of a key or a class name
 _LOADED_AT_ONCE = ("classes", "labels", "keys", "digests", "views", "checksums")
 _MAX_LOADED_BYTES = 2**30  # bytes of each of these: a sparse file of a few kilobytes can be of any size
 # h5py raises any of these for an error in HDF5, so a damaged or hostile file may raise them anywhere.
@@ -190,9 +190,9 @@ def _dtype(kind: Any, label: str) -> np.dtype[Any]:
     """Return the numpy dtype that equals an HDF5 type; big-endian, padded or variable-length types equal none."""
     candidates = ["u1", "<i2", "<i8", "<f2", "<f4"]
     if kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str():
-        if kind.get_size() > _MAX_NAME_BYTES:
+        if kind.get_size() > MAX_NAME_BYTES:
             raise NotACache(
-                f"{label} has names of up to {kind.get_size():,} bytes; the format allows {_MAX_NAME_BYTES:,}."
+                f"{label} has names of up to {kind.get_size():,} bytes; the format allows {MAX_NAME_BYTES:,}."
             )
         candidates = [f"S{kind.get_size()}"]
     for candidate in candidates:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tspipe.cache.checksums import block_checksums, checksum_names, count_correct, fingerprint, identify
-from tspipe.cache.inspect import Structure, inspect
+from tspipe.cache.inspect import MAX_NAME_BYTES, Structure, inspect
 from tspipe.cache.layout import SPLITS, Dimensions
 from tspipe.cache.manifest import (
     Manifest,
@@ -74,6 +74,7 @@ class CacheWriter:
             if self._rank or not self.part.exists():
                 plan = encode_manifest(self.plan)
                 decode_manifest(plan, finished=False)  # readers refuse a plan that is not valid
+                self._check_names()
                 with new_file(self.part) as file:
                     write_skeleton(file.fileno(), self.dimensions, plan, sparse=self._rank > 0)
             structure = inspect(self.part, finished=False, writable=True)
@@ -154,6 +155,16 @@ class CacheWriter:
             self.part.replace(self.path)
             sync_folder(self.path.parent)
         return identity.decode("ascii")
+
+    def _check_names(self) -> None:
+        lengths = {**self.dimensions.key_bytes, "classes": self.dimensions.class_bytes}
+        for what, length in lengths.items():
+            if length > MAX_NAME_BYTES:
+                names = "the names of classes" if what == "classes" else f"the keys of {what} images"
+                raise CacheError(
+                    f"{self.path}: {names} have up to {length:,} bytes; "
+                    f"the format allows {MAX_NAME_BYTES:,}. Shorten them."
+                )
 
     def _has_other_rows(self, structure: Structure) -> bool:
         """Return whether a part file has another number of images, and otherwise the same plan."""
