@@ -131,6 +131,10 @@ def test_a_teacher_is_reused_only_for_its_data(tmp_path: Path) -> None:
     assert refusal() == f"{out} was trained on other data: the pixels differ. {same_classes}"
     first.write_bytes(pixels)
     assert train_teacher(trained_on(folder, out)) == before
+    (folder / "test/b/00.png").rename(folder / "test/a/77.png")
+    changed = train_teacher(trained_on(folder, out))  # the weights remain, and are tested again
+    assert changed.accuracy == train_teacher(trained_on(folder, tmp_path / "again.safetensors")).accuracy
+    assert changed.accuracy != before.accuracy
     first.rename(folder / "train/b/77.png")  # a label is corrected
     assert refusal() == f"{out} was trained on other data: the images or labels differ. {same_classes}"
     for split in ("train", "test"):
@@ -145,7 +149,7 @@ def test_a_teacher_is_reused_only_for_its_data(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_found_by_its_name_is_used_only_for_its_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = make_folder(tmp_path / "photos")
@@ -156,6 +160,14 @@ def test_a_checkpoint_found_by_its_name_is_used_only_for_its_data(
     with pytest.raises(TrainingError, match="was trained on other data: the images or labels differ"):
         teacher_weights.read_weights(config, "folder:photos", None)
     assert teacher_weights.read_weights(config, "folder:photos", path).source == str(path)  # the user's decision
+    weights.save(path, weights.read(path).tensors, {})
+    unrecorded = teacher_weights.read_weights(config, "folder:photos", None)
+    capsys.readouterr()
+    for file in (path, None):
+        teacher_weights.print_teacher(unrecorded, "lenet5", "folder:photos", file)
+    assert capsys.readouterr().err == (
+        f"{path} does not record on which data it was trained, so they are not compared with folder:photos.\n"
+    )
 
 
 def test_a_teacher_that_has_learned_nothing_is_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def cache(
             default_network = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:
-            teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name)
+            teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name, weights)
         flags_of_stage = force, download, images, random_pool or 0, skip_broken
         extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, *flags_of_stage)
         finished = extract.extract(extraction, group)

@@ -158,7 +158,7 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
         weights = teacher_weights.read_weights(training, dataset, config.weights)
         recipe = load.load(part.recipes, config.settings, flags, teacher_weights.recorded_settings(weights, network))
         if not group.rank:
-            teacher_weights.print_teacher(weights, network, dataset)
+            teacher_weights.print_teacher(weights, network, dataset, config.weights)
     extract(ExtractConfig(recipe, weights, path, config.data, download=config.download, random_pool=pool), group)
     return path
 

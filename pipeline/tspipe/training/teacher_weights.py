@@ -124,10 +124,12 @@ def _check_without_broken(weights: Weights, images: Images) -> None:
         ) from difference
 
 
-def print_teacher(weights: Weights, network: str, dataset: str) -> None:
-    """Print which teacher runs over a dataset, and with which weights."""
+def print_teacher(weights: Weights, network: str, dataset: str, file: Path | None) -> None:
+    """Print which teacher runs over a dataset, and with which weights; `file` is the one that the user has named."""
     choice = f"{weights.choice}; " if weights.choice else ""
     echo(f"Teacher {network} with the weights {weights.source} ({choice}SHA-256 {weights.sha256[:12]}…) over {dataset}")
+    if file is None and "pixels_sha256" not in weights.metadata:
+        warn(f"{weights.source} does not record on which data it was trained, so they are not compared with {dataset}.")
 
 
 def teacher_command(dataset: str, flags: Mapping[str, Any], settings: Iterable[str]) -> str:

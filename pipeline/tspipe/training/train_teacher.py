@@ -91,13 +91,21 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     start = _start_weights(config)
     path = config.out or checkpoint_path(dataset.name, settings.network)
     data = training_data.describe(dataset.train)
+    tested = training_data.describe(dataset.test, "test")
+    tested = {f"test_{name}": tested[name] for name in ("labels_sha256", "pixels_sha256")}
     identity = _identity(recipe, dataset.name, data, start)
     checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds, identity)
     if path.exists() and not config.force:
-        finished = _finished(path, identity, data, dataset.test)
+        trained = weights.read(path)
+        accuracy = _recorded_accuracy(trained, identity, data)
+        if not trained.metadata.items() >= tested.items():  # of another test split
+            network, _ = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
+            loading.load_into(network, trained.tensors, settings.network, trained.source)
+            network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            accuracy = _accuracy(network, recipe, dataset.test, device)
         checkpointer.delete()  # it remains if a process was killed at the very end
         remove_stale_lock(path)
-        return finished
+        return TrainedTeacher(path, accuracy, chance(dataset.test.labels))
     network, options = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +115,11 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         memory = (recipe.memory or memory_limit(device)) // 2
         uncropped = replace(recipe.preprocess, crop=None) if settings.random_crop else recipe.preprocess
         train = ImageLoader(dataset.train, uncropped, "train", memory, device)
-        test = ImageLoader(dataset.test, recipe.preprocess, "test", memory, device)
         _fit(network, recipe, train, torch.from_numpy(dataset.train.labels).to(device), checkpointer)
-        accuracy = _accuracy(network, recipe, test, torch.from_numpy(dataset.test.labels).to(device))
+        accuracy = _accuracy(network, recipe, dataset.test, device)
         metadata = {
             **data,
+            **tested,
             "accuracy": f"{accuracy:.4f}",
             "dataset": dataset.name,
             "identity": identity,
@@ -193,8 +201,10 @@ def _check_finite(loss: Tensor, recipe: Recipe, epoch: int) -> None:
         )
 
 
-def _accuracy(network: nn.Module, recipe: Recipe, test: ImageLoader, labels: Tensor) -> float:
+def _accuracy(network: nn.Module, recipe: Recipe, images: Images, device: torch.device) -> float:
     network.eval()
+    test = ImageLoader(images, recipe.preprocess, "test", (recipe.memory or memory_limit(device)) // 2, device)
+    labels = torch.from_numpy(images.labels).to(device)
     batches = test.batches(sequential_batches(len(test), recipe.test_batch_size))
     (correct,) = count_correct([network], batches, labels.split(recipe.test_batch_size), recipe.preprocess)
     return correct / len(test)
@@ -254,16 +264,16 @@ def _identity(recipe: Recipe, dataset: str, data: dict[str, str], start: Weights
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(path: Path, identity: str, data: dict[str, str], test: Images) -> TrainedTeacher:
-    """Return the teacher in a finished file. Raises TrainingError if it was trained otherwise."""
-    trained = weights.read(path)
-    if trained.metadata.get("identity") == identity:
-        try:
-            accuracy = TypeAdapter(Annotated[float, Field(ge=0, le=1)]).validate_python(
-                trained.metadata.get("accuracy")
-            )
-        except ValidationError:
-            raise TrainingError(f"{path}: its metadata is damaged. Train the teacher again with --force.") from None
-        return TrainedTeacher(path, accuracy, chance(test.labels))
-    training_data.check(trained, data)
-    raise TrainingError(f"{path} holds weights of other settings. Replace them with --force, or choose --out.")
+def _recorded_accuracy(trained: Weights, identity: str, data: dict[str, str]) -> float:
+    """Return the test accuracy of a finished teacher. Raises TrainingError if it was trained otherwise."""
+    if trained.metadata.get("identity") != identity:
+        training_data.check(trained, data)
+        raise TrainingError(
+            f"{trained.source} holds weights of other settings. Replace them with --force, or choose --out."
+        )
+    try:
+        return TypeAdapter(Annotated[float, Field(ge=0, le=1)]).validate_python(trained.metadata.get("accuracy"))
+    except ValidationError:
+        raise TrainingError(
+            f"{trained.source}: its metadata is damaged. Train the teacher again with --force."
+        ) from None

@@ -15,18 +15,18 @@ from tspipe.utils.progress import progress
 _BATCH = 256  # images
 
 
-def describe(images: Images) -> dict[str, str]:
-    """Return the metadata that identify a training split; all images are read.
+def describe(images: Images, split: str = "train") -> dict[str, str]:
+    """Return the metadata that identify a split; all images are read.
 
     `classes` is the class names as JSON, `labels_sha256` covers each image's key and label, `pixels_sha256` its pixels.
     """
     labels = zip(images.keys, images.labels.tolist(), strict=True)
     pixels, count = hashlib.sha256(), len(images)
-    with progress("comparing train", count, "images") as advance:
+    with progress(f"comparing {split}", count, "images") as advance:
         batches = (range(i, min(i + _BATCH, count)) for i in range(0, count, _BATCH))
         for digests in read_ahead(lambda i: digest(images.read(i)), batches):
             pixels.update(b"".join(digests))
-            advance(len(digests), "comparing train")
+            advance(len(digests), f"comparing {split}")
     return {
         "classes": json.dumps(list(images.classes)),
         "labels_sha256": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest(),
