@@ -3,6 +3,7 @@
 import os
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,29 @@ def test_a_nearly_black_image_is_remarked_on_once_for_each_dataset(tmp_path, cap
         "bits, scale those of the dataset to 16."
         for name in ("b.png", "other.png")
     ]
+
+
+def test_a_nearly_black_image_of_16_bits_in_colour_is_remarked_on(tmp_path, capsys):
+    for name, value in (("bright.png", 7000), ("dark.png", 4095)):
+        write_rgb16(tmp_path / name, value)
+        assert decode(tmp_path / name, str(tmp_path)).max() == value >> 8
+    Image.new("RGB", (3, 2), (9, 9, 9)).save(tmp_path / "8bits.png")
+    decode(tmp_path / "8bits.png", f"{tmp_path}/8")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/dark.png is nearly black: its largest value is 15 of 255. If its pixels have fewer than 16 bits, "
+        "scale those of the dataset to 16."
+    ]
+
+
+def write_rgb16(path: Path, value: int) -> None:
+    """Write a PNG of one value with 16 bits a channel, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + struct.pack(">9H", *[value] * 9) for _ in range(2))
+    header = chunk(b"IHDR", struct.pack(">2I5B", 3, 2, 16, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])

@@ -1,5 +1,7 @@
 """Resize, crop, normalise; shifts and flips."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,14 @@ def test_a_pillow_image_is_rotated_by_its_exif() -> None:
     assert Preprocess((0.0,) * 3, (1.0,) * 3)(picture).shape == (3, 5, 6)
 
 
+def test_a_truncated_file_of_pillows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DatasetError, match=r"^A Pillow image of mode RGB cannot be converted: .*truncated"):
+        Preprocess((0.5,) * 3, (0.5,) * 3)(Image.open(path))
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_a_pillow_image_without_an_agreed_range(dtype: type) -> None:
     with pytest.raises(DatasetError) as refused:
@@ -139,6 +149,7 @@ def test_a_pillow_image_without_an_agreed_range(dtype: type) -> None:
     ("value", "description"),
     [
         (np.zeros((4, 5, 3), np.float32), "float32 of shape (4, 5, 3)"),
+        (np.zeros((0, 16, 3), np.uint8), "uint8 of shape (0, 16, 3)"),
         (np.zeros((1, 4, 5, 3), np.uint8), "uint8 of shape (1, 4, 5, 3)"),
         (torch.zeros((3, 4, 5), dtype=torch.uint8), "Tensor"),
     ],

@@ -79,10 +79,13 @@ def to_pixels(image: Image.Image, dataset: str = "") -> Pixels:
     Raises ValueError for signed, 32-bit and floating-point pixels.
     """
     _check_range(image)
+    has_16_bits = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     if image.mode.startswith("I"):
         rgb = Image.fromarray(_upper_8_bits(image, dataset)).convert("RGB")
     else:  # Pillow warns of a direct conversion of a palette with transparency
         rgb = (image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image).convert("RGB")
+        if has_16_bits:  # in colour, of which Pillow gives the upper 8
+            _remark_on_range(image, int(np.asarray(rgb).max()), 8, dataset)
     try:
         transposition = _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow raises many types of errors for damaged EXIF
@@ -109,14 +112,20 @@ def _upper_8_bits(image: Image.Image, dataset: str) -> NDArray[np.uint8]:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]
         wide = (1 << bits) - 1 - wide if image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else wide
-    largest = int(wide.max())
+    _remark_on_range(image, int(wide.max()), bits, dataset)
+    return (wide >> (bits - 8)).astype(np.uint8)
+
+
+def _remark_on_range(image: Image.Image, largest: int, bits: int, dataset: str) -> None:
+    """Remark on an image of more than 8 bits that is nearly black; `largest` is its largest value in `bits`."""
     if largest < (1 << bits) // 10:
+        original = 16 if bits == 8 else bits  # of colour, Pillow gives the upper 8 of 16
         remark_once(
             f"narrow range {dataset}",
             f"{getattr(image, 'filename', '') or 'An image'} is nearly black: its largest value is {largest:,} of "
-            f"{(1 << bits) - 1:,}. If its pixels have fewer than {bits} bits, scale those of the dataset to {bits}.",
+            f"{(1 << bits) - 1:,}. If its pixels have fewer than {original} bits, scale those of the dataset to "
+            f"{original}.",
         )
-    return (wide >> (bits - 8)).astype(np.uint8)
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ def _is_same(image: Any, expected: bytes, cache: Cache) -> bool:
 def _raw_pixels(image: Any) -> NDArray[np.uint8] | None:
     """Return an image of Pillow's, or an array of uint8 with the channels first or last, as (H, W, C)."""
     if isinstance(image, Image.Image):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             return to_pixels(image)
         return None
     if not isinstance(image, np.ndarray | Tensor) or image.ndim not in (2, 3):

@@ -146,10 +146,10 @@ class Preprocess:
         if isinstance(image, Image.Image):
             try:
                 pixels = to_pixels(image)
-            except ValueError as problem:
+            except (ValueError, OSError, SyntaxError) as problem:  # Pillow decodes a file when it is used
                 raise DatasetError(f"A Pillow image of mode {image.mode} cannot be converted: {problem}.") from problem
             return pixels[:, :, :1] if self.channels == 1 and Image.getmodebase(image.mode) == "L" else pixels
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3) and image.size:
             return image.reshape(*image.shape[:2], -1)
         kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DatasetError(f"Preprocess takes a Pillow image or a uint8 array of shape (H, W, C), not {kind}.")
