@@ -94,6 +94,14 @@ def test_a_named_pipe_and_a_folder_are_refused_without_waiting(tmp_path: Path) -
         assert str(refused.value) == f"The checkpoint {path} cannot be read: {reason}."
 
 
+def test_a_folder_of_the_checkpoints_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    path.mkdir()
+    with pytest.raises(TrainingError) as refused:
+        Checkpointer(path, 0, "a").load()
+    assert str(refused.value) == f"{path} is a folder, and checkpoints are written there. Remove it."
+
+
 @pytest.mark.parametrize("name", ["module/other", "optimizer/9/step", "optimizer/x/step"])
 def test_state_that_does_not_fit_is_one_sentence(name: str) -> None:
     module = torch.nn.Linear(2, 3)

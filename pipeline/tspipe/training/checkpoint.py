@@ -72,10 +72,14 @@ class Checkpointer:
         Args:
             visible: print why a checkpoint cannot be used.
             refuse_foreign: raise TrainingError for a checkpoint of another identity.
+
+        Raises TrainingError for a folder of the checkpoint's name.
         """
         for path in (self.path, self.previous):
             if not os.path.lexists(path):
                 continue
+            if path.is_dir():
+                raise TrainingError(f"{path} is a folder, and checkpoints are written there. Remove it.")
             try:
                 checkpoint = read_checkpoint(path)
             except TrainingError as problem:
