@@ -37,7 +37,7 @@ from tspipe.cli.render import show_cache
 from tspipe.errors import CacheError, NetworkError
 from tspipe.models import weights
 
-CASES = int(os.environ.get("TSPIPE_FUZZ", "400"))
+CASES = int(os.environ.get("TSPIPE_FUZZ", "200"))
 MEMORY = 256 * 2**20  # bytes that all cases together may take
 SECONDS = 2.0
 NUMBERS = [0, 1, 2, 3, 4, 7, 8, 16, 24, 64, 96, 127, 128, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63]
