@@ -18,7 +18,7 @@ from tspipe.models import weights
 from tspipe.recipes import load
 from tspipe.training import checkpoint
 
-KILLS = int(os.environ.get("TSPIPE_KILLS", "8"))
+KILLS = int(os.environ.get("TSPIPE_KILLS", "6"))
 
 
 def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:

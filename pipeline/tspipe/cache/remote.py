@@ -287,7 +287,7 @@ def _as_remote_error(problem: BaseException, address: str) -> RemoteError:
     wrapped = isinstance(problem, FileNotFoundError) and not isinstance(cause, LookupError)
     if cause is not None and (wrapped or isinstance(cause, OSError) or hasattr(cause, "status")):
         problem = cause
-    status = getattr(problem, "status", None) or getattr(problem, "code", None)
+    status = problem.status if hasattr(problem, "status") else getattr(problem, "code", None)
     kind = type(problem).__name__
     if "Redirect" in kind:  # before the status, which is that of the redirect
         where = "in a circle, or too often" if kind == "TooManyRedirects" else "to what is no address of a web server"
