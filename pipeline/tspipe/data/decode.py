@@ -14,7 +14,7 @@ from tspipe.data.datasets import Pixels
 from tspipe.errors import DatasetError
 from tspipe.utils.progress import remark_once
 
-# Pillow only identifies these formats, and gives EPS to another program.
+# Pillow only identifies these formats, and passes EPS to another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _ORIENTATION = 258, 262, 339, 274  # tags of TIFF and EXIF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1

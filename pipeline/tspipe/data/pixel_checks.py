@@ -1,4 +1,4 @@
-"""Whether a PyTorch dataset gives students the images that the teacher saw, as far as it shows them."""
+"""Checks that a PyTorch dataset returns the images that the teacher saw, as far as it shows them."""
 
 import contextlib
 import copy
@@ -144,7 +144,7 @@ def _raw_pixels(image: Any) -> NDArray[np.uint8] | None:
 
 
 def _reader(dataset: Any) -> Callable[[int], NDArray[np.uint8]] | None:
-    """Return a function that gives the pixels (H, W, C) of image i before any transform, if the dataset shows them."""
+    """Return a function that reads the pixels (H, W, C) of image i before any transform, if the dataset shows them."""
     if callable(loader := getattr(dataset, "loader", None)) and getattr(dataset, "samples", None):
         transform = getattr(dataset, "transform", None)
         # Preprocess rotates an image that was not rotated, and no other transform does.

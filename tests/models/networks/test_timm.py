@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
 
 from shared import equal
 from tspipe.errors import NetworkError
@@ -47,22 +46,6 @@ def input_shape(model: str) -> tuple[int, int, int]:
     config = timm.get_pretrained_cfg(model)
     shape: tuple[int, int, int] = config.input_size if config.fixed_input_size or ALL else (3, 64, 64)
     return shape
-
-
-@pytest.fixture
-def fast_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copy initial weights from one array of random numbers, because drawing millions takes seconds."""
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.05
-
-    def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:
-        if not tensor.is_meta:
-            with torch.no_grad():
-                for part in tensor.flatten().split(len(noise)):
-                    part.copy_(noise[: len(part)])
-        return tensor
-
-    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
-        monkeypatch.setattr(nn.init, name, fill)
 
 
 @pytest.mark.usefixtures("fast_weights")

@@ -24,22 +24,6 @@ LARGE = {"alexnet", "maxvit", "vgg", "vision_transformer"}  # families without a
 SIDES = {"maxvit": 224, "vit": 224, "inception": 75, "alexnet": 64}
 
 
-@pytest.fixture
-def fast_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copy initial weights from one array of random numbers, because drawing millions takes seconds."""
-    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.05
-
-    def fill(tensor: Tensor, *_: object, **__: object) -> Tensor:
-        if not tensor.is_meta:
-            with torch.no_grad():
-                for part in tensor.flatten().split(len(noise)):
-                    part.copy_(noise[: len(part)])
-        return tensor
-
-    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
-        monkeypatch.setattr(nn.init, name, fill)
-
-
 def test_the_sample_has_every_family() -> None:
     families, sampled = ({models.get_model_builder(name).__module__ for name in names} for names in (ALL, SAMPLE))
     assert families == sampled | {f"torchvision.models.{family}" for family in LARGE}
