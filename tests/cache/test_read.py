@@ -58,6 +58,29 @@ def test_shapes_and_dtypes(digits: Cache) -> None:
     assert digits.classes == list("0123456789")
 
 
+def test_a_column_computes_as_an_array_does(digits: Cache) -> None:
+    column, array = digits.test.logits, digits.test.logits.load()
+    np.testing.assert_array_equal(column - array.max(), array - array.max())
+    np.testing.assert_array_equal(2 * column > column[0], 2 * array > array[0])
+    np.testing.assert_array_equal(np.mean(column, axis=0), array.mean(axis=0))
+    np.testing.assert_array_equal(np.exp(column), np.exp(array))
+    assert np.add.reduce(column, axis=None) == array.sum()
+    assert isinstance(hash(column), int)
+    with pytest.raises(ValueError, match="always makes a copy"):
+        np.asarray(column, copy=False)
+
+
+def test_a_cache_prints_as_a_short_paragraph(digits: Cache) -> None:
+    accuracy = (np.argmax(digits.test.logits, axis=1) == digits.test.labels).mean()
+    assert str(digits) == (
+        f"{digits.name} ({digits.id[:12]}): 1,000 training and 797 test images of digits in 10 classes, "
+        f"without their pixels. The teacher lenet5 (in the file) classifies {accuracy:.2%} of the test images "
+        "correctly. Each image has 84 features and 10 logits."
+    )
+    assert repr(digits) == f"<Cache {digits.name} {digits.id[:12]}>"
+    assert repr(digits.train.features) == f"<Column (1000, 84) float16 of {digits.name}>"
+
+
 @pytest.mark.parametrize("index", [1000, -1001, [1000], [[0]]])
 def test_indices_beyond_the_rows_are_refused(digits: Cache, index: object) -> None:
     with pytest.raises(IndexError) as refused:

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, ToTensor
 
 import tspipe
+from pets import plan, write
 from shared import make_folder, small
 from tspipe.cache import Cache
 from tspipe.data import datasets
@@ -102,6 +103,17 @@ def test_an_image_folder_has_its_paths_as_keys(photos: Cache) -> None:
     network.load_state_dict(weights.parse(photos.teacher_weights(), "w"))
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(targets[0][0][None])[0], targets[0][3], rtol=1e-4, atol=1e-5)
+
+
+def test_the_other_split_is_suggested_where_it_fits(digits: Cache, photos: Cache, tmp_path: Path) -> None:
+    with pytest.raises(CacheMismatch, match=r'image 0 is a test image: give split="test"\.$'):
+        tspipe.CachedTargets(images(photos, "test"), photos)
+    pets = tmp_path / "pets.h5"
+    write(pets, plan({"train": 2, "test": 1}))
+    with pytest.raises(CacheMismatch, match=r"no train image 'te0'.* It is a test image: split=\"test\"$"):
+        tspipe.CachedTargets([(0, 0)], pets, keys=["te0"])
+    with pytest.raises(CacheMismatch, match=r'by\. For its test images: split="test"$'):
+        tspipe.CachedTargets([(0, 0)] * len(digits.test), digits)
 
 
 def test_the_test_split(photos: Cache) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import ArrayLike, NDArray
 
 from tspipe.errors import CacheDamaged, CacheError
@@ -72,11 +73,14 @@ class OpenFile:
             os.close(self.descriptor)
 
 
-class Column(Sequence[Any]):
+class Column(NDArrayOperatorsMixin, Sequence[Any]):
     """One dataset of the file as an array-like: `column[i]`, `column[3:7]`, `column[[5, 2]]`, `numpy.asarray(column)`.
 
-    It is cheap to pickle and works in data-loader workers, however they are started. Rows are copies.
+    NumPy's functions and arithmetic load it: `np.mean(column, axis=0)`, `column - column.load().max()`. It is cheap to
+    pickle and works in data-loader workers, however they are started. Rows are copies.
     """
+
+    __hash__ = object.__hash__  # `==` compares element by element, as an array's does
 
     def __init__(self, file: OpenFile, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]):
         self.file, self.offset, self.shape, self.dtype = file, offset, shape, dtype
@@ -103,7 +107,16 @@ class Column(Sequence[Any]):
         return self.take(rows if rows.size else rows.astype(np.int64))  # numpy reads [] as floats
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("A column is read from a file, which always makes a copy.")
         return np.asarray(self.load(), dtype=dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = [value.load() if isinstance(value, Column) else value for value in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __repr__(self) -> str:
+        return f"<Column {self.shape} {self.dtype} of {self.file.path.name}>"
 
     def load(self) -> NDArray[Any]:
         """Read all rows at once."""

@@ -17,7 +17,7 @@ from tspipe.cache.manifest import Manifest
 from tspipe.errors import CacheDamaged, CacheError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """The columns of a split: n images, V views of each (1 in `test`), and a row of features and logits per view."""
 
@@ -45,7 +45,7 @@ def read_keys(split: Split) -> list[str]:
     return [normalize("NFC", key.decode("utf-8", "replace")) for key in split.keys.load().tolist()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pool:
     """The columns of the random pool: P random images, whose pixels are drawn again from the manifest."""
 
@@ -57,7 +57,7 @@ class Pool:
         return len(self.features)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cache:
     """An open cache: its manifest and its columns."""
 
@@ -71,6 +71,19 @@ class Cache:
     random: Pool | None = None
     _weights: Column | None = None
     identified: bool = True  # opening checks the id
+
+    def __repr__(self) -> str:
+        return f"<Cache {self.name} {self.id[:12]}>"
+
+    def __str__(self) -> str:
+        dataset, teacher, width = self.manifest["dataset"], self.manifest["teacher"], self.dimensions.width
+        return (
+            f"{self.name} ({self.id[:12]}): {len(self.train):,} training and {len(self.test):,} test images of "
+            f"{dataset['name']} in {len(self.classes):,} classes, {'with' if self.has_images else 'without'} their "
+            f"pixels. The teacher {teacher['network']} ({'' if self.has_teacher else 'not '}in the file) classifies "
+            f"{teacher['correct']['test'] / len(self.test):.2%} of the test images correctly. "
+            f"Each image has {width:,} features and {len(self.classes):,} logits."
+        )
 
     @property
     def name(self) -> str:

@@ -147,9 +147,12 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
         if all(base_keys is None for base_keys in keys_of_bases):
             sizes = [len(base) for base in source.bases]
             if sum(sizes) != len(stored):
+                other = _other(split)
+                fits = sum(sizes) == len(cache.split(other))
+                remedy = f'For its {other} images: split="{other}"' if fits else "Give them: CachedTargets(…, keys=[…])"
                 raise CacheMismatch(
                     f"{name} has {len(stored):,} {split} images, the dataset {sum(sizes):,} and no keys to find them "
-                    "by. Give them: CachedTargets(…, keys=[…])"
+                    f"by. {remedy}"
                 )
             return np.cumsum([0, *sizes])[source.base] + source.position
         if any(base_keys is None for base_keys in keys_of_bases):
@@ -167,9 +170,16 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
     row_of = {key: row for row, key in enumerate(stored_keys)}
     rows = [row_of.get(key, -1) for key in image_keys]
     if -1 in rows:
-        i = rows.index(-1)
-        raise CacheMismatch(f"{name} has no {split} image {image_keys[i]!r}, which the dataset has at index {i}.")
+        i, other = rows.index(-1), _other(split)
+        remedy = f' It is a {other} image: split="{other}"' if image_keys[i] in read_keys(cache.split(other)) else ""
+        raise CacheMismatch(
+            f"{name} has no {split} image {image_keys[i]!r}, which the dataset has at index {i}.{remedy}"
+        )
     return np.array(rows, np.int64)
+
+
+def _other(split: str) -> str:
+    return "test" if split == "train" else "train"
 
 
 def _check_unique(owner: str, keys: Sequence[str]) -> None:

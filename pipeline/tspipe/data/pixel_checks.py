@@ -58,6 +58,9 @@ def check_pixels(source: Source, rows: NDArray[np.int64], cache: Cache, split: s
                     "its order and its transforms, or use check_pixels=False where that is meant."
                 )
             if not same:
+                other = "test" if split == "train" else "train"
+                if (cache.split(other).digests.load() == np.frombuffer(digest(read(position)), np.uint8)).all(1).any():
+                    raise CacheMismatch(f'{cache.path.name}: image {i} is a {other} image: give split="{other}".')
                 decoded = hasattr(bases[base], "loader")
                 remedy = "ImageFolder(…, loader=tspipe.load_image)" if decoded else "check_pixels=False"
                 raise CacheMismatch(
