@@ -16,7 +16,8 @@ from tspipe.utils.plugins import names as plugin_names
 
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Optimizer = Literal["adam", "sgd"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["step", "cosine"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 DropFactor = Annotated[float, Field(gt=0, le=1)]
@@ -35,8 +36,13 @@ class Section(BaseModel):
 class Optimisation(Section):
     """How weights are optimised."""
 
+    epochs: AtLeastOne = Field(200, description="The number of epochs.")
     optimizer: Optimizer = Field("adam", description="The optimiser.")
     lr: Positive = Field(1e-3, description="The initial learning rate.")
+    schedule: Schedule = Field(
+        "step", description="How the learning rate falls: in drops, or along half a cosine to the last epoch."
+    )
+    warmup_epochs: Count = Field(0, description="Epochs in which the learning rate rises linearly to lr.")
     lr_drop_every: AtLeastOne = Field(50, description="The number of epochs between drops of the learning rate.")
     lr_drop_factor: DropFactor = Field(0.1, description="The factor by which the learning rate drops.")
     lr_milestones: list[int] = Field(
@@ -44,6 +50,9 @@ class Optimisation(Section):
     )
     momentum: Fraction = Field(0.9, description="The momentum of SGD.")
     weight_decay: NotNegative = Field(0.0, description="The weight decay.")
+    batch_norm_momentum: DropFactor | None = Field(
+        None, description="The momentum of batch norms' running statistics, in place of the network's."
+    )
 
 
 class Teacher(Optimisation):
@@ -58,7 +67,6 @@ class Teacher(Optimisation):
     )
     any_classes: bool = Field(False, description="Use weights although they were trained for other classes.")
     pretrained: bool = Field(True, description="Without a file, start from the weights that the network names.")
-    epochs: AtLeastOne = Field(200, description="The number of epochs.")
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch.")
     optimizer: Optimizer = Field("sgd", description="The optimiser.")
     lr: Positive = Field(0.1, description="The initial learning rate.")
@@ -87,11 +95,14 @@ class Overrides(Section):
 
     optimizer: Optimizer | None = None
     lr: Positive | None = None
+    schedule: Schedule | None = None
+    warmup_epochs: Count | None = None
     lr_drop_every: AtLeastOne | None = None
     lr_drop_factor: DropFactor | None = None
     lr_milestones: list[int] | None = None
     momentum: Fraction | None = None
     weight_decay: NotNegative | None = None
+    batch_norm_momentum: DropFactor | None = None
 
 
 class Student(Overrides):
@@ -124,10 +135,12 @@ class Recipe(Optimisation):
     alone: Overrides = Field(
         Overrides(), description="A schedule of the student alone, which --compare adds as an arm."
     )
-    epochs: AtLeastOne = Field(200, description="The number of epochs.")
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch, without random images.")
     loss: list[str] = Field(["ts"], min_length=1, description="The losses of the taught arms: names, or Python files.")
     losses: dict[str, dict[str, Any]] = Field({}, description="The options of a loss, by its name.")
+    label_smoothing: Fraction = Field(
+        0.0, description="The label smoothing of the student alone, that is of the loss xent."
+    )
     test_batch_size: AtLeastOne = Field(1000, description="The number of images in a batch of testing.")
     random_images: Count = Field(178, description="The number of random images added to every batch.")
     random_source: Literal["live", "pool"] = Field(
@@ -180,9 +193,12 @@ class Recipe(Optimisation):
         return self
 
     def loss_options(self, loss: str) -> dict[str, Any]:
-        """Return the options that a loss is built with: `[losses.NAME]`, and for `ts` the recipe's two weights."""
-        weights = {"mse_weight": self.mse_weight, "xent_weight": self.xent_weight} if loss == "ts" else {}
-        return {**weights, **self.stated_loss_options(loss)}
+        """Return the options that a loss is built with: `[losses.NAME]`, and what the recipe states for ts and xent."""
+        stated: dict[str, dict[str, Any]] = {
+            "ts": {"mse_weight": self.mse_weight, "xent_weight": self.xent_weight},
+            "xent": {"label_smoothing": self.label_smoothing},
+        }
+        return {**stated.get(loss, {}), **self.stated_loss_options(loss)}
 
     def stated_loss_options(self, loss: str) -> dict[str, Any]:
         """Return the options of a loss in `[losses.NAME]`."""

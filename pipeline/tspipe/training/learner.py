@@ -21,7 +21,7 @@ from tspipe.training.arms import OWN, RANDOM, LearnerSpec
 from tspipe.training.batches import Batch
 from tspipe.training.checkpoint import load_training_state, prefixed, training_state, without_prefix
 from tspipe.training.metrics import EpochMetrics
-from tspipe.training.optimizers import make_optimizer, set_learning_rate
+from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
 from tspipe.utils.distributed import Group
 from tspipe.utils.rng import seed_torch
 from tspipe.utils.timing import Stopwatch
@@ -79,6 +79,7 @@ class Learner:
         options = recipe.loss_options(spec.loss)
         loss = losses.build(spec.loss, shape.feature_dim, shape.num_classes, options)
         student = _build_student(spec, recipe, shape, device)
+        set_batch_norm_momentum(student, self.optimization)
         self.model = StudentWithLoss(student, loss.module.to(device), recipe.random_forward == "separate")
         if recipe.compile:
             compile_in_place(self.model, device)

@@ -25,7 +25,7 @@ from tspipe.training import training_data
 from tspipe.training.batches import sequential_batches, shuffled_batches
 from tspipe.training.checkpoint import Checkpointer, Position, load_training_state, training_state
 from tspipe.training.evaluation import count_correct
-from tspipe.training.optimizers import make_optimizer, set_learning_rate
+from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
 from tspipe.utils.device import pick_device
 from tspipe.utils.files import lock, remove_stale_lock
 from tspipe.utils.memory import keep_freed_memory, memory_limit
@@ -135,6 +135,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
 def _fit(network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor, checkpointer: Checkpointer) -> None:
     """Train all epochs, from the last checkpoint if there is one."""
     settings = recipe.teacher
+    set_batch_norm_momentum(network, settings)
     optimizer = make_optimizer(settings, network.parameters(), train.device)
     start = Position()
     if checkpoint := checkpointer.load(refuse_foreign=True):
