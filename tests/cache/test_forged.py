@@ -124,6 +124,20 @@ def test_a_pool_that_the_manifest_does_not_describe(tmp_path: Path, attack: Chan
 
 
 @pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (None, "manifest.dataset.split is not an object."),
+        ({"fraction": 0.2}, "manifest.dataset.split lacks the field 'seed'."),
+        ({"fraction": 1, "seed": 0}, "manifest.dataset.split.fraction cannot be 1."),
+        ({"fraction": 0.2, "seed": -1}, "manifest.dataset.split.seed cannot be -1."),
+    ],
+)
+def test_a_split_that_nobody_could_have_made(cache: Path, split: object, message: str) -> None:
+    forge(cache, changed("dataset.split", split))
+    assert refusal(cache) == message
+
+
+@pytest.mark.parametrize(
     ("attack", "message"),
     [
         (changed("views", None), "it holds 'train_views', which is not in the format."),

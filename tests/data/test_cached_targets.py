@@ -1,6 +1,7 @@
 """A cache beside any PyTorch dataset: every image gets its own targets, whatever the order, in any worker."""
 
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import tspipe
 from pets import plan, write
 from shared import make_folder, small
 from tspipe.cache import Cache
+from tspipe.cache.read import read_keys
 from tspipe.data import datasets
+from tspipe.data.local import open_local
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.extraction.extract import ExtractConfig, extract
@@ -397,3 +400,21 @@ def test_keys_are_compared_in_one_unicode_form(photos: Cache, monkeypatch: pytes
     monkeypatch.setattr(type(photos.train.keys), "load", lambda column: np.array([key.encode() for key in keys]))
     composed = [f"\u00e9{i}" for i in range(16)]
     assert len(tspipe.CachedTargets(images(photos), photos, keys=composed)) == 16
+
+
+def test_a_split_made_by_stage_one_is_found_again_in_the_whole_folder(tmp_path: Path) -> None:
+    small(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "test")
+    cache = extract(small(tmp_path / "photos", "split.fraction=0.25"))
+    assert cache is not None and cache.manifest["dataset"]["split"] == {"fraction": 0.25, "seed": 0}
+    folder, transform = str(tmp_path / "photos" / "train"), Preprocess.from_dict(cache.manifest["preprocess"])
+    train, test = (tspipe.CachedTargets(ImageFolder(folder, transform), cache, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (12, 4)
+    for targets, rows in ((train, cache.train), (test, cache.test)):
+        for i in range(len(targets)):
+            _, label, features, _ = targets[i]
+            assert label == rows.labels[i] and torch.equal(features, torch.from_numpy(rows.features[i]).float())
+    with pytest.raises(CacheMismatch, match="has no test image 'a/"):
+        tspipe.CachedTargets(Subset(train.dataset, range(3)), cache, "test")
+    local = open_local(cache, f"folder:{tmp_path / 'photos'}", None, download=False, trust=False)
+    assert local.test.keys == read_keys(cache.test)

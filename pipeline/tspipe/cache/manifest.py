@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from tspipe.cache.layout import MANIFEST_BYTES, SPLITS
@@ -78,17 +78,17 @@ def decode_manifest(data: bytes, *, finished: bool = True) -> Manifest:
 class _Section:
     """An object in the manifest with exactly these fields; every check raises NotACache naming the field."""
 
-    def __init__(self, value: Any, where: str, *fields: str):
+    def __init__(self, value: Any, where: str, *fields: str, optional: Collection[str] = ()):
         self.value, self.where = value, where
         if not isinstance(value, dict):
             raise NotACache(f"{where} is not an object.")
         if missing := sorted(set(fields) - value.keys()):
             raise NotACache(f"{where} lacks the field {missing[0]!r}.")
-        if unknown := sorted(value.keys() - set(fields)):
+        if unknown := sorted(value.keys() - {*fields, *optional}):
             raise NotACache(f"{where} has an unknown field {unknown[0][:60]!r}.")
 
-    def section(self, field: str, *fields: str) -> "_Section":
-        return _Section(self.value[field], f"{self.where}.{field}", *fields)
+    def section(self, field: str, *fields: str, optional: Collection[str] = ()) -> "_Section":
+        return _Section(self.value[field], f"{self.where}.{field}", *fields, optional=optional)
 
     def require(self, field: str, valid: bool) -> None:
         if not valid:
@@ -121,7 +121,7 @@ def _check(manifest: Any, finished: bool) -> None:
     compute.text("device", "cpu|cuda|mps|xpu")
     compute.text("precision", "float32|bfloat16")
 
-    dataset = top.section("dataset", "classes", "fingerprint", "license", "name", "rows")
+    dataset = top.section("dataset", "classes", "fingerprint", "license", "name", "rows", optional=("split",))
     dataset.integers(1, 2**20, "classes")
     if finished or dataset.value["fingerprint"] is not None:
         dataset.text("fingerprint", _SHA256)
@@ -129,6 +129,10 @@ def _check(manifest: Any, finished: bool) -> None:
     dataset.text("name", f"(folder:)?{_NAME}")
     rows = dataset.section("rows", *SPLITS)
     rows.integers(1, _LARGEST, "test", "train")
+    if "split" in dataset.value:
+        held = dataset.section("split", "fraction", "seed")
+        held.require("fraction", isinstance(held.value["fraction"], float) and 0 < held.value["fraction"] < 1)
+        held.integers(0, 2**63 - 1, "seed")
 
     features = top.section("features", "dtype", "width")
     features.text("dtype", "<f2|<f4")

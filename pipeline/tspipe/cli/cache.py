@@ -21,6 +21,7 @@ def cache(
         Path | None, typer.Option(help="The teacher's weights (default: its file in checkpoints/).")
     ] = None,
     data: options.Data = None,
+    split: options.Split = None,
     out: Annotated[Path | None, typer.Option(help="Output file (default: cache/<dataset>.h5).")] = None,
     recipe: options.Recipe = None,
     settings: options.Settings = None,
@@ -47,7 +48,7 @@ def cache(
     from tspipe.utils import distributed
 
     name = recipe or recipes.default_recipe(dataset)
-    flags = {"dataset": dataset, "teacher.network": teacher, "views.count": views}
+    flags = {"dataset": dataset, "teacher.network": teacher, "views.count": views, "split.fraction": split}
     with distributed.group() as group:
         with group.rank_zero_first():
             chosen = recipes.load(name, settings or (), flags)
@@ -55,7 +56,7 @@ def cache(
             chosen = recipes.load(name, settings or (), flags, recorded)
             dataset_name = datasets.parse(dataset, data).name
             config = TeacherConfig(chosen, data, download=download)
-            repeated = {"--teacher": teacher, "--data": data, "--recipe": recipe}
+            repeated = {"--teacher": teacher, "--data": data, "--split": split, "--recipe": recipe}
             command = teachers.teacher_command(dataset, repeated, settings or ())
             untrained = teachers.needs_training(config, dataset_name, weights, train_teacher, command)
         if group.broadcast(untrained):

@@ -32,6 +32,12 @@ Dataset = Annotated[
     typer.Option(help="A name (see tspipe list datasets), folder:PATH, or a file ./mine.py.", autocompletion=DATASETS),
 ]
 Data = Annotated[Path | None, typer.Option(help="The dataset's folder (default: data/<name>).")]
+Split = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FRACTION", help="Hold back so much of each class for testing, of a folder without train/ and test/."
+    ),
+]
 Teacher = Annotated[str | None, typer.Option(help="The network (default: the recipe's).", autocompletion=NETWORKS)]
 Download = Annotated[
     bool, typer.Option("--download", help="Download the dataset and pretrained weights if they are missing.")

@@ -31,6 +31,7 @@ def show_cache(cache: "Cache | Peek") -> None:
         "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
         "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
         "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS)
+        + (f", split {held['fraction']:g} with seed {held['seed']}" if (held := dataset.get("split")) else "")
         + (" (pixels in the file)" if cache.has_images else ""),
         **_views(manifest["views"]),
         "licence": printable(dataset["license"], 400) or "not stated",

@@ -13,6 +13,7 @@ def teacher(
     teacher: options.Teacher = None,
     weights: Annotated[Path | None, typer.Option(help="Weights to fine-tune.")] = None,
     data: options.Data = None,
+    split: options.Split = None,
     out: Annotated[
         Path | None, typer.Option(help="Output file (default: checkpoints/<dataset>-<network>.safetensors).")
     ] = None,
@@ -30,7 +31,7 @@ def teacher(
     from tspipe.training.train_teacher import TeacherConfig
     from tspipe.utils.console import echo
 
-    flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs}
+    flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs, "split.fraction": split}
     name = recipe or recipes.default_recipe(dataset)
     chosen = recipes.load(name, settings or (), flags)
     start = weight_files.read(weights, chosen.teacher.weights_key) if weights else None

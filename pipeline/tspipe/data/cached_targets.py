@@ -30,6 +30,8 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
     Pillow images and uint8 in its samples. So is a `Preprocess` in its transform. Images that are drawn at random are
     refused.
 
+    If `tspipe cache --split` split the dataset, give all of it: images of the other split are left out here.
+
     It works in a `DataLoader` with any start method: rows are not pickled, and each worker opens the file.
 
     Args:
@@ -67,6 +69,9 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         self.check_labels = check_labels
         source = _source(dataset)
         rows = _rows(source, cache, split, keys)
+        if (rows < 0).any():
+            self.dataset = Subset(dataset, np.flatnonzero(rows >= 0).tolist())
+            source, rows = _source(self.dataset), rows[rows >= 0]
         if check_pixels:
             pixel_checks.check_pixels(source, rows, cache, split)
         self._rows = None if np.array_equal(rows, np.arange(len(cache.split(split)))) else rows
@@ -140,7 +145,7 @@ def _source(dataset: Any) -> Source:
 
 
 def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) -> NDArray[np.int64]:
-    """Return the cache's row of each image of the dataset."""
+    """Return the cache's row of each image of the dataset; −1 for those of the other split that stage one made."""
     stored, name = cache.split(split), cache.path.name
     if keys is None:
         keys_of_bases = list(map(_keys, source.bases))
@@ -169,9 +174,10 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
     _check_unique(name, stored_keys)
     row_of = {key: row for row, key in enumerate(stored_keys)}
     rows = [row_of.get(key, -1) for key in image_keys]
-    if -1 in rows:
-        i, other = rows.index(-1), _other(split)
-        remedy = f' It is a {other} image: split="{other}"' if image_keys[i] in read_keys(cache.split(other)) else ""
+    in_other = set(read_keys(cache.split(other := _other(split)))) if -1 in rows else set()
+    left_out = in_other if "split" in cache.manifest["dataset"] and max(rows) >= 0 else set()
+    for i in [i for i, row in enumerate(rows) if row < 0 and image_keys[i] not in left_out]:
+        remedy = f' It is a {other} image: split="{other}"' if image_keys[i] in in_other else ""
         raise CacheMismatch(
             f"{name} has no {split} image {image_keys[i]!r}, which the dataset has at index {i}.{remedy}"
         )

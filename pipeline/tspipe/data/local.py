@@ -5,6 +5,7 @@ from pathlib import Path
 from tspipe.cache import SPLITS, Cache, match
 from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images, open_dataset
+from tspipe.data.hold_out import HoldOut
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.utils.progress import remark_once
@@ -15,7 +16,7 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
 
     Raises CacheMismatch, naming the first image that differs.
     """
-    dataset, name = leave_out_broken(cache, open_dataset(spec, data, download=download)), cache.path.name
+    dataset, name = open_dataset_of(cache, spec, data, download=download), cache.path.name
     if not trust:
         match.match_dataset(name, cache, dataset.split)
         return dataset
@@ -31,8 +32,13 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
     return dataset
 
 
-def leave_out_broken(cache: Cache, dataset: Dataset) -> Dataset:
-    """Return a cache's dataset without the broken images that stage one left out, which are remarked on."""
+def open_dataset_of(cache: Cache, spec: str, data: Path | None, *, download: bool = False) -> Dataset:
+    """Open a cache's dataset, split as the cache was, without the broken images that stage one left out.
+
+    Those are remarked on.
+    """
+    split = cache.manifest["dataset"].get("split")
+    dataset = open_dataset(spec, data, download=download, split=split and HoldOut(**split))
     broken = {split: find_left_out(cache, split, dataset.split(split)) for split in SPLITS}
     for split, problems in broken.items():
         for problem in problems.values():

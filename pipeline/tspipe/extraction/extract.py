@@ -99,7 +99,7 @@ def _prepare(config: ExtractConfig, group: Group = ALONE) -> Job:
         )
     left_out: dict[str, dict[int, str]] = {}
     with group.rank_zero_first():
-        dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+        dataset = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split)
         if not group.rank:
             finished = open_cache(out) if out.exists() and not config.force else None
             left_out = broken.find(dataset, finished, config.skip_broken)
@@ -159,6 +159,7 @@ def _plan(
             "license": dataset.licence,
             "name": dataset.name,
             "rows": {split: len(dataset.split(split)) for split in SPLITS},
+            **({"split": recipe.split.model_dump()} if recipe.split.fraction else {}),
         },
         "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": teacher.width},
         "preprocess": recipe.preprocess.as_dict(),

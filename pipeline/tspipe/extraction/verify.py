@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tspipe.cache import SPLITS, Cache, match
 from tspipe.cache.repair import Repair
 from tspipe.cache.verify import Damage, explain
-from tspipe.data.datasets import Dataset, open_dataset
+from tspipe.data.datasets import Dataset
 from tspipe.data.image_loader import input_shape, open_images, read
-from tspipe.data.local import leave_out_broken
+from tspipe.data.local import open_dataset_of
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch, DatasetError
@@ -44,7 +44,7 @@ class VerifyConfig:
 
     def dataset(self, cache: Cache) -> Dataset:
         """Open the local dataset of a cache."""
-        return leave_out_broken(cache, open_dataset(self.recipe.dataset, self.root))
+        return open_dataset_of(cache, self.recipe.dataset, self.root)
 
 
 def match_data(cache: Cache, config: VerifyConfig) -> int:

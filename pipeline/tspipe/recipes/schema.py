@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
+from tspipe.data.hold_out import HoldOut
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images import Generator
 from tspipe.data.views import Views
@@ -125,6 +126,7 @@ class Recipe(Optimisation):
     """All settings of a run; the top-level fields are those of stage two."""
 
     dataset: str = Field(description="A dataset's name, folder:PATH, or the path of a Python file.")
+    split: HoldOut = HoldOut()
     preprocess: Preprocess
     teacher: Teacher = Teacher()
     features: Features = Features()

@@ -17,13 +17,14 @@ from tspipe.utils import plugins
 # Recipe fields that do not change the results of stage two. Every other field is part of a run's identity.
 IRRELEVANT = {
     "checkpoint_seconds",  # a resumed run ends with the same weights
-    "compute",  # stage one's, and so covered by the cache's id; likewise features, preprocess and teacher
+    "compute",  # stage one's, and so covered by the cache's id; likewise features, preprocess, split and teacher
     "dataset",  # the images are compared with the cache's
     "device",  # the run's environment records it, and a run resumes on the same kind of device
     "features",
     "memory",  # where tensors are held
     "paper",  # for comparison only
     "preprocess",
+    "split",
     "teacher",
     "tensorboard",
 }

@@ -50,7 +50,7 @@ def _how_to_get(config: TeacherConfig, command: str) -> str:
     recipe, settings = config.recipe, config.recipe.teacher
     if (address := networks.published(settings.network, parse(recipe.dataset, config.data).name)) is None:
         return f"Give a file (--weights FILE) or train the teacher: {command}"
-    images = open_dataset(recipe.dataset, config.data).train
+    images = open_dataset(recipe.dataset, config.data, split=recipe.split).train
     flops = flops_per_image(recipe, images) * len(images) * settings.epochs
     return (
         f"They are published at {address}: give the file with --weights FILE, or to make as WEIGHTS=FILE. Or train the "
@@ -93,7 +93,7 @@ def read_weights(config: TeacherConfig, dataset: str, file: Path | None, *, skip
     weights = weight_files.read(path, recipe.teacher.weights_key)
     check_network(weights, network)
     if file is None and "pixels_sha256" in weights.metadata:
-        images = open_dataset(recipe.dataset, config.data, download=config.download).train
+        images = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split).train
         try:
             training_data.check(weights, training_data.describe(images))
         except DatasetError as problem:

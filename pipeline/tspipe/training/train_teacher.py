@@ -82,7 +82,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     recipe, settings = config.recipe, config.recipe.teacher
     device = pick_device(recipe.device)
     keep_freed_memory()
-    dataset = open_dataset(recipe.dataset, config.data, download=config.download)
+    dataset = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split)
     if len(dataset.train) < settings.batch_size:
         raise DatasetError(
             f"{dataset.name} has {len(dataset.train):,} training images, too few for a batch of "

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tspipe.data.datasets import folder, open_dataset
+from tspipe.data.hold_out import HoldOut
 from tspipe.errors import DatasetError
 
 LAYOUT = "The layout is train/CLASS/IMAGE and test/CLASS/IMAGE."
@@ -230,8 +231,31 @@ def test_missing_split(missing, looked, root):
     with pytest.raises(DatasetError) as problem:
         open_dataset("folder", root)
     assert str(problem.value) == (
-        f"There is no {missing} split in {root}: looked for {looked.format(root)}. {LAYOUT} Name it with --data FOLDER."
+        f"There is no {missing} split in {root}: looked for {looked.format(root)}. {LAYOUT} Name it with --data FOLDER"
+        + {"train": ".", "test": ", or hold back a fifth of the images in train/ for testing: --split 0.2"}[missing]
     )
+
+
+def test_a_folder_of_classes_is_split_only_where_that_is_asked_for(root, picture):
+    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "c/1.png"):
+        picture(root.parent / "photos" / name)
+    with pytest.raises(DatasetError, match=r"hold back a fifth of the images in a/, b/, c/ for testing: --split 0\.2$"):
+        open_dataset("folder", root.parent / "photos")
+    split = HoldOut(fraction=0.2)
+    dataset = open_dataset("folder", root.parent / "photos", split=split)
+    assert sorted([*dataset.train.keys, *dataset.test.keys]) == [
+        *("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "c/1.png")
+    ]
+    assert dataset.test.labels.tolist() == [0, 1]
+    shutil.rmtree(root / "test")
+    assert len(open_dataset("folder", root, split=split).test) == 1  # of the images in train/
+    picture(root / "other" / "a.png")
+    with pytest.raises(DatasetError, match="has other/ beside train/"):
+        open_dataset("folder", root, split=split)
+    with pytest.raises(DatasetError, match="nowhere has no class folders to split"):
+        open_dataset("folder", root / "nowhere", split=split)
+    with pytest.raises(DatasetError, match="digits has a test split of its own"):
+        open_dataset("digits", split=split)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

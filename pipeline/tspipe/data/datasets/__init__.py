@@ -1,7 +1,8 @@
 """Datasets: one file each, the file name is the name on the command line.
 
 A dataset's file defines `load(root, split) -> Images` for the splits `train` and `test`, and as constants where
-it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; nothing downloads unless asked.
+it comes from: `SOURCE`, `LICENSE`, `CITATION`. It may define `download(root)`; nothing downloads unless asked. It may
+define `load_unsplit(root) -> Images`, all images of a dataset that has no splits, for `--split`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -17,6 +19,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
+from tspipe.data.hold_out import HoldOut, split_images
 from tspipe.errors import DatasetError, TspipeError
 from tspipe.utils import plugins
 
@@ -145,8 +148,12 @@ def stem(name: str) -> str:
     return name.removeprefix("folder:")
 
 
-def open_dataset(spec: str, data: Path | None = None, *, download: bool = False) -> Dataset:
+def open_dataset(
+    spec: str, data: Path | None = None, *, download: bool = False, split: HoldOut | None = None
+) -> Dataset:
     """Load both splits of a dataset. Its images lie in `data`, else where `spec` says, else in `data/<name>`.
+
+    A `split` with a fraction above 0 holds back test images, of a dataset that has no splits.
 
     Raises DatasetError: unknown name, missing folder (with where it was looked for and how to get it), unsound files,
     or splits that break the contract of `Images`.
@@ -155,15 +162,27 @@ def open_dataset(spec: str, data: Path | None = None, *, download: bool = False)
     module, root = reference.module, data or reference.folder or Path("data") / stem(reference.name)
     if download and hasattr(module, "download"):  # without one, `load` says where to get what is missing
         module.download(root)
-    train, test = (_load(module, root, split, f"{reference.name}, split {split}") for split in ("train", "test"))
+    if split and split.fraction:
+        return _open_unsplit(reference, root, split)
+    train, test = (
+        _load(partial(module.load, root, name), f"{reference.name}, split {name}") for name in ("train", "test")
+    )
     if train.classes != test.classes:
         raise DatasetError(f"{root}: train and test do not have the same classes.")
     return Dataset(reference.name, getattr(module, "LICENSE", ""), train, test)
 
 
-def _load(module: ModuleType, root: Path, split: str, where: str) -> Images:
+def _open_unsplit(reference: DatasetReference, root: Path, split: HoldOut) -> Dataset:
+    if not hasattr(reference.module, "load_unsplit"):
+        raise DatasetError(f"{reference.name} has a test split of its own. Leave out --split.")
+    images = _load(partial(reference.module.load_unsplit, root), reference.name)
+    licence = getattr(reference.module, "LICENSE", "")
+    return Dataset(reference.name, licence, *split_images(images, split, str(root)))
+
+
+def _load(load: Callable[[], Any], where: str) -> Images:
     try:
-        return check_images(module.load(root, split), where)
+        return check_images(load(), where)
     except OSError as problem:
         raise DatasetError(f"{problem.filename or where} cannot be read: {problem.strerror or problem}.") from problem
     except (MemoryError, TspipeError):

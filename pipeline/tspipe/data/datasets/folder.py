@@ -1,4 +1,4 @@
-"""A user's images in folders: train/CLASS/… and test/CLASS/…"""
+"""A user's images in folders: train/CLASS/… and test/CLASS/…, or CLASS/… to be split."""
 
 import errno
 import itertools
@@ -33,7 +33,29 @@ def load(root: Path, split: str) -> Images:
     Raises DatasetError: no folder of that split, no classes, a class of train without images, or one that train does
     not have.
     """
-    train, folder = _split(root, "train"), _split(root, split)
+    return _images(root, _split(root, split), _split(root, "train"))
+
+
+def load_unsplit(root: Path) -> Images:
+    """Return the images of a folder CLASS/IMAGE, as `load` does; if `root` holds nothing but train/, those in it.
+
+    Raises DatasetError if there is a test split.
+    """
+    folders = {entry.name for entry in _subfolders(root)} if root.is_dir() else set()
+    if not folders:
+        raise DatasetError(f"{root} has no class folders to split. Name the folder that has them with --data FOLDER.")
+    if "train" not in folders:
+        return _images(root, root, root)
+    if others := sorted(folders - {"train"}):
+        raise DatasetError(
+            f"{root} has {others[0]}/ beside train/. Leave out --split if that is the test split; else give the folder "
+            "that has only class folders: --data FOLDER"
+        )
+    return _images(root, root / "train", root / "train")
+
+
+def _images(root: Path, folder: Path, train: Path) -> Images:
+    """Return the images in `folder`, whose classes are the folders in `train`."""
     number = {name: i for i, name in enumerate(_classes(train))}
     left_out: Counter[str] = Counter()
     files: list[str] = []
@@ -47,7 +69,7 @@ def load(root: Path, split: str) -> Images:
         left_out += others
         if not class_files:
             empty = f"{folder / class_folder} holds no images that Pillow decodes{_list(others)}."
-            if split == "train":
+            if folder == train:
                 raise DatasetError(empty)
             remark_once(empty, empty)
         files += class_files
@@ -74,14 +96,21 @@ def _split(root: Path, split: str) -> Path:
         if folder.is_dir():
             return folder
     looked = " and ".join(map(str, folders))
-    raise DatasetError(
-        f"There is no {split} split in {root}: looked for {looked}. {LAYOUT} Name it with --data FOLDER."
-    )
+    remedy = "Name it with --data FOLDER."
+    classes = sorted(f"{entry.name}/" for entry in _subfolders(root)) if root.is_dir() else []
+    if classes and {"test/", "val/"}.isdisjoint(classes):
+        names = "train/" if split == "test" else ", ".join(classes[:3])
+        remedy = f"Name it with --data FOLDER, or hold back a fifth of the images in {names} for testing: --split 0.2"
+    raise DatasetError(f"There is no {split} split in {root}: looked for {looked}. {LAYOUT} {remedy}")
+
+
+def _subfolders(folder: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _classes(folder: Path) -> dict[str, str]:
     """Return the folder of each class, sorted by the class's name in Unicode NFC."""
-    folders = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    folders = [entry.name for entry in _subfolders(folder)]
     try:
         classes = {normalize("NFC", _utf8(name)): name for name in folders}
     except UnicodeDecodeError:
