@@ -53,6 +53,10 @@ MANIFESTS: list[tuple[Change, str]] = [
     (changed("x" * 500, 1), f"manifest has an unknown field '{'x' * 60}'."),
     (without("features", "width"), "manifest.features lacks the field 'width'."),
     (changed("features", [1]), "manifest.features is not an object."),
+    (changed("dataset.split", None), "manifest.dataset.split is not an object."),
+    (changed("dataset.split", {"fraction": 0.2}), "manifest.dataset.split lacks the field 'seed'."),
+    (changed("dataset.split", {"fraction": 1, "seed": 0}), "manifest.dataset.split.fraction cannot be 1."),
+    (changed("dataset.split", {"fraction": 0.2, "seed": -1}), "manifest.dataset.split.seed cannot be -1."),
     (changed("block_rows", "4"), 'manifest.block_rows cannot be "4".'),
     (changed("block_rows", True), "manifest.block_rows cannot be true."),
     (changed("block_rows", 4.0), "manifest.block_rows cannot be 4.0."),
@@ -121,20 +125,6 @@ def test_a_pool_that_the_manifest_does_not_describe(tmp_path: Path, attack: Chan
     write(tmp_path / "pool.h5", plan({"train": 10, "test": 3}, pool=6))
     attack(tmp_path / "pool.h5")
     assert refusal(tmp_path / "pool.h5") == message
-
-
-@pytest.mark.parametrize(
-    ("split", "message"),
-    [
-        (None, "manifest.dataset.split is not an object."),
-        ({"fraction": 0.2}, "manifest.dataset.split lacks the field 'seed'."),
-        ({"fraction": 1, "seed": 0}, "manifest.dataset.split.fraction cannot be 1."),
-        ({"fraction": 0.2, "seed": -1}, "manifest.dataset.split.seed cannot be -1."),
-    ],
-)
-def test_a_split_that_nobody_could_have_made(cache: Path, split: object, message: str) -> None:
-    forge(cache, changed("dataset.split", split))
-    assert refusal(cache) == message
 
 
 @pytest.mark.parametrize(
