@@ -252,8 +252,7 @@ def test_plugins_for_dataset_teacher_and_student(tspipe: Callable, tmp_path: Pat
     manifest = open_cache("cache/mine-net.h5").manifest
     assert manifest["teacher"]["network"] == "net"
     assert made.out.endswith(
-        "Next: tspipe student --cache cache/mine-net.h5 --recipe digits --set dataset=./mine.py "
-        "--set teacher.network=./net.py\n"
+        "Next: tspipe student --cache cache/mine-net.h5 --recipe digits --set dataset=./mine.py --teacher ./net.py\n"
     )
     assert manifest["teacher"]["options"] == {"hidden": 7, "input_shape": [1, 16, 16]}
     student = ["student", "--cache", "cache/mine-net.h5", "--epochs", 1, "--seeds", 1, "--set=batch_size=20"]
@@ -269,11 +268,16 @@ def test_plugins_for_dataset_teacher_and_student(tspipe: Callable, tmp_path: Pat
     assert refused.code == 1
     assert refused.error == (
         "The teacher of mine-net.h5 is 'net', which is not one of tspipe's networks. Name its file: "
-        "--set teacher.network=./net.py"
+        "--teacher ./net.py (of tspipe verify: --set teacher.network=./net.py)"
     )
     made = tspipe(*student, "--random-images", 0)
     assert made.code == 0, made.err
-    made = tspipe(*student, "--set=teacher.network=./net.py", "--student", "./net.py")
+    refused = tspipe(*student, "--teacher", "resnet20")
+    assert refused.error == (
+        "The teacher of cache/mine-net.h5 is 'net', not 'resnet20'. Leave out --teacher, or give the file of this "
+        "network: --teacher ./net.py"
+    )
+    made = tspipe(*student, "--teacher", "./net.py", "--student", "./net.py")
     assert made.code == 0, made.err
 
 

@@ -184,7 +184,7 @@ def test_a_file_that_only_the_cache_names_is_never_imported(
     (tmp_path / f"{network}.py").write_text("raise SystemExit('imported')")
     assert error_message(NetworkError, load_teacher, tmp_path, initial_weights(), network) == (
         f"The teacher of pets.h5 is {network!r}, which is not one of tspipe's networks. "
-        f"Name its file: --set teacher.network=./{network}.py"
+        f"Name its file: --teacher ./{network}.py (of tspipe verify: --set teacher.network=./{network}.py)"
     )
 
 

@@ -17,25 +17,17 @@ if TYPE_CHECKING:
 def cache(
     dataset: options.Dataset,
     teacher: options.Teacher = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="The teacher's weights (default: its file in checkpoints/).")
-    ] = None,
+    weights: options.TeacherWeights = None,
     data: options.Data = None,
     split: options.Split = None,
-    out: Annotated[Path | None, typer.Option(help="Output file (default: cache/<dataset>.h5).")] = None,
+    out: options.CacheOut = None,
     recipe: options.Recipe = None,
     settings: options.Settings = None,
-    images: Annotated[
-        bool, typer.Option("--images", help="Store the pixels too, so that stage two needs no dataset.")
-    ] = False,
-    random_pool: Annotated[
-        int | None, typer.Option(metavar="P", min=1, help="Label P random images too, to train without a teacher.")
-    ] = None,
-    views: Annotated[
-        int | None, typer.Option(metavar="V", help="Store V shifted and flipped views of each training image.")
-    ] = None,
+    images: options.StoreImages = False,
+    random_pool: options.RandomPool = None,
+    views: options.StoredViews = None,
     train_teacher: options.TrainTeacher = False,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are broken.")] = False,
+    skip_broken: options.SkipBroken = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
     download: options.Download = False,
 ) -> None:
@@ -74,7 +66,7 @@ def cache(
         finished = extract.extract(extraction, group)
     if finished is not None:
         info(str(finished.path))
-        echo("Next: " + " ".join(["tspipe student --cache", quote(out), *_student_flags(extraction, dataset, name)]))
+        echo("Next: " + " ".join(map(quote, _student_command(extraction, recipe))))
 
 
 def info(file: options.FileOrUrl) -> None:
@@ -153,18 +145,22 @@ def diff(
         raise typer.Exit(1)
 
 
-def _student_flags(extraction: "ExtractConfig", dataset: str, recipe: str) -> list[str]:
-    """Return the flags stage two needs, because the cache names no folders and no code, and to use its pool."""
+def _student_command(extraction: "ExtractConfig", recipe: str | None) -> list[str]:
+    """Return the command of stage two, with what the cache does not hold: folders, Python files and the recipe."""
     from tspipe.data import datasets
     from tspipe.utils import plugins
 
+    dataset, network = extraction.recipe.dataset, extraction.recipe.teacher.network
     folder = extraction.data or datasets.parse(dataset, extraction.data).folder
-    network = extraction.recipe.teacher.network
-    flags = ["--data", quote(folder)] if folder and not extraction.images else []
-    if plugins.is_file(dataset):
-        flags += ["--recipe", quote(recipe), f"--set dataset={quote(dataset)}"]
+    words = ["tspipe", "student", "--cache", str(extraction.out)]
+    if folder and not extraction.images:
+        words += ["--data", str(folder)]
+    if recipe:
+        words += ["--recipe", recipe]
+    if plugins.is_file(dataset) and not extraction.images:
+        words += ["--set", f"dataset={dataset}"]
     if plugins.is_file(network):
-        flags += [f"--set teacher.network={quote(network)}"]
+        words += ["--teacher", network]
     if extraction.random_pool:
-        flags += ["--set random_source=pool"]
-    return flags
+        words += ["--set", "random_source=pool"]
+    return words

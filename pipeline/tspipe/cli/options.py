@@ -31,7 +31,7 @@ Dataset = Annotated[
     str,
     typer.Option(help="A name (see tspipe list datasets), folder:PATH, or a file ./mine.py.", autocompletion=DATASETS),
 ]
-Data = Annotated[Path | None, typer.Option(help="The dataset's folder (default: data/<name>).")]
+Data = Annotated[Path | None, typer.Option(help="The dataset's folder (default: data/<name>, or PATH of folder:PATH).")]
 Split = Annotated[
     float | None,
     typer.Option(
@@ -39,6 +39,10 @@ Split = Annotated[
     ),
 ]
 Teacher = Annotated[str | None, typer.Option(help="The network (default: the recipe's).", autocompletion=NETWORKS)]
+TeacherFile = Annotated[
+    str | None,
+    typer.Option("--teacher", help="The Python file of the teacher's network, if it is your own: ./mine.py."),
+]
 Download = Annotated[
     bool, typer.Option("--download", help="Download the dataset and pretrained weights if they are missing.")
 ]
@@ -54,6 +58,24 @@ Settings = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a recipe setting (see tspipe list settings); repeatable."
     ),
 ]
+TeacherWeights = Annotated[Path | None, typer.Option(help="The teacher's weights (default: its file in checkpoints/).")]
+CacheOut = Annotated[
+    Path | None,
+    typer.Option(
+        help="Output file (default: cache/<dataset>.h5; with a teacher other than the recipe's, "
+        "cache/<dataset>-<network>.h5)."
+    ),
+]
+StoreImages = Annotated[
+    bool, typer.Option("--images", help="Store the pixels too, so that stage two needs no dataset.")
+]
+RandomPool = Annotated[
+    int | None, typer.Option(metavar="P", min=1, help="Label P random images too, to train without a teacher.")
+]
+StoredViews = Annotated[
+    int | None, typer.Option(metavar="V", help="Store V shifted and flipped views of each training image.")
+]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are broken.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs (default: the recipe's).")]
 Students = Annotated[
     list[str] | None,

@@ -1,7 +1,7 @@
 """The commands on students: train them, report them, reproduce the paper, measure what a cache saves."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ def student(
     random_images: Annotated[int | None, typer.Option(help="Random images added to every batch.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds (default: the recipe's).")] = None,
     epochs: options.Epochs = None,
+    teacher: options.TeacherFile = None,
     data: options.Data = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: one in runs/).")] = None,
     recipe: options.Recipe = None,
@@ -40,8 +41,8 @@ def student(
     from tspipe.training.config import StudentConfig
     from tspipe.utils import distributed
 
-    flags = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
-    flags["random_images"] = random_images
+    flags: dict[str, Any] = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
+    flags |= {"random_images": random_images, "teacher.network": teacher}
     with distributed.group() as group:
         with group.rank_zero_first():
             opened = open_cache(local_path(cache))
@@ -101,6 +102,7 @@ def reproduce(
 def bench(
     cache: options.CacheToTrainOn,
     student: options.Students = None,
+    teacher: options.TeacherFile = None,
     data: options.Data = None,
     recipe: options.Recipe = None,
     settings: options.Settings = None,
@@ -120,7 +122,7 @@ def bench(
     from tspipe.training.config import StudentConfig
 
     opened = open_cache(local_path(cache))
-    flags = {"student": student or None}
+    flags = {"student": student or None, "teacher.network": teacher}
     chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
     result = asdict(stage.bench(StudentConfig(chosen, opened, data=data or default_folder), seconds))
     if json_:

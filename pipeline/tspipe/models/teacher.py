@@ -75,7 +75,7 @@ def teacher_spec(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]
     elif name not in networks.names() and not networks.is_from_library(name):
         raise NetworkError(
             f"The teacher of {cache.path.name} is {name!r}, which is not one of tspipe's networks. "
-            f"Name its file: --set teacher.network=./{name}.py"
+            f"Name its file: --teacher ./{name}.py (of tspipe verify: --set teacher.network=./{name}.py)"
         )
     return NetworkSpec(name, len(cache.classes), input_shape, cache.manifest["teacher"]["options"])
 

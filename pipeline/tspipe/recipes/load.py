@@ -14,7 +14,7 @@ from tspipe.data import datasets, views
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.recipes.schema import Recipe
 from tspipe.recipes.settings import settings as all_settings
-from tspipe.utils.plugins import is_file, unknown
+from tspipe.utils.plugins import is_file, recorded_name, unknown
 from tspipe.utils.reading import read_file
 
 
@@ -89,6 +89,12 @@ def recipe_for_cache(
         raise RecipeError(
             f"{file} is of the dataset {dataset!r}, which is not one of tspipe's. Name its file and a recipe: "
             f"--set dataset=./{dataset}.py --recipe NAME"
+        )
+    network, requested = manifest["teacher"]["network"], flags.get("teacher.network")
+    if requested and recorded_name("models.networks", requested) != network:
+        raise RecipeError(
+            f"The teacher of {file} is {network!r}, not {requested!r}. Leave out --teacher, or give the file of this "
+            f"network: --teacher ./{network}.py"
         )
     facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
     name = recipe or default_recipe(dataset)
