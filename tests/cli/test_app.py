@@ -20,9 +20,12 @@ SET = [f"--set={setting}" for setting in TEACHER]
 def test_the_three_stages(tspipe: Callable, tmp_path: Path) -> None:
     made = tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET)
     assert made.code == 0
-    assert made.out.endswith("The weights are in checkpoints/digits-lenet5.safetensors\n")
+    trained, metrics = made.out.splitlines()
+    assert trained.endswith("The weights are in checkpoints/digits-lenet5.safetensors")
+    assert metrics.endswith("checkpoints/digits-lenet5.metrics.csv (checkpoints/digits-lenet5.curves.png)")
+    assert (tmp_path / "checkpoints/digits-lenet5.curves.png").stat().st_size > 1000
     again = tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET)
-    assert (again.code, again.out) == (0, made.out)
+    assert (again.code, again.out) == (0, f"{trained}\n")
     other = tspipe("teacher", "--dataset", "digits", "--epochs", 1, *SET, "--set=teacher.epochs=2")
     assert other.code == 1
     assert other.error == (

@@ -1,6 +1,8 @@
 """Training a teacher: it survives kills, and never overwrites other weights."""
 
+import csv
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tspipe.models import weights
 from tspipe.models.teacher import chance
 from tspipe.recipes import load
 from tspipe.training import checkpoint, teacher_weights
-from tspipe.training.train_teacher import TeacherConfig, checkpoint_path, train_teacher
+from tspipe.training.train_teacher import TeacherConfig, checkpoint_path, metrics_path, train_teacher
 
 
 def config(out: Path, *overrides: str) -> TeacherConfig:
@@ -35,7 +37,7 @@ def test_what_a_kill_at_the_very_end_left_is_removed(teacher: Path) -> None:
     for leftover in (".part", ".lock"):
         teacher.with_name(teacher.name + leftover).touch()
     assert train_teacher(config(teacher)).path == teacher
-    assert [path.name for path in teacher.parent.glob("digits-*")] == [teacher.name]
+    assert [path.name for path in teacher.parent.glob("digits-*.safetensors*")] == [teacher.name]
 
 
 @pytest.mark.parametrize("accuracy", ["nan", "1e999", "x", None])
@@ -69,7 +71,50 @@ def test_a_killed_training_ends_with_the_same_weights(zygote: Zygote, teacher: P
     assert positions == sorted(positions)
     assert zygote.run("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
     assert out.read_bytes() == teacher.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name]
+    metrics, uninterrupted = (read_metrics(metrics_path(path)) for path in (out, teacher))
+    assert metrics == uninterrupted
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "digits-lenet5.curves.png",
+        "digits-lenet5.metrics.csv",
+        out.name,
+    ]
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a teacher's metrics without their times."""
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert all(float(row.pop("seconds")) > 0 for row in rows)
+    return rows
+
+
+def test_each_epoch_has_a_line_and_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train_teacher(config(tmp_path / "x.safetensors", "teacher.epochs=2", "teacher.lr_drop_every=1"))
+    first, second = read_metrics(tmp_path / "x.metrics.csv")
+    assert [(row["epoch"], float(row["lr"])) for row in (first, second)] == [("1", 0.003), ("2", pytest.approx(0.0003))]
+    assert float(second["test_accuracy"]) == trained.accuracy == trained.metrics[-1]["test_accuracy"]
+    assert float(second["loss"]) < float(first["loss"])
+    assert 0 < float(first["train_accuracy"]) < float(second["train_accuracy"]) <= 1
+    origin, *lines = capsys.readouterr().err.splitlines()
+    assert origin == "Training lenet5 from random weights."
+    assert [re.sub(r"[\d.]+%|loss [\d.]+|[\d.]+ s", "_", line) for line in lines] == [
+        "epoch 1/2: _, train _, test _, lr 0.003, _",
+        "epoch 2/2: _, train _, test _, lr 0.0003, _",
+    ]
+
+
+def test_the_layers_that_begin_anew_are_named(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = weights.read(teacher)
+    other = {key: tensor[:4] if key.startswith("classifier.4") else tensor for key, tensor in start.tensors.items()}
+    for tensors, expected in (
+        (start.tensors, "every layer is loaded"),
+        (other, "classifier.4 begins anew, every other layer is loaded"),
+    ):
+        fine_tuned = config(tmp_path / expected[:5], "teacher.epochs=1")
+        train_teacher(replace(fine_tuned, start=start._replace(tensors=tensors)))
+        origin = capsys.readouterr().err.splitlines()[0]
+        assert origin == f"Fine-tuning lenet5 from {teacher} (SHA-256 {start.sha256[:12]}): {expected}."
 
 
 def test_a_non_finite_loss_is_refused(tmp_path: Path) -> None:
@@ -112,7 +157,7 @@ def trained_on(folder: Path, out: Path, *overrides: str) -> TeacherConfig:
 
 def test_a_teacher_is_reused_only_for_its_data(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "photos"), tmp_path / "x.safetensors"
-    before = train_teacher(trained_on(folder, out))
+    before = train_teacher(trained_on(folder, out))._replace(metrics=())
     assert train_teacher(trained_on(folder, out)) == before
 
     def refusal() -> str:

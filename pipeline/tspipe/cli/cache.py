@@ -33,6 +33,7 @@ def cache(
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
     from tspipe.data import datasets
+    from tspipe.experiments import report
     from tspipe.extraction import extract
     from tspipe.recipes import load as recipes
     from tspipe.training import teacher_weights as teachers
@@ -51,8 +52,8 @@ def cache(
             repeated = {"--teacher": teacher, "--data": data, "--split": split, "--recipe": recipe}
             command = teachers.teacher_command(dataset, repeated, settings or ())
             untrained = teachers.needs_training(config, dataset_name, weights, train_teacher, command)
-        if group.broadcast(untrained):
-            teachers.train_on_rank_zero(config, dataset_name, group)
+        if group.broadcast(untrained) and (trained := teachers.train_on_rank_zero(config, dataset_name, group)):
+            report.show_teacher(trained, chosen.teacher.network, dataset_name)
         with group.rank_zero_first():
             teacher_weights = teachers.read_weights(config, dataset_name, weights, skip_broken=skip_broken)
             recorded = teachers.recorded_settings(teacher_weights, chosen.teacher.network)

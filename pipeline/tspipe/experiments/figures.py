@@ -8,7 +8,7 @@ import io
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from tspipe.errors import ReportError
 from tspipe.experiments.results import Comparison, Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
 from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
+from tspipe.training.run_folder import Row
 from tspipe.utils.console import printable
 
 if TYPE_CHECKING:
@@ -76,6 +77,33 @@ def check() -> None:
 
 def draw(findings: Findings, name: str) -> Drawing:
     """Draw one of `names`; the same run gives the same bytes. Raises ReportError without matplotlib."""
+    return _render(name, lambda figure: _FIGURES[name](figure, findings))
+
+
+def draw_teacher(metrics: Sequence[Row], network: str, dataset: str) -> Drawing:
+    """Draw a teacher's accuracy over the epochs of its training. Raises ReportError without matplotlib."""
+
+    def plot(figure: "Figure") -> tuple[str, str]:
+        figure.set_size_inches(_WIDTH, 3.1)
+        axes, epochs, ends = figure.subplots(), [row["epoch"] for row in metrics], []
+        for split, colour in (("train", _GREY), ("test", _COLOURS[ALONE])):
+            if values := [100 * row[f"{split}_accuracy"] for row in metrics if f"{split}_accuracy" in row]:
+                axes.plot(epochs, values, color=colour, label=split, marker="o" if len(epochs) == 1 else "")
+                ends.append(f"{split} {values[0]:.2f} to {values[-1]:.2f}")
+        title = f"{printable(network, _LONGEST)} on {printable(dataset, _LONGEST)}"
+        axes.set(title=title, xlabel="epoch", ylabel="accuracy, %")
+        _over_epochs(axes)
+        figure.legend(loc="outside lower center", ncols=2)
+        return (
+            "A teacher's accuracy over epochs, on the training images as they are augmented and on the test images.",
+            f"Lines of accuracy from the first epoch to the last, in %: {'; '.join(ends)}.",
+        )
+
+    return _render("curves", plot)
+
+
+def _render(name: str, plot: Callable[["Figure"], tuple[str, str]]) -> Drawing:
+    """Return the figure that a function plots, which returns the caption and the words."""
     check()
     import matplotlib
     from matplotlib.figure import Figure
@@ -84,7 +112,7 @@ def draw(findings: Findings, name: str) -> Drawing:
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about letters that the font lacks
         figure = Figure(layout="constrained")
-        caption, words = _FIGURES[name](figure, findings)
+        caption, words = plot(figure)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -168,8 +196,7 @@ def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
             axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.2, linewidth=0)
         axes.axhline(100 * findings.summary.teacher.test_accuracy, color=_GREY, linestyle=(0, (1, 1)), label="teacher")
         axes.set(title=_title(findings, student), ylabel="test accuracy, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(color=_GREY, alpha=0.3, linewidth=0.5)
+        _over_epochs(axes)
     panels[-1].set_xlabel("epoch")
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=2)
@@ -185,6 +212,11 @@ _FIGURES: dict[str, Callable[["Figure", Findings], tuple[str, str]]] = {
     "increase": _increase,
     "curves": _curves,
 }
+
+
+def _over_epochs(axes: Any) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color=_GREY, alpha=0.3, linewidth=0.5)
 
 
 def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> tuple["Axes", list[float]]:

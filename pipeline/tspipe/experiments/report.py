@@ -15,7 +15,8 @@ from tspipe.experiments import figures, html, tables
 from tspipe.experiments.results import Findings, read
 from tspipe.training.metrics_log import label_shares
 from tspipe.training.run_folder import RunFolder
-from tspipe.utils.console import printable, stdout_console
+from tspipe.training.train_teacher import TrainedTeacher, metrics_path
+from tspipe.utils.console import echo, printable, stdout_console
 from tspipe.utils.files import write_whole, writing
 
 _OVER = {
@@ -36,6 +37,20 @@ def show(run: RunFolder) -> None:
     except ReportError:
         contents = "no curves: pip install 'tspipe[plots]'"
     _print(f"Run folder: {run.path} ({contents})")
+
+
+def show_teacher(trained: TrainedTeacher, network: str, dataset: str) -> None:
+    """Draw the curves of a teacher that was trained now, and print where they and its metrics are."""
+    if not trained.metrics:
+        return
+    table = metrics_path(trained.path)
+    figure = table.with_name(f"{trained.path.stem}.curves.png")
+    try:
+        write_whole(figure, figures.draw_teacher(trained.metrics, network, dataset).png)
+        drawn = str(figure)
+    except ReportError:
+        drawn = "no curves: pip install 'tspipe[plots]'"
+    echo(f"Its metrics of each epoch: {table} ({drawn})")
 
 
 def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:

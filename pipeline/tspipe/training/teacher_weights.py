@@ -19,7 +19,8 @@ from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.training import train_teacher, training_data
-from tspipe.training.train_teacher import TeacherConfig
+from tspipe.training.teacher_epochs import teacher_loss
+from tspipe.training.train_teacher import TeacherConfig, TrainedTeacher
 from tspipe.utils.console import echo, pluralize
 from tspipe.utils.distributed import Group
 from tspipe.utils.progress import warn
@@ -68,18 +69,20 @@ def flops_per_image(recipe: Recipe, images: Images) -> float:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = networks.build(recipe.teacher.network, num_classes, shape, recipe.teacher.options)
         inputs, labels = torch.empty(count, *shape), torch.zeros(count, dtype=torch.int64)
-        train_teacher.teacher_loss(network, inputs, labels).backward()
+        teacher_loss(network, inputs, labels)[0].backward()
     total: int = counter.get_total_flops()
     return total / count
 
 
-def train_on_rank_zero(config: TeacherConfig, dataset: str, group: Group) -> None:
+def train_on_rank_zero(config: TeacherConfig, dataset: str, group: Group) -> TrainedTeacher | None:
     """Train a teacher on rank 0, into its checkpoint; the other ranks wait for as long as rank 0 lives."""
+    trained = None
     if not group.rank:
         network = config.recipe.teacher.network
         echo(f"There are no weights for {network} on {dataset} yet, so the teacher is trained first.")
-        train_and_report(replace(config, out=train_teacher.checkpoint_path(dataset, network)))
+        trained = train_and_report(replace(config, out=train_teacher.checkpoint_path(dataset, network)))
     group.barrier()
+    return trained
 
 
 def read_weights(config: TeacherConfig, dataset: str, file: Path | None, *, skip_broken: bool = False) -> Weights:
@@ -140,7 +143,7 @@ def teacher_command(dataset: str, flags: Mapping[str, Any], settings: Iterable[s
     return shlex.join(words)
 
 
-def train_and_report(config: TeacherConfig) -> None:
+def train_and_report(config: TeacherConfig) -> TrainedTeacher:
     """Train a teacher; print its test accuracy and where its weights are."""
     trained = train_teacher.train_teacher(config)
     echo(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
@@ -149,6 +152,7 @@ def train_and_report(config: TeacherConfig) -> None:
             f"The teacher has learned nothing: one that always names the most frequent class may reach "
             f"{100 * trained.chance:.2f} % by chance. Check the labels and the learning rate before you use it."
         )
+    return trained
 
 
 def check_network(weights: Weights, network: str) -> None:

@@ -2,37 +2,33 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from tspipe.data.datasets import Dataset, Images, open_dataset, stem
-from tspipe.data.image_loader import ImageLoader, input_shape
-from tspipe.data.preprocess import shift_and_flip
+from tspipe.data.datasets import Dataset, open_dataset, stem
+from tspipe.data.image_loader import input_shape
 from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import feature_net, loading, networks, weights
 from tspipe.models.probe import check_trainable, probe_images
 from tspipe.models.teacher import chance
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
-from tspipe.training import training_data
-from tspipe.training.batches import sequential_batches, shuffled_batches
-from tspipe.training.checkpoint import Checkpointer, Position, load_training_state, training_state
-from tspipe.training.evaluation import count_correct
-from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
+from tspipe.training import teacher_epochs, training_data
+from tspipe.training.checkpoint import Checkpointer
+from tspipe.training.run_folder import Row
+from tspipe.training.teacher_epochs import TeacherTraining, load_split
 from tspipe.utils.device import pick_device
 from tspipe.utils.files import lock, remove_stale_lock
-from tspipe.utils.memory import keep_freed_memory, memory_limit
-from tspipe.utils.progress import progress
-from tspipe.utils.rng import seed_torch, stream
+from tspipe.utils.memory import keep_freed_memory
+from tspipe.utils.progress import warn
+from tspipe.utils.rng import seed_torch
 
-_SEED = 0  # a teacher is trained once
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt")  # of a checkpoint's name
 
 
@@ -54,16 +50,29 @@ class TeacherConfig:
 
 
 class TrainedTeacher(NamedTuple):
-    """The file of the weights, which are those of the last epoch; their test accuracy, and what chance may reach."""
+    """A trained teacher.
+
+    Attributes:
+        path: the file of the weights, which are those of the last epoch.
+        accuracy: their test accuracy.
+        chance: the accuracy that chance may reach.
+        metrics: those of each epoch, if it was trained now; see `teacher_epochs.TeacherTraining.rows`.
+    """
 
     path: Path
     accuracy: float
     chance: float
+    metrics: Sequence[Row] = ()
 
 
 def checkpoint_path(dataset: str, network: str) -> Path:
     """Return `checkpoints/<dataset>-<network>.safetensors`; a network file `./mine.py` is `mine`."""
     return Path("checkpoints") / f"{stem(dataset)}-{networks.recorded_name(network).replace(':', '-')}.safetensors"
+
+
+def metrics_path(weights: Path) -> Path:
+    """Return the file with the metrics of the training of these weights: `NAME.metrics.csv` beside them."""
+    return weights.with_name(f"{weights.stem}.metrics.csv")
 
 
 def find_checkpoint(dataset: str, network: str) -> Path | None:
@@ -99,24 +108,23 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         trained = weights.read(path)
         accuracy = _recorded_accuracy(trained, identity, data)
         if not trained.metadata.items() >= tested.items():  # of another test split
-            network, _ = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
+            network, *_ = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
             loading.load_into(network, trained.tensors, settings.network, trained.source)
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            accuracy = _accuracy(network, recipe, dataset.test, device)
+            accuracy = teacher_epochs.accuracy(network, load_split(dataset.test, "test", recipe, device), recipe)
         checkpointer.delete()  # it remains if a process was killed at the very end
         remove_stale_lock(path)
         return TrainedTeacher(path, accuracy, chance(dataset.test.labels))
-    network, options = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
+    network, options, new = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
+    warn(_describe_start(settings.network, start, new))
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, TrainingError):
         if config.force:
             checkpointer.delete()
-        memory = (recipe.memory or memory_limit(device)) // 2
-        uncropped = replace(recipe.preprocess, crop=None) if settings.random_crop else recipe.preprocess
-        train = ImageLoader(dataset.train, uncropped, "train", memory, device)
-        _fit(network, recipe, train, torch.from_numpy(dataset.train.labels).to(device), checkpointer)
-        accuracy = _accuracy(network, recipe, dataset.test, device)
+        training = TeacherTraining(network, recipe, dataset, metrics_path(path), device)
+        training.fit(checkpointer)
+        accuracy = training.rows[-1]["test_accuracy"]
         metadata = {
             **data,
             **tested,
@@ -129,86 +137,7 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         }
         weights.save(path, network, metadata)
         checkpointer.delete()
-    return TrainedTeacher(path, accuracy, chance(dataset.test.labels))
-
-
-def _fit(network: nn.Module, recipe: Recipe, train: ImageLoader, labels: Tensor, checkpointer: Checkpointer) -> None:
-    """Train all epochs, from the last checkpoint if there is one."""
-    settings = recipe.teacher
-    set_batch_norm_momentum(network, settings)
-    optimizer = make_optimizer(settings, network.parameters(), train.device)
-    start = Position()
-    if checkpoint := checkpointer.load(refuse_foreign=True):
-        start = checkpoint.position
-        load_training_state(checkpoint.tensors, network, optimizer)
-    description = f"teacher {settings.network}"
-    done = start.epoch * len(train) + start.batch * settings.batch_size
-    with progress(description, settings.epochs * len(train), "images", done) as advance:
-        for epoch in range(start.epoch, settings.epochs):
-            first_batch = start.batch if epoch == start.epoch else 0
-            set_learning_rate(optimizer, settings, epoch)
-            network.train()
-            epoch_loss = torch.zeros((), device=train.device)
-            order = shuffled_batches(_SEED, epoch, len(train), settings.batch_size)[first_batch:]
-            for batch, (rows, pixels) in enumerate(zip(order, train.batches(order), strict=True), first_batch):
-                images = recipe.preprocess.normalise(_augment(pixels, recipe, epoch, batch))
-                seed_torch(_SEED, "dropout", epoch, batch)
-                loss = teacher_loss(network, images, labels[rows.to(labels.device)])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                epoch_loss += loss.detach()
-                advance(len(rows), f"{description}, epoch {epoch + 1}/{settings.epochs}")
-                if checkpointer.clock.due():
-                    _check_finite(epoch_loss, recipe, epoch)
-                    checkpointer.save(training_state(network, optimizer), Position(0, epoch, batch + 1))
-            _check_finite(epoch_loss, recipe, epoch)
-
-
-def teacher_loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy, or the sum of the losses that a network such as NTS-Net defines itself."""
-    if callable(losses := getattr(network, "losses", None)):
-        return torch.stack(list(losses(images, labels).values())).sum()
-    return F.cross_entropy(network(images), labels)
-
-
-def _augment(pixels: Tensor, recipe: Recipe, epoch: int, batch: int) -> Tensor:
-    """Shift, flip and crop images (n, C, H, W) at random, as the recipe says.
-
-    A crop at a random place is a centre crop of a shifted image.
-    """
-    settings, count = recipe.teacher, len(pixels)
-    crop = recipe.preprocess.crop if settings.random_crop else None
-    margin = np.array([extent - crop if crop else 0 for extent in pixels.shape[2:]])
-    centre = margin // 2
-    low, high = centre - margin - settings.shift, centre + settings.shift
-    if (high > low).any() or settings.flip:
-        generator = stream(_SEED, "views", epoch, batch)
-        shifts = generator.integers(low, high + 1, (count, 2))
-        flips = generator.integers(0, 1 + settings.flip, (count, 1))
-        views = torch.from_numpy(np.concatenate([shifts, flips], axis=1))
-        pixels = shift_and_flip(pixels, views.to(pixels.device))
-    if crop is None:
-        return pixels
-    top, left = centre
-    return pixels[:, :, top : top + crop, left : left + crop]
-
-
-def _check_finite(loss: Tensor, recipe: Recipe, epoch: int) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingError(
-            f"The teacher's loss is not finite in epoch {epoch + 1}. The last checkpoint is kept. "
-            f"Try a smaller learning rate: --set teacher.lr={recipe.teacher.lr / 10:g}"
-        )
-
-
-def _accuracy(network: nn.Module, recipe: Recipe, images: Images, device: torch.device) -> float:
-    network.eval()
-    test = ImageLoader(images, recipe.preprocess, "test", (recipe.memory or memory_limit(device)) // 2, device)
-    labels = torch.from_numpy(images.labels).to(device)
-    batches = test.batches(sequential_batches(len(test), recipe.test_batch_size))
-    (correct,) = count_correct([network], batches, labels.split(recipe.test_batch_size), recipe.preprocess)
-    return correct / len(test)
+    return TrainedTeacher(path, accuracy, chance(dataset.test.labels), training.rows)
 
 
 def _start_weights(config: TeacherConfig) -> Weights | None:
@@ -221,22 +150,25 @@ def _start_weights(config: TeacherConfig) -> Weights | None:
 
 def _build_network(
     config: TeacherConfig, shape: tuple[int, int, int], dataset: Dataset, start: Weights | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network and the options that it was built with; a last layer for other classes starts anew."""
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """Return the network, the options that it was built with, and the keys of `start` that it has initial weights for.
+
+    Those are the last layer's where `start` is for other classes.
+    """
     settings = config.recipe.teacher
     try:
         spec = loading.NetworkSpec(settings.network, len(dataset.train.classes), shape, settings.options)
         tensors, options = loading.adapt(spec, start.tensors) if start else ({}, dict(settings.options))
-        seed_torch(_SEED, "weights")
+        seed_torch(teacher_epochs.SEED, "weights")
         network = networks.build(settings.network, spec.num_classes, shape, options)
         if not hasattr(network, "losses"):
             check_trainable(network, settings.network, probe_images(shape))
+        initial = network.state_dict()
         if start:
-            state = network.state_dict()
-            completed = networks.complete(settings.network, tensors, state)
-            tensors = completed or _with_new_head(network, settings.network, tensors, shape)
+            completed = networks.complete(settings.network, tensors, initial)
+            tensors = completed or _with_new_head(network, settings.network, tensors, initial, shape)
             loading.load_into(network, tensors, settings.network, start.source)
-        return network, options
+        return network, options, [key for key in initial if tensors.get(key) is initial[key]]
     except NetworkError as problem:
         if config.start or not start:
             raise
@@ -246,11 +178,21 @@ def _build_network(
         ) from problem
 
 
+def _describe_start(network: str, start: Weights | None, new: list[str]) -> str:
+    """Say which weights training starts from, and which layers have initial weights in their place."""
+    if start is None:
+        return f"Training {network} from random weights."
+    choice = f"{start.choice}; " if start.choice else ""
+    layers = list(dict.fromkeys(key.rpartition(".")[0] for key in new))
+    listed = ", ".join([*layers[:3], *([f"{len(layers) - 3} more"] if len(layers) > 3 else [])])
+    loaded = f"{listed} begins anew, every other layer is loaded" if layers else "every layer is loaded"
+    return f"Fine-tuning {network} from {start.source} ({choice}SHA-256 {start.sha256[:12]}): {loaded}."
+
+
 def _with_new_head(
-    network: nn.Module, name: str, tensors: dict[str, Tensor], shape: tuple[int, int, int]
+    network: nn.Module, name: str, tensors: dict[str, Tensor], state: dict[str, Tensor], shape: tuple[int, int, int]
 ) -> dict[str, Tensor]:
-    """Return a file's weights; the last layer's are the network's own where the file's are for other classes."""
-    state = network.state_dict()
+    """Return a file's weights, with the last layer's of the initial `state` where the file is for other classes."""
     path, _ = feature_net.last_linear(network, name, probe_images(shape))
     head = [key for key in state if key.rpartition(".")[0] == path and key in tensors]
     if any(tensors[key].shape[1:] != state[key].shape[1:] for key in head):
