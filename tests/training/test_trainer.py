@@ -1,5 +1,6 @@
 """Stage two: what a cohort shares, what a run folder holds, and when a run is refused."""
 
+import hashlib
 import json
 import platform
 import re
@@ -200,6 +201,25 @@ def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
     first = start(ALONE, 0)
     assert all(value.equal(first[name]) for arm in ARMS for name, value in start(arm, 0).items())
     assert not any(value.equal(first[name]) for name, value in start(ALONE, 1).items())
+
+
+def test_students_start_from_the_weights_of_a_file(
+    digits: Cache, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With next to no learning rate, they end there, too."""
+    settings = [f"students.lenet5.init={teacher}", "lr=1e-12", "epochs=1"]
+    run = train_students(config(digits, tmp_path / "run", *settings, arms=(ALONE, TAUGHT)))
+    start, digest = safetensors.torch.load_file(teacher), hashlib.sha256(teacher.read_bytes()).hexdigest()
+    for arm in (ALONE, TAUGHT):
+        student = safetensors.torch.load_file(run.path / f"student-lenet5-{arm}-seed0.safetensors")
+        kept = [key for key in start if f"backbone.0.{key}" in student]
+        assert len(kept) == len(start) - 4
+        assert all(torch.allclose(student[f"backbone.0.{key}"], start[key], atol=1e-6) for key in kept)
+    assert run.config["init"] == {"lenet5": digest}
+    assert (
+        f"lenet5 starts from {teacher.name} (SHA-256 {digest[:12]}). Its last layers are new."
+        in capsys.readouterr().err
+    )
 
 
 def test_separate_forwards_differ_only_where_there_is_batch_norm(digits: Cache, tmp_path: Path) -> None:

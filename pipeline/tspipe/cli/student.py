@@ -23,6 +23,12 @@ def student(
     seeds: Annotated[int | None, typer.Option(help="Number of seeds (default: the recipe's).")] = None,
     epochs: options.Epochs = None,
     teacher: options.TeacherFile = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="imagenet|FILE|URL", help="Weights to start from: published ones, or a file's (default: random)."
+        ),
+    ] = None,
     data: options.Data = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: one in runs/).")] = None,
     recipe: options.Recipe = None,
@@ -42,7 +48,7 @@ def student(
     from tspipe.utils import distributed
 
     flags: dict[str, Any] = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
-    flags |= {"random_images": random_images, "teacher.network": teacher}
+    flags |= {"random_images": random_images, "teacher.network": teacher, "init": init}
     with distributed.group() as group:
         with group.rank_zero_first():
             opened = open_cache(local_path(cache))

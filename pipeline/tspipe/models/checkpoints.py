@@ -69,12 +69,14 @@ def read_state_dicts(data: bytes, source: str) -> tuple[dict[str, dict[str, Tens
     return vectors or states, lists
 
 
-def choose(states: Mapping[str, dict[str, Tensor]], key: str | None, source: str) -> tuple[str, dict[str, Tensor]]:
+def choose(
+    states: Mapping[str, dict[str, Tensor]], key: str | None, source: str, ambiguous: str
+) -> tuple[str, dict[str, Tensor]]:
     """Return the path of the state dict to load, and the state dict.
 
     Without a `key`, averaged weights (EMA) are preferred, then a common name. A `key` is a path, or a path and a prefix
     of the keys there, which may lack its beginning if it is the only such one. Raises NetworkError, which lists the
-    paths, if the choice is not unique, or there is no such key.
+    paths and ends with `ambiguous`, if the choice is not unique, or there is no such key.
     """
     if key is not None and key in states:
         return key, states[key]
@@ -93,7 +95,7 @@ def choose(states: Mapping[str, dict[str, Tensor]], key: str | None, source: str
                 break
     listed = ", ".join(sorted(path or TOP for path in states)[:10])
     problem = "several sets of weights" if key is None else f"no weights {key!r}, only"
-    raise NetworkError(f"{source} holds {problem}: {listed}. Name the one to load: --set teacher.weights_key=NAME")
+    raise NetworkError(f"{source} holds {problem}: {listed}. {ambiguous}")
 
 
 def check_kinds(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -110,9 +110,7 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
     """
     state = module.state_dict()
     expected, actual = _shapes(state), _shapes(tensors)
-    unexpected = [key for key in actual if key not in expected]
-    missing = [key for key in expected if key not in actual and not key.endswith(_COUNTER)]
-    reshaped = [key for key in expected if key in actual and actual[key] != expected[key]]
+    unexpected, missing, reshaped = _differences(expected, actual)
     if not (unexpected or missing or reshaped):
         floats = [key for key in tensors if state[key].is_floating_point()]  # of any precision; converted on loading
         if wrong := [f"{key} {tensors[key].dtype}" for key in floats if not tensors[key].is_floating_point()]:
@@ -134,12 +132,6 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
             f"{source} holds only a part of {network} ({len(actual)} of {len(expected)} keys), enough to start "
             f"training: {fine_tune}"
         )
-    shapes = [f"{key} {actual[key]}, not {expected[key]}" for key in reshaped]
-    problems = [
-        _count(unexpected, "not in the network"),
-        _count(missing, "missing"),
-        _count(shapes, "of another shape"),
-    ]
     remedy = _suggestion(tensors, network)
     if not remedy and (sets := _weight_sets(tensors, expected)):
         remedy = (
@@ -147,7 +139,27 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor], network: str, so
             f"teacher.weights_key={sets[0]}"
         )
     remedy = remedy or "Name the network that they belong to: --teacher NAME"
-    raise NetworkError(f"{source} does not fit {network}: {', '.join(filter(None, problems))}. {remedy}")
+    raise NetworkError(f"{source} does not fit {network}: {misfit(module, tensors)}. {remedy}")
+
+
+def misfit(module: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Return in words how weights differ from a module's in keys and shapes; empty if they do not."""
+    expected, actual = _shapes(module.state_dict()), _shapes(tensors)
+    unexpected, missing, reshaped = _differences(expected, actual)
+    shapes = [f"{key} {actual[key]}, not {expected[key]}" for key in reshaped]
+    problems = [
+        _count(unexpected, "not in the network"),
+        _count(missing, "missing"),
+        _count(shapes, "of another shape"),
+    ]
+    return ", ".join(filter(None, problems))
+
+
+def _differences(expected: Shapes, actual: Shapes) -> tuple[list[str], list[str], list[str]]:
+    """Return the keys that are unexpected, missing, and of another shape."""
+    unexpected = [key for key in actual if key not in expected]
+    missing = [key for key in expected if key not in actual and not key.endswith(_COUNTER)]
+    return unexpected, missing, [key for key in expected if key in actual and actual[key] != expected[key]]
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:

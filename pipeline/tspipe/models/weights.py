@@ -23,6 +23,12 @@ from tspipe.utils.memory import memory_limit
 from tspipe.utils.reading import read_file
 
 _METADATA, _CHECKSUM = "tspipe", "tensors_sha256"
+_AMBIGUOUS = "Name the one to load: --set teacher.weights_key=NAME"
+_OTHERWISE = "start from a file's (--weights FILE), or from random ones: --set teacher.pretrained=false"
+
+
+class AbsentWeights(NetworkError):
+    """Published weights that are not on this machine, or that nobody publishes."""
 
 
 class Weights(NamedTuple):
@@ -35,13 +41,14 @@ class Weights(NamedTuple):
     choice: str = ""  # which of several state dicts in the file these are, for messages
 
 
-def read(path: Path, key: str | None = None) -> Weights:
+def read(path: Path, key: str | None = None, *, ambiguous: str = _AMBIGUOUS) -> Weights:
     """Read weights from a safetensors file or a PyTorch checkpoint, which may hold more than a state dict.
 
     A `.safetensors` file is never read as a pickle. Other names are read according to their content.
 
     Args:
         key: the dotted path of the state dict in a PyTorch checkpoint; see `checkpoints.choose` for None.
+        ambiguous: what to do if there are several state dicts, for an error.
 
     Raises NetworkError for a file that is missing, damaged or without tensors, and for a pickle that needs more than
     weights.
@@ -67,7 +74,7 @@ def read(path: Path, key: str | None = None) -> Weights:
             )
     else:
         states, lists = checkpoints.read_state_dicts(data, str(path))
-    chosen, tensors = checkpoints.choose(states, key, str(path))
+    chosen, tensors = checkpoints.choose(states, key, str(path), ambiguous)
     checkpoints.check_kinds(tensors, str(path))
     others = sorted(other or checkpoints.TOP for other in states if other != chosen)
     others += [f"{averaged} (a list: its tensors have no names)" for averaged in lists]
@@ -75,13 +82,19 @@ def read(path: Path, key: str | None = None) -> Weights:
     return Weights(tensors, metadata, hashlib.sha256(data).hexdigest(), str(path), choice)
 
 
-def pretrained(name: str, network: str, *, download: bool) -> Weights:
+def pretrained(name: str, network: str, *, download: bool, otherwise: str = _OTHERWISE) -> Weights:
     """Return weights that `networks.pretrained` names, from PyTorch's or the Hugging Face hub's download folder.
 
-    Raises NetworkError if they are damaged, cannot be fetched, or are absent and `download` is false.
+    The metadata of torchvision's have the preprocessing that torchvision states for them.
+
+    Args:
+        otherwise: what to do without them, for an error.
+
+    Raises NetworkError if they are damaged or cannot be fetched, AbsentWeights if `download` is false and they are
+    absent.
     """
     if "/" in name:
-        return read(_from_hub(name, network, download))
+        return read(_from_hub(name, network, download, otherwise))
     from torchvision.models import get_weight
 
     entry = get_weight(name)
@@ -89,10 +102,9 @@ def pretrained(name: str, network: str, *, download: bool) -> Weights:
     digest = path.stem.rpartition("-")[2]  # all of torchvision's URLs end in the first digits of the SHA-256
     if not path.exists():
         if not download:
-            raise NetworkError(
+            raise AbsentWeights(
                 f"Training {network} starts from torchvision's {name}, and {path} does not exist. Fetch them "
-                f"({entry.meta['_file_size']:.0f} MB): --download. Or start from a file's (--weights FILE), or from "
-                "random ones: --set teacher.pretrained=false"
+                f"({entry.meta['_file_size']:.0f} MB): --download. Or {otherwise}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -104,25 +116,32 @@ def pretrained(name: str, network: str, *, download: bool) -> Weights:
         raise NetworkError(
             f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it and fetch it again: --download"
         )
-    return weights
+    transforms = entry.transforms()
+    preprocess = {
+        "mean": transforms.mean,
+        "std": transforms.std,
+        "resize": transforms.resize_size * 2,  # a list of one number
+        "crop": transforms.crop_size[0],
+        "interpolation": transforms.interpolation.value,
+    }
+    return weights._replace(metadata={"preprocess": json.dumps(preprocess)})
 
 
-def _from_hub(name: str, network: str, download: bool) -> Path:
+def _from_hub(name: str, network: str, download: bool, otherwise: str) -> Path:
     """Return the file of weights in a repository of the Hugging Face hub, as `timm/resnet18.a1_in1k`."""
     from huggingface_hub import hf_hub_download  # which timm requires
 
-    remedy = "start from a file's (--weights FILE), or from random ones: --set teacher.pretrained=false"
     if "://" in name:
-        raise NetworkError(f"Training {network} starts from the weights at {name}. Fetch that file, then {remedy}")
+        raise NetworkError(f"Training {network} starts from the weights at {name}. Fetch that file, then {otherwise}")
     try:
         return Path(hf_hub_download(name, "model.safetensors", local_files_only=not download))
     except Exception as error:  # of the hub's, of its HTTP client's and of the file system's types
         if download:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NetworkError(f"{name} cannot be fetched from the Hugging Face hub: {reason}") from error
-        raise NetworkError(
+        raise AbsentWeights(
             f"Training {network} starts from {name} on the Hugging Face hub, which is not on this machine. Fetch it: "
-            f"--download. Or {remedy}"
+            f"--download. Or {otherwise}"
         ) from None
 
 

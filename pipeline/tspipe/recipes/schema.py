@@ -109,6 +109,7 @@ class Overrides(Section):
 class Student(Overrides):
     """The settings of one student."""
 
+    init: str | None = Field(None, description="The weights that this student starts from. None is the recipe's init.")
     options: dict[str, Any] = Field({}, description="The options of the network.")
 
 
@@ -136,6 +137,11 @@ class Recipe(Optimisation):
     students: dict[str, Student] = Field({}, description="Settings of a student that replace the recipe's, by name.")
     alone: Overrides = Field(
         Overrides(), description="A schedule of the student alone, which --compare adds as an arm."
+    )
+    init: str = Field(
+        "random",
+        description="The weights that students start from: random; imagenet, those that torchvision or timm "
+        "publish; auto, the same if they are on this machine; or a file or URL. The last layers are always random.",
     )
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch, without random images.")
     loss: list[str] = Field(["ts"], min_length=1, description="The losses of the taught arms: names, or Python files.")
@@ -210,9 +216,13 @@ class Recipe(Optimisation):
         """Return the options that a student's network is built with."""
         return self._student(student).options
 
+    def student_init(self, student: str) -> str:
+        """Return the weights that a student starts from, as the setting `init` names them."""
+        return self._student(student).init or self.init
+
     def optimisation(self, student: str, *, alone: bool = False) -> Optimisation:
         """Return how a student is optimised; with `alone`, `[alone]` replaces the student's settings, too."""
-        overrides = self._student(student).model_dump(exclude_none=True, exclude={"options"})
+        overrides = self._student(student).model_dump(exclude_none=True, exclude={"init", "options"})
         overrides |= self.alone.model_dump(exclude_none=True) if alone else {}
         return Optimisation(**{**{name: getattr(self, name) for name in Optimisation.model_fields}, **overrides})
 

@@ -3,13 +3,16 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tspipe import losses
 from tspipe.cache import Cache
 from tspipe.errors import RecipeError
-from tspipe.models import networks
+from tspipe.models import initial, networks
+from tspipe.models.initial import InitialWeights
+from tspipe.models.loading import NetworkSpec
 from tspipe.recipes.schema import Recipe
 from tspipe.training.arms import ARMS, RANDOM, arm_losses, learner_name
 from tspipe.utils import plugins
@@ -29,7 +32,7 @@ IRRELEVANT = {
     "tensorboard",
 }
 # Recipe fields that the identity holds in another form, resolved for the students and losses of the run.
-_RESOLVED = {"alone", "loss", "losses", "student", "students"}
+_RESOLVED = {"alone", "init", "loss", "losses", "student", "students"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,21 @@ class StudentConfig:
     download: bool = False
     trust_data: bool = False
     progress_offset: tuple[int, int] = (0, 0)
+
+    @cached_property
+    def initial(self) -> dict[str, InitialWeights]:
+        """The weights that students start from, without those that start from random ones."""
+        shape = tuple(self.cache.manifest["teacher"]["options"]["input_shape"])
+        weights = {}
+        for name in self.recipe.student:
+            spec = NetworkSpec(name, len(self.cache.classes), shape, self.recipe.student_options(name))
+            weights[name] = initial.find(self.recipe.student_init(name), spec, download=self.download)
+        return {name: one for name, one in weights.items() if one}
+
+    def student_options(self, student: str) -> dict[str, Any]:
+        """Return the options of a student's network: the recipe's, and those that its initial weights imply."""
+        weights = self.initial.get(student)
+        return weights.options if weights else self.recipe.student_options(student)
 
 
 def check_names(recipe: Recipe) -> None:
@@ -78,9 +96,10 @@ def identity(config: StudentConfig) -> dict[str, Any]:
         "files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
         "arms": list(config.arms),
         "students": {
-            name: {**recipe.optimisation(name).model_dump(), "options": recipe.student_options(name)}
+            name: {**recipe.optimisation(name).model_dump(), "options": config.student_options(name)}
             for name in recipe.student
         },
+        "init": {name: start.sha256 for name, start in config.initial.items()},
         "loss": recipe.loss if len(recipe.loss) > 1 else recipe.loss[0],
         "losses": {name: options for name in recipe.loss if (options := recipe.stated_loss_options(name))},
         "alone": recipe.alone.model_dump(exclude_none=True),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tspipe import losses
 from tspipe.errors import RecipeError, TrainingError
 from tspipe.losses import Target
-from tspipe.models import feature_net, networks
+from tspipe.models import feature_net, initial, networks
 from tspipe.models.feature_net import FeatureNet
+from tspipe.models.initial import InitialWeights
 from tspipe.models.output import Output
 from tspipe.models.probe import probe_images
 from tspipe.recipes.schema import Recipe
@@ -66,19 +67,29 @@ class StudentWithLoss(nn.Module):
 class Learner:
     """One student network with one loss, one arm, one seed.
 
+    Args:
+        start: the weights that the network starts from; None for random ones.
+
     Attributes:
         spec: which learner it is.
         model: the network and the loss.
         metrics: the epoch's metrics; loss terms are weighted by the number of real images.
     """
 
-    def __init__(self, spec: LearnerSpec, recipe: Recipe, shape: TaskShape, device: torch.device):
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        recipe: Recipe,
+        shape: TaskShape,
+        device: torch.device,
+        start: InitialWeights | None = None,
+    ):
         self.spec = spec
         self.optimization = recipe.optimisation(spec.student, alone=spec.arm == OWN)
         seed_torch(spec.seed, "loss weights")
         options = recipe.loss_options(spec.loss)
         loss = losses.build(spec.loss, shape.feature_dim, shape.num_classes, options)
-        student = _build_student(spec, recipe, shape, device)
+        student = _build_student(spec, recipe, shape, device, start)
         set_batch_norm_momentum(student, self.optimization)
         self.model = StudentWithLoss(student, loss.module.to(device), recipe.random_forward == "separate")
         if recipe.compile:
@@ -202,12 +213,16 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
     module.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
 
 
-def _build_student(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, device: torch.device) -> FeatureNet:
+def _build_student(
+    spec: LearnerSpec, recipe: Recipe, shape: TaskShape, device: torch.device, start: InitialWeights | None
+) -> FeatureNet:
     seed_torch(spec.seed, "weights")  # the same for every arm: they start from the same weights
-    options = recipe.student_options(spec.student)
+    options = start.options if start else recipe.student_options(spec.student)
     module = networks.build(spec.student, shape.num_classes, shape.input_shape, options)
-    probe = probe_images(shape.input_shape)
+    keys, probe = set(module.state_dict()), probe_images(shape.input_shape)
     network = feature_net.student_of(module, spec.student, shape.feature_dim, shape.num_classes, probe)
+    if start:
+        initial.load_backbone(network.get_submodule("backbone.0"), keys, start, spec.student)
     network.precision = getattr(torch, recipe.precision)
     # Channels-last, as the image loader yields batches: 5 to 30 % faster for all of the paper's students.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

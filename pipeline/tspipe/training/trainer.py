@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tspipe.data import random_images
+from tspipe.data.preprocess import Preprocess
 from tspipe.errors import RecipeError
-from tspipe.models import weights
+from tspipe.models import initial, weights
 from tspipe.models.teacher import check_teacher, count_teacher_parameters, load_teacher
 from tspipe.training.arms import RANDOM, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource, shuffled_batches
@@ -67,6 +68,8 @@ def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
         trainer = open_trainer(config, folder, device, group)
         if trainer.partition.is_writer:
             folder.create()
+            for sentence in initial_weights(config):
+                warn(sentence)
     with lock(folder.path / "run", RecipeError, folder.path) if trainer.partition.is_writer else nullcontext():
         # Another job may have finished it while this one read the data.
         if not group.broadcast(folder.finished and not folder.damaged_files()):
@@ -229,13 +232,31 @@ def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
     ]
 
 
+def initial_weights(config: StudentConfig) -> Iterator[str]:
+    """Yield a sentence on each student that does not start from random weights as a matter of course."""
+    manifest = config.cache.manifest
+    side = manifest["teacher"]["options"]["input_shape"][1]
+    for student in config.recipe.student:
+        if start := config.initial.get(student):
+            implied = {k: v for k, v in start.options.items() if config.recipe.student_options(student).get(k) != v}
+            options = f", with {', '.join(f'{name}={value}' for name, value in implied.items())}" if implied else ""
+            yield f"{student} starts from {start.name} (SHA-256 {start.sha256[:12]}){options}. Its last layers are new."
+            if difference := initial.preprocess_difference(start, Preprocess.from_dict(manifest["preprocess"]), side):
+                yield f"{start.name} are for another preprocessing than the cache's: {difference}."
+        elif config.recipe.student_init(student) == initial.AUTO:
+            yield (
+                f"{student} starts from random weights: no ImageNet weights for it are on this machine. If they are "
+                "published, --download fetches them."
+            )
+
+
 def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec) -> dict[str, str]:
     """Return how to build a student and what it takes, as safetensors metadata."""
     return {
         "cache": config.cache.id,
         "classes": json.dumps(config.cache.classes),
         "input_shape": json.dumps(data.train.shape),
-        "options": json.dumps(config.recipe.student_options(spec.student), sort_keys=True),
+        "options": json.dumps(config.student_options(spec.student), sort_keys=True),
         "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
         "width": str(config.cache.dimensions.width),
     }
@@ -264,7 +285,7 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
 def build_learner(config: StudentConfig, data: RunData, spec: LearnerSpec) -> Learner:
     """Build a learner for the data and the cache of a run."""
     shape = TaskShape(config.cache.dimensions.width, len(config.cache.classes), data.train.shape)
-    return Learner(spec, config.recipe, shape, data.train.device)
+    return Learner(spec, config.recipe, shape, data.train.device, config.initial.get(spec.student))
 
 
 def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device, group: Group = ALONE) -> Trainer:

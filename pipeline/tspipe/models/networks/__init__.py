@@ -11,7 +11,8 @@ A file may also define:
   `build` that they imply;
 - `complete(state, initial)`: merges a checkpoint with a new network's initial weights, where the checkpoint may lack
   more than the last layer;
-- `PRETRAINED`: the torchvision weights that training starts from;
+- `PRETRAINED`: the torchvision weights that the training of a teacher starts from;
+- `IMAGENET`: the torchvision weights that `--init imagenet` starts a student from, by the network's name;
 - `PUBLISHED`: the web address of trained weights, by dataset.
 
 A module with a method `losses(images, labels) -> dict[str, Tensor]` is trained as a teacher with the sum of these
@@ -123,6 +124,16 @@ def pretrained(name: str) -> str | None:
     return weights
 
 
+def imagenet(name: str) -> str | None:
+    """Return the weights of this architecture that torchvision or timm publish, named as `pretrained` does, if any."""
+    if name.startswith(_TORCHVISION):
+        from torchvision.models import get_model_weights
+
+        return str(get_model_weights(_torchvision_model(name)).DEFAULT)
+    weights: str | None = pretrained(name) if is_from_library(name) else (_attribute(name, "IMAGENET") or {}).get(name)
+    return weights
+
+
 def preprocess(name: str) -> dict[str, Any]:
     """Return the fields of the preprocessing that a library states for a network's weights; empty if it states none."""
     return _timm.preprocess(name) if name.startswith(_timm.PREFIX) else {}
@@ -145,12 +156,7 @@ def _build_torchvision(
 ) -> Any:
     from torchvision import models
 
-    # Listed from this module only: torchvision's detection, segmentation, video and quantised networks are elsewhere.
-    model, known = name.removeprefix(_TORCHVISION), models.list_models(module=models)
-    if model not in known:
-        near = difflib.get_close_matches(model, known, n=5, cutoff=0)
-        sentence = plugins.unknown("torchvision network", model, near).removesuffix(".")
-        raise NetworkError(f"{sentence}, and {len(known) - len(near)} more.")
+    model = _torchvision_model(name)
     defaults: dict[str, Any] = {"aux_logits": False, "init_weights": True} if model in _AUXILIARY else {}
     try:
         return models.get_model(model, weights=None, num_classes=num_classes, **{**defaults, **options})
@@ -158,6 +164,19 @@ def _build_torchvision(
         if not options:
             raise
         raise NetworkError(plugins.refused_options(name, options, error)) from error
+
+
+def _torchvision_model(name: str) -> str:
+    """Return torchvision's name of an image classifier. Raises NetworkError if there is none."""
+    from torchvision import models
+
+    # Listed from this module only: torchvision's detection, segmentation, video and quantised networks are elsewhere.
+    model, known = name.removeprefix(_TORCHVISION), models.list_models(module=models)
+    if model not in known:
+        near = difflib.get_close_matches(model, known, n=5, cutoff=0)
+        sentence = plugins.unknown("torchvision network", model, near).removesuffix(".")
+        raise NetworkError(f"{sentence}, and {len(known) - len(near)} more.")
+    return model
 
 
 def _check_output(module: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:

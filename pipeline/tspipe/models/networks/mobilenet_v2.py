@@ -6,6 +6,8 @@ from torchvision.models.mobilenetv2 import mobilenet_v2
 
 from tspipe.models.networks._input import Stem, first_conv, uses_cifar_stem
 
+IMAGENET = {"mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V2"}
+
 
 def build(num_classes: int, input_shape: tuple[int, int, int] = (3, 32, 32), stem: Stem = "auto") -> nn.Module:
     """Return a network from (n, C, H, W) float32 to logits (n, num_classes), for any C, H and W.

@@ -11,6 +11,7 @@ from tspipe.models.networks._input import Stem, first_conv, uses_cifar_stem
 from tspipe.models.networks.cifar_resnet import rename_keys
 
 VARIANTS = {"resnet18": {"depth": 18}, "resnet50": {"depth": 50}}
+IMAGENET = {"resnet18": "ResNet18_Weights.IMAGENET1K_V1", "resnet50": "ResNet50_Weights.IMAGENET1K_V2"}
 
 
 def build(
