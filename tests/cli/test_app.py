@@ -1,5 +1,7 @@
 """The commands, as typed: what they print, what they leave, and what bad input gets."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -150,7 +152,43 @@ def test_list(tspipe: Callable, what: str) -> None:
     assert {"datasets": "cub200", "networks": "timm:NAME", "losses": "ts", "recipes": "cifar10"}[what] in shown.out
 
 
-@pytest.mark.parametrize("command", [[], ["teacher"], ["cache"], ["student"], ["info"], ["list"]])
+def test_a_recipe_is_shown_with_values_and_defaults(tspipe: Callable) -> None:
+    command = "recipe", "cifar10,strong", "--set", "teacher.lr=0.2"
+    shown = tspipe(*command)
+    assert all(len(line) <= 80 for line in shown.out.splitlines())
+    rows = {setting["setting"]: setting for setting in json.loads(tspipe(*command, "--json").out)}
+    assert all(name in shown.out for name in rows)
+    assert rows["optimizer"] | {"meaning": ""} == {
+        "setting": "optimizer",
+        "value": "sgd",
+        "default": "adam",
+        "values": "adam or adamw or sgd",
+        "meaning": "",
+    }
+    values = {name: row["value"] for name, row in rows.items()}
+    assert (values["teacher.lr"], values["students.alexnet.lr"], values["preprocess.crop"]) == (0.2, 0.01, None)
+    assert "students.alexnet.momentum" not in values
+
+
+def test_set_help_needs_no_other_flag(tspipe: Callable) -> None:
+    for command in ("teacher", "cache", "student", "bench", "verify", "reproduce"):
+        shown = tspipe(command, "--set", "help")
+        assert (shown.code, shown.err) == (0, "")
+        assert shown.out.startswith("tspipe recipe NAME shows every setting")
+
+
+def test_a_reader_of_the_output_may_stop(tspipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def print_into_closed_pipe() -> list[str]:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    for stream in ("stdout", "stderr"):  # which typer replaces
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    monkeypatch.setattr("tspipe.recipes.load.names", print_into_closed_pipe)
+    result = tspipe("list", "recipes")
+    assert (result.code, result.err) == (1, "")
+
+
+@pytest.mark.parametrize("command", [[], ["teacher"], ["cache"], ["student"], ["info"], ["list"], ["recipe"]])
 def test_help_fits_eighty_columns(tspipe: Callable, command: list[str]) -> None:
     shown = tspipe(*command, "--help")
     assert shown.code == 0

@@ -164,10 +164,15 @@ def test_bad_toml(tmp_path):
     "override, message",
     [
         ("epoch=3", "The recipe digits has no field 'epoch'. Did you mean 'epochs'?"),
-        ("qqqqqq=3", "The recipe digits has no field 'qqqqqq'."),
-        ("teacher.netwrok=x", "The recipe digits has no field 'teacher.netwrok'. Did you mean 'network'?"),
-        ("preprocess.crops=3", "The recipe digits has no field 'preprocess.crops'. Did you mean 'crop'?"),
-        ("students.lenet5.rl=3", "The recipe digits has no field 'students.lenet5.rl'. Did you mean 'lr'?"),
+        ("qqqqqq=3", "The recipe digits has no field 'qqqqqq'. All are listed by: tspipe list settings"),
+        ("teacher.netwrok=x", "The recipe digits has no field 'teacher.netwrok'. Did you mean 'teacher.network'?"),
+        ("preprocess.crops=3", "The recipe digits has no field 'preprocess.crops'. Did you mean 'preprocess.crop'?"),
+        (
+            "students.lenet5.rl=3",
+            "The recipe digits has no field 'students.lenet5.rl'. Did you mean 'students.lenet5.lr'?",
+        ),
+        ("flip=true", "The recipe digits has no field 'flip'. Did you mean 'teacher.flip' or 'views.flip'?"),
+        ("techer.epochs=3", "The recipe digits has no field 'techer'. Did you mean 'teacher'?"),
         (
             "epochs=many",
             'The recipe digits: epochs cannot be "many": '
@@ -203,7 +208,7 @@ def test_bad_toml(tmp_path):
             for views in ('{"count": 1}', '{"count": 4, "shift": 0, "flip": false}')
         ),
         ("views.count=-1", "The recipe digits: views.count cannot be -1: input should be greater than or equal to 0."),
-        ("views.shfit=3", "The recipe digits has no field 'views.shfit'. Did you mean 'shift'?"),
+        ("views.shfit=3", "The recipe digits has no field 'views.shfit'. Did you mean 'views.shift'?"),
         ("student=3", "The recipe digits: student cannot be 3: input should be a valid list."),
         ("student=[3]", "The recipe digits: student.0 cannot be 3: input should be a valid string."),
         ("lr", "--set lr: write it as field=value, for example --set lr=0.01"),
@@ -222,7 +227,8 @@ def test_wrong_overrides(override, message):
 def test_a_missing_field(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[preprocess]\nmean = [0.5]\nstd = [0.5]\n")
-    assert error_message(str(path)) == (f"The recipe {path} lacks the field 'dataset'.")
+    lacks = f"The recipe {path} lacks the field 'dataset'."
+    assert error_message(str(path)) == f"{lacks} Put a dataset's recipe before it: cifar10,{path}"
 
 
 def test_recipes_are_immutable():

@@ -63,6 +63,7 @@ for panel, commands in {
         app.command(rich_help_panel=panel)(command)
 app.command("eval", rich_help_panel="Students in use")(deploy.eval_)
 app.command("list", rich_help_panel="Results")(share.list_)
+app.command(rich_help_panel="Results")(share.recipe)
 
 
 def main() -> None:
@@ -82,7 +83,8 @@ def main() -> None:
         elif text := problem.format_message():
             _print_error(text)
     except SystemExit as stop:
-        if any(name.endswith("_COMPLETE") for name in os.environ):  # shell completion has printed its answer
+        # Shell completion has printed its answer; or the reader of a pipe, as `head`, has gone.
+        if any(name.endswith("_COMPLETE") for name in os.environ) or isinstance(stop.__context__, BrokenPipeError):
             raise
         code = 1
         _print_error(f"A plug-in ended the command with exit({stop.code!r}). Raise an error in its place.")

@@ -23,6 +23,17 @@ def _recipe_names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parents[1].glob("recipes/*.toml"))
 
 
+def _explain_settings(values: list[str] | None) -> list[str] | None:
+    """Say where settings are explained, for `--set help`, even without the flags that the command requires."""
+    if values and "help" in values:
+        print(
+            "tspipe recipe NAME shows every setting with its value, default and meaning, as in: tspipe recipe digits\n"
+            "Override one with --set setting=value, as in: --set teacher.lr=0.01"
+        )
+        raise typer.Exit
+    return values
+
+
 NETWORKS, LOSSES, DATASETS = (
     _completion(partial(plugins.names, package)) for package in ("models.networks", "losses", "data.datasets")
 )
@@ -46,16 +57,19 @@ TeacherFile = Annotated[
 Download = Annotated[
     bool, typer.Option("--download", help="Download the dataset and pretrained weights if they are missing.")
 ]
+RECIPES = _completion(_recipe_names)
 Recipe = Annotated[
     str | None,
-    typer.Option(
-        help="A recipe's name or TOML file (default: the dataset's).", autocompletion=_completion(_recipe_names)
-    ),
+    typer.Option(help="A recipe's name or TOML file (default: the dataset's).", autocompletion=RECIPES),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a recipe setting (see tspipe list settings); repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe's setting (--set help says which there are); repeatable.",
+        is_eager=True,
+        callback=_explain_settings,
     ),
 ]
 TeacherWeights = Annotated[Path | None, typer.Option(help="The teacher's weights (default: its file in checkpoints/).")]

@@ -80,6 +80,42 @@ def list_(
         raise typer.BadParameter(f"{what!r}: choose from {', '.join(packages)}, recipes, settings, caches")
 
 
+def recipe(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A recipe's name or TOML file, or several: cifar10,strong.",
+            autocompletion=options.RECIPES,
+        ),
+    ],
+    settings: options.Settings = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show every setting of a recipe: its value, its default, its meaning."""
+    import json
+
+    from tspipe.recipes import load
+    from tspipe.recipes.settings import recipe_table, recipe_values
+    from tspipe.utils.console import stdout_console
+
+    chosen = load.load(name, settings or ())
+    if json_:
+        rows = [
+            {
+                "setting": setting.name,
+                "value": value,
+                "default": setting.default,
+                "values": setting.type,
+                "meaning": setting.description,
+            }
+            for setting, value in recipe_values(chosen)
+        ]
+        print(json.dumps(rows, indent=2))
+    else:
+        stdout_console().print(recipe_table(chosen))
+
+
 def local_path(cache: str) -> Path:
     """Return the path of a cache; one at a URL is downloaded once, and kept while the remote file is unchanged."""
     from tspipe.cache import address, transfer

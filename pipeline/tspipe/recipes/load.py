@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -156,16 +157,27 @@ def _assign(fields: dict[str, Any], path: str, value: Any) -> None:
     fields[last] = value
 
 
+def _nearest(path: str) -> str:
+    """Return a question that names the settings nearest to an unknown one, or where they are listed."""
+    section, _, field = path.rpartition(".")
+    names = [setting.name for setting in all_settings()]
+    names += {name.rpartition(".")[0] for name in names}  # sections
+    if not (near := [name for name in names if name.rpartition(".")[2] == field and "NAME" not in name]):
+        in_section = re.sub(r"^(students|losses)\.[^.]+$", r"\1.NAME", section)
+        fields = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == in_section]
+        near = [f"{section}.{one}".lstrip(".") for one in difflib.get_close_matches(field, fields, n=1, cutoff=0.5)]
+    near = near or difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else "All are listed by: tspipe list settings"
+
+
 def _message(error: ValidationError, name: str) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = {part for setting in all_settings() for part in setting.name.split(".")} - {"NAME"}
-        near = difflib.get_close_matches(str(first["loc"][-1]), sorted(known), n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"The recipe {name} has no field {path!r}.{hint}"
+        return f"The recipe {name} has no field {path!r}. {_nearest(path)}"
     if first["type"] == "missing":
-        return f"The recipe {name} lacks the field {path!r}."
+        remedy = f" Put a dataset's recipe before it: cifar10,{name}" if path == "dataset" else ""
+        return f"The recipe {name} lacks the field {path!r}.{remedy}"
     if first["type"] == "value_error":
         return f"The recipe {name}: {f'{path}: ' if path else ''}{str(first['ctx']['error']).rstrip('.')}."
     reason = first["msg"][0].lower() + first["msg"][1:]

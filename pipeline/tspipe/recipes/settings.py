@@ -1,7 +1,7 @@
 """The list of all settings, generated from the schema of recipes."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -51,6 +51,38 @@ def settings_table() -> Table:
     for setting in settings():
         table.add_row(Text(setting.name), Text(setting.default), Text(setting.description))
     return table
+
+
+def recipe_values(recipe: Recipe) -> Iterator[tuple[Setting, Any]]:
+    """Yield each setting with a recipe's value; `NAME` is replaced by the names that the recipe has settings of."""
+    fields = recipe.model_dump(mode="json")
+    for setting in settings():
+        for name, value in _values(fields, setting.name.split(".")):
+            yield setting._replace(name=name), value
+
+
+def recipe_table(recipe: Recipe) -> Table:
+    """Return a recipe's values as a table for a terminal; those that are not the default are bold."""
+    table = plain_table(("setting", "value", "default", "meaning"))
+    table.columns[0].no_wrap = True
+    table.columns[1].max_width, table.columns[2].max_width = 16, 12
+    for setting, value in recipe_values(recipe):
+        text = _text(value)
+        style = "" if text == setting.default else "bold"
+        row = (Text(setting.name, style), Text(text, style), Text(setting.default), Text(setting.description))
+        table.add_row(*row)
+    return table
+
+
+def _values(fields: Any, path: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the value at a path with its dotted name; there are several, or none, where the path has `NAME`."""
+    if not path:
+        yield prefix[1:], fields
+    elif path[0] == "NAME":
+        for name, value in fields.items():
+            yield from (item for item in _values(value, path[1:], f"{prefix}.{name}") if item[1] is not None)
+    elif fields is not None:
+        yield from _values(fields[path[0]], path[1:], f"{prefix}.{path[0]}")
 
 
 def _walk(section: Mapping[str, Any], sections: Mapping[str, Any], prefix: str) -> Iterator[Setting]:
