@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tspipe.data.datasets import open_dataset
 from tspipe.deploy.classifier import find_images
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.exported import OnnxExport
+from tspipe.deploy.rebuilt import RebuiltExport
 from tspipe.errors import DatasetError
 
 
@@ -61,11 +63,30 @@ def test_json_and_csv_have_the_same_predictions(tspipe: Callable, student_file: 
     assert tspipe("predict", student_file, photos, "--json", "--csv").code == 2
 
 
-def test_an_export_predicts_as_its_student(tspipe: Callable, student_file: Path, photos: Path, tmp_path: Path) -> None:
+def test_exports_predict_as_their_student(
+    tspipe: Callable, student_file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a `.pt2` archive and a `.safetensors` export only tensors are read; no code in or beside them is run."""
     student = library.load_student(student_file)
-    export(student, ExportConfig("onnx", tmp_path / "x.onnx", uint8=True), None)
+    files = {"onnx": "x.onnx", "torch": "x.pt2", "safetensors": "x.safetensors"}
+    for name, file in files.items():
+        export(student, ExportConfig(name, tmp_path / file, uint8=name != "safetensors"), None)
+    monkeypatch.setattr("torch.export.load", None)
+    (tmp_path / "x.py").write_text("raise SystemExit")
     by_student = tspipe("predict", student_file, photos / "b", "--top", 1)
-    assert tspipe("predict", "x.onnx", photos / "b", "--top", 1) == by_student
+    for file in files.values():
+        assert tspipe("predict", file, photos / "b", "--top", 1) == by_student
+    with zipfile.ZipFile(tmp_path / "x.pt2") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for old, new, reason in (
+        (b'"use_pickle": false', b'"use_pickle": true', "0.features.0.weight.use_pickle: Input should be False"),
+        (b'"as_int": 25', b'"as_int": 250', "out of bounds for storage"),
+        (b"0.features.0.weight", b"0.features.9.weight", "its tensors are not those of lenet5"),
+    ):
+        with zipfile.ZipFile(tmp_path / "y.pt2", "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data.replace(old, new) if name.endswith("weights_config.json") else data)
+        assert reason in error_message(RebuiltExport, tmp_path / "y.pt2")
 
 
 def test_only_an_export_of_tspipes_is_run(tmp_path: Path) -> None:

@@ -72,9 +72,7 @@ def export(
 
 
 def predict(
-    source: Annotated[
-        Path, typer.Argument(metavar="STUDENT", help="A run folder, a file student-*.safetensors, or an .onnx export.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="STUDENT", help="A run folder, a student's file, or an export.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
     student: Name = None,
@@ -125,7 +123,7 @@ def predict(
 def eval_(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="STUDENT", help="Run folders, files student-*.safetensors, or .onnx exports."),
+        typer.Argument(metavar="STUDENT", help="Run folders, students' files, or exports."),
     ],
     student: Name = None,
     network: Network = None,

@@ -1,4 +1,4 @@
-"""An exported ONNX file as a classifier."""
+"""Exports as classifiers, and the choice between them and students."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from tspipe.deploy.classifier import Classifier
 from tspipe.deploy.facts import ExportFacts, parse
 from tspipe.deploy.formats import INPUT, check_installed
+from tspipe.deploy.rebuilt import RebuiltExport, is_export
 from tspipe.deploy.student import find_students, last_rows, load_student
 from tspipe.errors import NetworkError
 from tspipe.utils.progress import warn
@@ -41,9 +42,15 @@ class OnnxExport:
 
 
 def load_classifier(path: Path, student: str | None = None, network: str | None = None) -> Classifier:
-    """Return the export in an `.onnx` file, else the student, as `load_student`; say which one of several it is."""
+    """Return the export in a file, else the student, as `load_student`; say which one of several it is.
+
+    Args:
+        network: the path of the network's file, if it is a user's. ONNX files need none.
+    """
     if path.suffix == ".onnx":
         return OnnxExport(path)
+    if path.suffix == ".pt2" or (path.suffix == ".safetensors" and is_export(path)):
+        return RebuiltExport(path, network)
     loaded = load_student(path, student=student, network=network)
     if path.is_dir() and (count := len(find_students(path, student))) > 1:
         split = (

@@ -20,6 +20,8 @@ class Facts(BaseModel):
         cache: the id of the cache that the student was trained from, 64 hex digits.
         classes: the class names.
         input_shape: (C, H, W) of an image after `preprocess`.
+        network: the network's name; `mine` for a user's `./mine.py`.
+        options: the network's own options.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -28,6 +30,8 @@ class Facts(BaseModel):
     classes: Json[Annotated[list[str], Field(min_length=1)]]
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
+    network: Annotated[str, Field(pattern=r"^[\w.+-]+(:[\w.+-]+)?$")]  # a name, never a path
+    options: Json[dict[str, JsonValue]]
 
     @model_validator(mode="after")
     def _check_preprocess(self) -> Self:
@@ -46,14 +50,10 @@ class StudentFacts(Facts):
 
     Attributes:
         arm: how it was trained: alone, taught, taught + random.
-        network: the network's name; `mine` for a user's `./mine.py`.
-        options: the network's own options.
         width: the number of the teacher's features.
     """
 
     arm: str
-    network: Annotated[str, Field(pattern=r"^[\w.+-]+(:[\w.+-]+)?$")]  # a name, never a path
-    options: Json[dict[str, JsonValue]]
     width: Annotated[int, Field(ge=1)]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tspipe.deploy.student import Student
 from tspipe.errors import NetworkError
+from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import fold_if_equal
 from tspipe.models.probe import eval_mode, probe_images
 
@@ -15,19 +16,27 @@ _TOLERANCE = 1e-4  # max|Δ| / max|logit|
 
 
 def fold(student: Student) -> nn.Module:
-    """Return a module that computes the student's logits with fewer weights, in eval mode; the student is not modified.
+    """Return a module that computes the student's logits with fewer weights; see `fold_network`."""
+    return fold_network(student.network, student.facts.input_shape, str(student.path))
+
+
+def fold_network(student: FeatureNet, input_shape: tuple[int, int, int], source: str) -> nn.Module:
+    """Return a module that computes a student's logits with fewer weights, in eval mode; the student is not modified.
 
     g(x) = Linear(native, d) and the classifier Linear(d, c) become one Linear(native, c), so a wide teacher costs
     nothing at inference. Batch norms are folded into convolutions where that leaves the output unchanged. Raises
     NetworkError if the logits of a probe change by more than 1e-4, max|Δ| / max|logit|.
     """
-    network = copy.deepcopy(student.network).eval()
+    network = copy.deepcopy(student).eval()
     (backbone, projection), head = cast(nn.Sequential, network.backbone), network.head
-    probe = probe_images(student.facts.input_shape).to(head.weight.device)
+    probe = probe_images(input_shape).to(head.weight.device)
     folded = nn.Sequential(fold_if_equal(backbone, probe), merge(cast(nn.Linear, projection), head)).eval()
-    difference = relative_difference(_logits(folded, probe), _logits(student, probe))
+    with eval_mode(student):
+        expected = student(probe).logits
+    with eval_mode(folded):
+        difference = relative_difference(folded(probe), expected)
     if not difference <= _TOLERANCE:
-        raise NetworkError(f"Folding changes the logits of {student.path} by {difference:.1g} of the largest.")
+        raise NetworkError(f"Folding changes the logits of {source} by {difference:.1g} of the largest.")
     return folded.requires_grad_(False)
 
 
@@ -49,8 +58,3 @@ def relative_difference(one: Tensor, two: Tensor) -> float:
 def count_parameters(module: nn.Module) -> int:
     """Return the number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _logits(module: nn.Module, images: Tensor) -> Tensor:
-    with eval_mode(module):
-        return module(images)  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ from tspipe.errors import NetworkError
 Array = NDArray[Any]
 Run = Callable[[Array], Array]  # a batch of images to logits or probabilities (n, c)
 INPUT = "images"
-_EXTRA_FILE = "tspipe.json"  # the metadata in a .pt2 archive
+EXTRA_FILE = "tspipe.json"  # the metadata in a .pt2 archive
 
 
 class Files(NamedTuple):
@@ -95,7 +95,7 @@ def _load_onnx(files: Files) -> Run:
 def _write_torch(program: ExportedProgram, metadata: Mapping[str, str]) -> Files:
     buffer = io.BytesIO()
     with quiet():
-        torch.export.save(program, buffer, extra_files={_EXTRA_FILE: json.dumps(dict(metadata))})
+        torch.export.save(program, buffer, extra_files={EXTRA_FILE: json.dumps(dict(metadata))})
     return Files(buffer.getvalue())
 
 

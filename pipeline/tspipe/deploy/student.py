@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tspipe.data.preprocess import Preprocess
 from tspipe.deploy import images
 from tspipe.deploy.classifier import Prediction, predict
-from tspipe.deploy.facts import StudentFacts, parse
+from tspipe.deploy.facts import Facts, StudentFacts, parse
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
 from tspipe.models.feature_net import FeatureNet, student_of
@@ -92,7 +92,7 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
             f"the run's command: tspipe student --cache CACHE --out {file.parent}, and the settings in config.json"
         )
     facts = parse(StudentFacts, read.metadata, str(file))
-    return Student(_build(facts, read.tensors, _network_name(facts, network, file), str(file)), facts, file).eval()
+    return Student(_load(facts, read.tensors, network, file), facts, file).eval()
 
 
 def find_students(run: Path, pattern: str | None = None) -> dict[str, Path]:
@@ -121,7 +121,7 @@ def accuracy(row: Mapping[str, float]) -> float:
     return row.get("val_accuracy", row.get("test_accuracy", 0))
 
 
-def _network_name(facts: StudentFacts, network: str | None, file: Path) -> str:
+def _network_name(facts: Facts, network: str | None, file: Path) -> str:
     """Return the name to build the student's network by. A name in the file is never imported unless it is tspipe's."""
     if network and networks.recorded_name(network) == facts.network:
         return network
@@ -135,17 +135,29 @@ def _network_name(facts: StudentFacts, network: str | None, file: Path) -> str:
     )
 
 
-def _build(facts: StudentFacts, tensors: Mapping[str, Tensor], name: str, source: str) -> FeatureNet:
+def build(facts: Facts, stored: int, width: int, network: str | None, path: Path) -> FeatureNet:
+    """Build the network of a student's file, or of an export, with random weights.
+
+    Args:
+        stored: the number of values in the file, which limits how large a network the file may claim.
+        width: the number of features that g(x) returns.
+        network: the path of the network's file, if it is a user's.
+
+    Raises NetworkError if the network is not tspipe's and `network` is not its file, or is too large.
+    """
+    name, classes = _network_name(facts, network, path), len(facts.classes)
+    spec = NetworkSpec(name, classes, facts.input_shape, facts.options)
+    if spec.count_parameters() > 16 * stored + _SPARE_PARAMETERS:
+        raise NetworkError(f"{path} is damaged: it has {stored:,} numbers, far too few for its network {name}.")
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+        return student_of(spec.build(), name, width, classes, probe_images(facts.input_shape))
+
+
+def _load(facts: StudentFacts, tensors: Mapping[str, Tensor], network: str | None, path: Path) -> FeatureNet:
     """Build the student's network and load its weights; what the file claims is compared with its tensors before."""
     head, expected = tensors.get("head.weight"), (len(facts.classes), facts.width)
     if head is None or head.shape != expected:
-        raise NetworkError(f"{source} is damaged: its head is not of {expected[1]} features and {expected[0]} classes.")
-    spec = NetworkSpec(name, len(facts.classes), facts.input_shape, facts.options)
-    stored = sum(tensor.numel() for tensor in tensors.values())
-    if spec.count_parameters() > 16 * stored + _SPARE_PARAMETERS:
-        raise NetworkError(f"{source} is damaged: it has {stored:,} numbers, far too few for its network {name}.")
-    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
-        probe = probe_images(facts.input_shape)
-        network = student_of(spec.build(), name, facts.width, len(facts.classes), probe)
-    load_into(network, tensors, name, source)
-    return network
+        raise NetworkError(f"{path} is damaged: its head is not of {expected[1]} features and {expected[0]} classes.")
+    built = build(facts, sum(tensor.numel() for tensor in tensors.values()), facts.width, network, path)
+    load_into(built, tensors, facts.network, str(path))
+    return built
