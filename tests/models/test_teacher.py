@@ -251,23 +251,13 @@ def test_weights_of_a_tebibyte_of_holes_are_not_read(tmp_path: Path) -> None:
     assert message == f"{SOURCE} take 1,099,511,627,776 bytes, more than the 14,946 weights of lenet5 need."
 
 
-def test_chance_is_the_largest_class_and_two_deviations() -> None:
-    assert teacher.chance(np.array([0] * 30 + [1] * 70)) == pytest.approx(0.7 + 2 * (0.7 * 0.3 / 100) ** 0.5)
-    assert teacher.chance(np.zeros(5, dtype=np.int64)) == 1
-
-
 def test_a_teacher_no_better_than_chance_is_remarked_on(digits: Cache) -> None:
     assert teacher.accuracy_warning(digits) is None
-    cache = SimpleNamespace(
-        train=SimpleNamespace(labels=np.array([0, 1] * 40)),
-        test=SimpleNamespace(labels=np.array([0, 1] * 10)),
-        manifest={"teacher": {"correct": {"train": 50, "test": 10}}},
-    )
+    labels, logits = np.array([0, 1] * 10), np.eye(2, dtype=np.float32)[[0, 1, 1, 0] * 5]
+    test = SimpleNamespace(labels=labels, logits=SimpleNamespace(load=lambda: logits))
+    cache = SimpleNamespace(test=test, manifest={"teacher": {"correct": {"test": 10}}})
     warning = teacher.accuracy_warning(cast(Cache, cache))
     assert warning is not None
-    assert warning.startswith(
-        "The teacher classifies 60.00 % of the images as labelled; one that always names the most frequent class may "
-        "reach 60.00 % by chance. "
-    )
-    cache.manifest["teacher"]["correct"]["test"] = 11
+    assert warning.startswith("The teacher classifies 50.00% of the test images correctly, and guesses may reach ")
+    cache.manifest["teacher"]["correct"]["test"] = 15
     assert teacher.accuracy_warning(cast(Cache, cache)) is None

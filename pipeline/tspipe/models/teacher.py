@@ -1,13 +1,11 @@
 """The teacher of a cache: built from the weights in the file, and compared with the file's rows."""
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tspipe.cache import Cache
 from tspipe.errors import CacheMismatch, NetworkError
-from tspipe.models import networks, weights
+from tspipe.models import chance, networks, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
 from tspipe.models.loading import NetworkSpec, load_network
@@ -112,22 +110,15 @@ def draws_at_random(teacher: FeatureNet, images: Tensor) -> bool:
     return bool((first - second).abs().max() > ROUNDING * first.abs().max())
 
 
-def chance(labels: NDArray[np.int64]) -> float:
-    """Return the accuracy that a constant answer may reach: the largest class's share, and two standard deviations."""
-    share = np.bincount(labels).max() / len(labels)
-    return float(share + 2 * np.sqrt(share * (1 - share) / len(labels)))
-
-
 def accuracy_warning(cache: Cache) -> str | None:
-    """Return a warning if the teacher classifies the images of a cache no better than by chance."""
-    labels = np.concatenate([cache.train.labels, cache.test.labels])
-    accuracy, limit = sum(cache.manifest["teacher"]["correct"].values()) / len(labels), chance(labels)
-    if accuracy > limit:
+    """Return a warning if the teacher classifies the test images of a cache no better than by guessing."""
+    labels = cache.test.labels
+    if not chance.is_suspicious(cache.manifest["teacher"]["correct"]["test"] / len(labels), labels):
         return None
-    return (
-        f"The teacher classifies {100 * accuracy:.2f} % of the images as labelled; one that always names the most "
-        f"frequent class may reach {100 * limit:.2f} % by chance. Check that its classes, their order and its "
-        "preprocessing are those of the dataset before you train students."
+    problem = chance.remark(cache.test.logits.load().argmax(1), labels)
+    return problem and (
+        f"The teacher {problem}. Students would learn nothing from it. Likely reasons: its classes are others than the "
+        "dataset's or in another order, or its preprocessing is not the one that it was trained with."
     )
 
 

@@ -1,14 +1,17 @@
 """Accuracy on the test split and on held-back training images."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tspipe.data.image_loader import ImageLoader
 from tspipe.data.preprocess import Preprocess
+from tspipe.models import chance
 from tspipe.training.learner import Learner
 from tspipe.training.partition import Partition
 from tspipe.training.run_data import RunData
@@ -43,6 +46,14 @@ def count_correct(
     return [int(count) for count in correct]
 
 
+@torch.no_grad()
+def predict(
+    network: Callable[[Tensor], Tensor], batches: Iterable[Tensor], preprocess: Preprocess
+) -> NDArray[np.int64]:
+    """Return the class that a network predicts for each image (n,), in its current mode; see `count_correct`."""
+    return torch.cat([network(preprocess.normalise(images)).argmax(1).cpu() for images in batches]).numpy()
+
+
 class Evaluator:
     """Tests learners on the images of a run, each process on its part of them."""
 
@@ -68,6 +79,24 @@ class Evaluator:
             row["seconds_testing"] = round(learner.testing_time.seconds(), 4)
             row["seconds_teacher"] = round(teacher_seconds, 4)
         return rows
+
+    def chance_remarks(self, learners: list[Learner], rows: list[dict[str, Any]]) -> Iterator[str]:
+        """Yield a sentence on each learner that is no better than guessing, with its likely reasons.
+
+        Args:
+            rows: what `rows` returned for these learners.
+        """
+        labels, images = self.data.test_labels.cpu().numpy(), self.data.test
+        for learner, row in zip(learners, rows, strict=True):
+            if chance.is_suspicious(row["test_accuracy"], labels):
+                order = torch.arange(len(images)).split(self.batch_size)
+                predicted = predict(learner.logits, images.batches(order), self.data.preprocess)
+                if problem := chance.remark(predicted, labels):
+                    yield (
+                        f"{learner.name} {problem}. Likely reasons: too few epochs ({row['epoch']}) or training images "
+                        f"({self.data.train_count:,}) for its initial weights, or a learning rate "
+                        f"({learner.optimization.lr:g}) that is too high or too low."
+                    )
 
     def _correct(self, learners: list[Learner], images: ImageLoader, labels: Tensor, rows: Tensor) -> list[int]:
         for learner in learners:

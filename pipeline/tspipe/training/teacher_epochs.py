@@ -18,10 +18,11 @@ from tspipe.data.datasets import Dataset, Images
 from tspipe.data.image_loader import ImageLoader
 from tspipe.data.preprocess import Preprocess, shift_and_flip
 from tspipe.errors import TrainingError
+from tspipe.models import chance
 from tspipe.recipes.schema import Recipe
 from tspipe.training.batches import sequential_batches, shuffled_batches
 from tspipe.training.checkpoint import Checkpointer, Position, load_training_state, training_state
-from tspipe.training.evaluation import count_correct
+from tspipe.training.evaluation import count_correct, predict
 from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
 from tspipe.training.run_folder import Row
 from tspipe.utils.files import write_whole
@@ -179,6 +180,15 @@ def accuracy(network: nn.Module, test: Split, recipe: Recipe) -> float:
     batches = test.images.batches(sequential_batches(len(test.images), size))
     (correct,) = count_correct([network], batches, test.labels.split(size), recipe.preprocess)
     return correct / len(test.images)
+
+
+def chance_remark(network: nn.Module, test: Split, recipe: Recipe, accuracy: float) -> str | None:
+    """Return in what respect a network of this accuracy classifies no better than by guessing; see `models.chance`."""
+    if not chance.is_suspicious(accuracy, labels := test.labels.cpu().numpy()):
+        return None
+    network.eval()
+    batches = test.images.batches(sequential_batches(len(test.images), recipe.test_batch_size))
+    return chance.remark(predict(network, batches, recipe.preprocess), labels)
 
 
 def _augment(pixels: Tensor, recipe: Recipe, epoch: int, batch: int) -> Tensor:

@@ -147,10 +147,11 @@ def train_and_report(config: TeacherConfig) -> TrainedTeacher:
     """Train a teacher; print its test accuracy and where its weights are."""
     trained = train_teacher.train_teacher(config)
     echo(f"Test accuracy {100 * trained.accuracy:.2f} %. The weights are in {trained.path}")
-    if trained.accuracy <= trained.chance:
+    if trained.remark:
+        settings = config.recipe.teacher
         warn(
-            f"The teacher has learned nothing: one that always names the most frequent class may reach "
-            f"{100 * trained.chance:.2f} % by chance. Check the labels and the learning rate before you use it."
+            f"The teacher {trained.remark}. Likely reasons: labels of other images, a learning rate "
+            f"({settings.lr:g}) that is too high or too low, or too few epochs ({settings.epochs})."
         )
     return trained
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tspipe.data.datasets import Dataset, open_dataset, stem
 from tspipe.data.image_loader import input_shape
 from tspipe.errors import DatasetError, NetworkError, TrainingError
-from tspipe.models import feature_net, loading, networks, weights
+from tspipe.models import chance, feature_net, loading, networks, weights
 from tspipe.models.probe import check_trainable, probe_images
-from tspipe.models.teacher import chance
 from tspipe.models.weights import Weights
 from tspipe.recipes.schema import Recipe
 from tspipe.training import teacher_epochs, training_data
@@ -55,13 +54,13 @@ class TrainedTeacher(NamedTuple):
     Attributes:
         path: the file of the weights, which are those of the last epoch.
         accuracy: their test accuracy.
-        chance: the accuracy that chance may reach.
+        remark: in what respect it classifies no better than by guessing, if so.
         metrics: those of each epoch, if it was trained now; see `teacher_epochs.TeacherTraining.rows`.
     """
 
     path: Path
     accuracy: float
-    chance: float
+    remark: str | None
     metrics: Sequence[Row] = ()
 
 
@@ -100,21 +99,23 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     start = _start_weights(config)
     path = config.out or checkpoint_path(dataset.name, settings.network)
     data = training_data.describe(dataset.train)
-    tested = training_data.describe(dataset.test, "test")
-    tested = {f"test_{name}": tested[name] for name in ("labels_sha256", "pixels_sha256")}
+    tested = {f"test_{k}": v for k, v in training_data.describe(dataset.test, "test").items() if k != "classes"}
     identity = _identity(recipe, dataset.name, data, start)
     checkpointer = Checkpointer(path.with_name(path.name + ".part"), recipe.checkpoint_seconds, identity)
     if path.exists() and not config.force:
         trained = weights.read(path)
         accuracy = _recorded_accuracy(trained, identity, data)
-        if not trained.metadata.items() >= tested.items():  # of another test split
+        remark, suspicious = None, chance.is_suspicious(accuracy, dataset.test.labels)
+        if suspicious or not trained.metadata.items() >= tested.items():  # of another test split
             network, *_ = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
             loading.load_into(network, trained.tensors, settings.network, trained.source)
             network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            accuracy = teacher_epochs.accuracy(network, load_split(dataset.test, "test", recipe, device), recipe)
+            test = load_split(dataset.test, "test", recipe, device)
+            accuracy = teacher_epochs.accuracy(network, test, recipe)
+            remark = teacher_epochs.chance_remark(network, test, recipe, accuracy)
         checkpointer.delete()  # it remains if a process was killed at the very end
         remove_stale_lock(path)
-        return TrainedTeacher(path, accuracy, chance(dataset.test.labels))
+        return TrainedTeacher(path, accuracy, remark)
     network, options, new = _build_network(config, input_shape(dataset.train, recipe.preprocess), dataset, start)
     warn(_describe_start(settings.network, start, new))
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,7 +138,8 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
         }
         weights.save(path, network, metadata)
         checkpointer.delete()
-    return TrainedTeacher(path, accuracy, chance(dataset.test.labels), training.rows)
+    remark = teacher_epochs.chance_remark(network, training.test, recipe, accuracy)
+    return TrainedTeacher(path, accuracy, remark, training.rows)
 
 
 def _start_weights(config: TeacherConfig) -> Weights | None:

@@ -128,6 +128,9 @@ class Trainer:
                     if recipe.memory:  # what training has freed in small pieces is of no use to larger test batches
                         release_freed_memory()
                     rows = evaluator.rows(learners, epoch, self.batches.teacher_seconds())
+                    if epoch + 1 == recipe.epochs and self.partition.reports_losses:
+                        for sentence in evaluator.chance_remarks(learners, rows):
+                            warn(sentence)
                     rows = self.partition.gather_rows(rows)
                     if is_writer:
                         rows = self.log.write(rows)
