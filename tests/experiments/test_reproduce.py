@@ -170,10 +170,6 @@ def test_a_dataset_selects_the_parts() -> None:
         ),
         (TableConfig("table3", arms=("random",)), "table3 has no arm 'random'. There are: alone, own, taught."),
         (
-            TableConfig("table1", settings=("loss=tss",)),
-            "Unknown loss 'tss'. There are: ts, kd, vid, xent.",
-        ),
-        (
             TableConfig("table1", students=("lenet5", "lenet5")),
             "Two students are named lenet5. Name each once, and give files different names.",
         ),
@@ -187,9 +183,11 @@ def test_unknown_names_are_refused(table_config: TableConfig, expected: str) -> 
     assert str(refused.value) == expected
 
 
-def test_an_unknown_student_is_refused_before_the_teacher_runs() -> None:
+def test_an_unknown_student_or_loss_is_refused_before_the_teacher_runs() -> None:
     with pytest.raises(NetworkError, match=r"^Unknown network 'lenet6'\. There are: lenet5, "):
         reproduce(TableConfig("table1", students=("lenet6",)))
+    with pytest.raises(RecipeError, match=r"^Unknown loss 'tss'\. There are: ts, "):
+        reproduce(TableConfig("table1", settings=("loss=tss",)))
 
 
 def test_a_shorter_schedule_is_in_proportion() -> None:

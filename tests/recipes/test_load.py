@@ -286,9 +286,14 @@ def test_a_recipe_that_is_its_own_base(tmp_path):
 
 
 def test_options_of_an_unknown_loss():
-    assert error_message("digits", ["losses.KD.temperature=2"]) == (
-        "The recipe digits: Unknown loss 'KD'. There are: kd, ts, vid, xent."
-    )
+    message = error_message("digits", ["losses.kdd.temperature=2"])
+    assert message.startswith("The recipe digits: Unknown loss 'kdd'. There are: kd, ")
+
+
+def test_all_losses():
+    names = load.load("digits", ["loss=all"]).loss
+    assert {"ts", "kd", "dkd", "crd"} < set(names)
+    assert "xent" not in names
 
 
 def test_the_papers_tables():

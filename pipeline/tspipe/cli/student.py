@@ -14,7 +14,9 @@ def student(
     student: options.Students = None,
     loss: Annotated[
         list[str] | None,
-        typer.Option(help="ts, kd, vid or a file ./mine.py; repeatable.", autocompletion=options.LOSSES),
+        typer.Option(
+            help="A loss (see tspipe list losses), all, or a file ./mine.py; repeatable.", autocompletion=options.LOSSES
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")

@@ -81,7 +81,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
             for student in recipe.student:
                 networks.check_exists(student)
             for loss in recipe.loss:
-                losses.build(loss, 8, 8, recipe.stated_loss_options(loss))
+                losses.build(loss, losses.Sizes(8, 8, 8), recipe.stated_loss_options(loss))
     caches = [config.cache or _cache(config, part, group) for part in selected]
     with group.rank_zero_first():
         jobs = [_job(config, part, open_cache(path)) for part, path in zip(selected, caches, strict=True)]

@@ -5,32 +5,61 @@ A loss's file defines a class `Loss`, an `nn.Module` with two members:
 - `needs`: a subset of {"features", "logits", "labels"}, the fields of the target that it reads;
 - `forward(student, target)`: returns a non-empty dict of named terms, each a floating-point scalar.
 
-Training minimises the sum of the terms. The arguments of the constructor are the loss's options. They come from
-`[losses.NAME]` in the recipe, except `feature_dim` and `num_classes`, which are given if the constructor has them.
+Training minimises the sum of the terms. Images without a label have the label `NO_LABEL`; `cross_entropy` and
+`labelled_mean` leave them out.
+
+The arguments of the constructor are the loss's options, from `[losses.NAME]` in the recipe, except those that are given
+if the constructor has parameters of their names: the fields of `Sizes`, and the statistics of the cache's training rows
+in `TeacherStatistics`, such as `class_means`. A statistic is computed only if a loss asks for it.
+
+Two more members are optional:
+
+- `start_epoch(epoch)`: called before each epoch, counted from 0, for weights that change during training;
+- `student_head`: an `nn.Linear` that replaces the student's classifier and is not trained.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspipe.errors import RecipeError
+from tspipe.losses._statistics import NAMES as STATISTICS
+from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models.output import Output
 from tspipe.utils import plugins
+
+NO_LABEL = -100  # the label of an image without one; PyTorch's cross-entropy ignores it
 
 
 class Target(NamedTuple):
     """What a student learns from n images: the teacher's features and logits, and labels (n,) int64.
 
-    A field that the loss does not need is empty, (n, 0).
+    A field that the loss does not need is empty, (n, 0). An image without a label has `NO_LABEL`.
     """
 
     features: Tensor
     logits: Tensor
     labels: Tensor
+
+
+class Sizes(NamedTuple):
+    """The sizes that a loss's constructor may ask for.
+
+    Attributes:
+        feature_dim: d, the number of features in a target.
+        num_classes: c, the number of logits.
+        student_dim: the number of the student's features, d unless it keeps its own width.
+    """
+
+    feature_dim: int
+    num_classes: int
+    student_dim: int
 
 
 class BuiltLoss(NamedTuple):
@@ -50,23 +79,54 @@ def recorded_name(name: str) -> str:
     return plugins.recorded_name("losses", name)
 
 
-def build(name: str, feature_dim: int, num_classes: int, options: Mapping[str, Any] = {}) -> BuiltLoss:
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean cross-entropy over the images that have a label, 0 if none has one.
+
+    Args:
+        logits: (n, c).
+        labels: (n,) int64, or `NO_LABEL`.
+        label_smoothing: the probability that is spread over all classes.
+    """
+    total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum", label_smoothing=label_smoothing)
+    return total / labels.ne(NO_LABEL).sum().clamp(min=1)
+
+
+def labelled_mean(values: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of values (n,) over the images that have a label, 0 if none has one."""
+    labelled = labels.ne(NO_LABEL)
+    return values.where(labelled, 0).sum() / labelled.sum().clamp(min=1)
+
+
+def check_options(loss: str, positive: Mapping[str, float] = {}, not_negative: Mapping[str, float] = {}) -> None:
+    """Raise RecipeError for an option of a loss that is not a finite number in its range."""
+    for option, value in {**positive, **not_negative}.items():
+        in_range = value > 0 if option in positive else value >= 0
+        if not in_range or not math.isfinite(value):
+            needed = "above 0" if option in positive else "of 0 or more"
+            raise RecipeError(f"The loss {loss} cannot have {option}={value:g}: it is a number {needed}.")
+
+
+def build(
+    name: str, sizes: Sizes, options: Mapping[str, Any] = {}, statistics: TeacherStatistics | None = None
+) -> BuiltLoss:
     """Build a loss, and check its contract once on random outputs for two images.
 
     Args:
         name: one of `names()`, or the path of a Python file.
-        feature_dim: d, the number of features.
-        num_classes: c, the number of logits.
+        sizes: the widths of the features and the number of classes.
         options: arguments of the loss's constructor, from `[losses.NAME]` in the recipe.
+        statistics: those of the cache; None for made-up ones, as for a check of the options.
 
     Raises RecipeError for an unknown option, a value that the loss does not accept, and a broken contract.
     """
     constructor = plugins.load("losses", name, "Loss", RecipeError).Loss
-    given = {"feature_dim": feature_dim, "num_classes": num_classes}
-    named = {key: value for key, value in given.items() if key in inspect.signature(constructor).parameters}
+    statistics = statistics or TeacherStatistics.made_up(sizes.feature_dim, sizes.num_classes)
+    parameters = inspect.signature(constructor).parameters.keys()
+    given = {key: value for key, value in sizes._asdict().items() if key in parameters}
+    given |= {key: getattr(statistics, key) for key in sorted(STATISTICS & parameters)}
     section = f"[losses.{recorded_name(name)}]"
-    loss = plugins.construct(functools.partial(constructor, **named), f"The loss {name}", options, RecipeError, section)
-    return BuiltLoss(loss, _check_terms(loss, name, _check_needs(loss, name), feature_dim, num_classes))
+    loss = plugins.construct(functools.partial(constructor, **given), f"The loss {name}", options, RecipeError, section)
+    return BuiltLoss(loss, _check_terms(loss, name, _check_needs(loss, name), sizes))
 
 
 def _check_needs(loss: nn.Module, name: str) -> Collection[str]:
@@ -80,13 +140,25 @@ def _check_needs(loss: nn.Module, name: str) -> Collection[str]:
     )
 
 
-def _check_terms(loss: nn.Module, name: str, needs: Collection[str], feature_dim: int, num_classes: int) -> list[str]:
+def _check_terms(loss: nn.Module, name: str, needs: Collection[str], sizes: Sizes) -> list[str]:
+    d, c, w = sizes
+    buffers = [buffer.clone() for buffer in loss.buffers()]
     with torch.random.fork_rng(devices=[]):  # training must not depend on the numbers that the check draws
         torch.default_generator.manual_seed(0)
-        output = Output(*(torch.rand(2, size, requires_grad=True) for size in (feature_dim, num_classes)))
-        features = torch.rand(2, feature_dim if "features" in needs else 0)
-        logits = torch.rand(2, num_classes if "logits" in needs else 0)
-        terms = loss(output, Target(features, logits, labels=torch.zeros(2, dtype=torch.int64)))
+        output = Output(*(torch.rand(2, size, requires_grad=True) for size in (w, c)))
+        features = torch.rand(2, d if "features" in needs else 0)
+        logits = torch.rand(2, c if "logits" in needs else 0)
+        try:
+            terms = loss(output, Target(features, logits, labels=torch.zeros(2, dtype=torch.int64)))
+        except RuntimeError as problem:
+            if w == d:
+                raise
+            raise RecipeError(
+                f"The loss {name} cannot compare the student's {w} features with {d} of the teacher's. "
+                "Use --match linear, or a loss of logits."
+            ) from problem
+    for buffer, before in zip(loss.buffers(), buffers, strict=True):
+        buffer.copy_(before)
     if not isinstance(terms, dict):
         returned = f"a {type(terms).__name__}"
     elif not terms:

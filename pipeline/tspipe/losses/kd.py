@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspipe.errors import RecipeError
-from tspipe.losses import Target
+from tspipe.losses import Target, cross_entropy
 from tspipe.models.output import Output
 
 
@@ -24,9 +24,14 @@ def kd_loss(
         temperature: T.
         alpha: α, the weight of the teacher.
     """
+    kl = softened_kl(logits, teacher_logits, temperature)
+    return {"kl": alpha * temperature**2 * kl, "xent": (1 - alpha) * cross_entropy(logits, labels)}
+
+
+def softened_kl(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Return KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over the batch, for logits (m, c)."""
     student, teacher = ((z / temperature).log_softmax(1) for z in (logits, teacher_logits))
-    kl = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return {"kl": alpha * temperature**2 * kl, "xent": (1 - alpha) * F.cross_entropy(logits, labels)}
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 class Loss(nn.Module):

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspipe.losses import Target
+from tspipe.losses import Target, cross_entropy
 from tspipe.models.output import Output
 
 
@@ -29,7 +29,7 @@ def ts_loss(
     """
     return {
         "mse": mse_weight * F.mse_loss(features, teacher_features),
-        "xent": xent_weight * F.cross_entropy(logits, labels),
+        "xent": xent_weight * cross_entropy(logits, labels),
     }
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tspipe.losses import Target
+from tspipe.losses import Target, cross_entropy
 from tspipe.models.output import Output
 
 _MIN_VARIANCE, _INITIAL_VARIANCE = 1e-5, 5.0
@@ -27,21 +27,20 @@ def vid_loss(
         variance: σ², (d,), one for each feature.
     """
     negative_log_likelihood = ((prediction - teacher_features) ** 2 / variance + variance.log()) / 2
-    return {"vid": negative_log_likelihood.mean(), "xent": F.cross_entropy(logits, labels)}
+    return {"vid": negative_log_likelihood.mean(), "xent": cross_entropy(logits, labels)}
 
 
 class Loss(nn.Module):
     """`vid_loss` with its trainable weights: the regressor μ, and α with σ² = softplus(α) + 1e-5.
 
-    The paper's μ for feature maps is a stack of 1×1 convolutions. Here features are vectors and g(x) already has the
-    teacher's width d, so μ is one Linear(d, d).
+    The paper's μ for feature maps is a stack of 1×1 convolutions. Here features are vectors, so μ is one Linear.
     """
 
     needs = frozenset({"features", "labels"})
 
-    def __init__(self, feature_dim: int):
+    def __init__(self, student_dim: int, feature_dim: int):
         super().__init__()
-        self.regressor = nn.Linear(feature_dim, feature_dim)
+        self.regressor = nn.Linear(student_dim, feature_dim)
         initial_alpha = math.log(math.expm1(_INITIAL_VARIANCE - _MIN_VARIANCE))
         self.alpha = nn.Parameter(torch.full((feature_dim,), initial_alpha))
 

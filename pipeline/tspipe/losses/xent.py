@@ -1,10 +1,9 @@
 """Cross-entropy with the labels: the student alone, without a teacher."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tspipe.errors import RecipeError
-from tspipe.losses import Target
+from tspipe.losses import Target, cross_entropy
 from tspipe.models.output import Output
 
 
@@ -23,4 +22,4 @@ class Loss(nn.Module):
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
         """Return the term `xent`."""
-        return {"xent": F.cross_entropy(student.logits, target.labels, label_smoothing=self.label_smoothing)}
+        return {"xent": cross_entropy(student.logits, target.labels, self.label_smoothing)}

@@ -144,7 +144,9 @@ class Recipe(Optimisation):
         "publish; auto, the same if they are on this machine; or a file or URL. The last layers are always random.",
     )
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch, without random images.")
-    loss: list[str] = Field(["ts"], min_length=1, description="The losses of the taught arms: names, or Python files.")
+    loss: list[str] = Field(
+        ["ts"], min_length=1, description="The losses of the taught arms: names, or Python files; all is every loss."
+    )
     losses: dict[str, dict[str, Any]] = Field({}, description="The options of a loss, by its name.")
     label_smoothing: Fraction = Field(
         0.0, description="The label smoothing of the student alone, that is of the loss xent."
@@ -181,6 +183,12 @@ class Recipe(Optimisation):
     @classmethod
     def _single_name(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("loss")
+    @classmethod
+    def _all_losses(cls, names: list[str]) -> list[str]:
+        taught = [name for name in plugin_names("losses") if name != "xent"]
+        return taught if names == ["all"] else names
 
     @field_validator("mse_weight", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tspipe import losses
 from tspipe.errors import RecipeError, TrainingError
 from tspipe.losses import Target
+from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models import feature_net, initial, networks
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.initial import InitialWeights
@@ -30,11 +31,12 @@ from tspipe.utils.timing import Stopwatch
 
 @dataclass(frozen=True)
 class TaskShape:
-    """The width of the teacher's features, the number of classes, and (C, H, W) of an image."""
+    """The width of the teacher's features, the number of classes, (C, H, W) of an image, and the cache's statistics."""
 
     feature_dim: int
     num_classes: int
     input_shape: tuple[int, int, int]
+    statistics: TeacherStatistics | None = None
 
 
 class StudentWithLoss(nn.Module):
@@ -86,11 +88,13 @@ class Learner:
     ):
         self.spec = spec
         self.optimization = recipe.optimisation(spec.student, alone=spec.arm == OWN)
-        seed_torch(spec.seed, "loss weights")
-        options = recipe.loss_options(spec.loss)
-        loss = losses.build(spec.loss, shape.feature_dim, shape.num_classes, options)
         student = _build_student(spec, recipe, shape, device, start)
         set_batch_norm_momentum(student, self.optimization)
+        sizes = losses.Sizes(shape.feature_dim, shape.num_classes, student.width)
+        seed_torch(spec.seed, "loss weights")
+        loss = losses.build(spec.loss, sizes, recipe.loss_options(spec.loss), shape.statistics)
+        if head := getattr(loss.module, "student_head", None):
+            student.head.requires_grad_(False).load_state_dict(head.state_dict())
         self.model = StudentWithLoss(student, loss.module.to(device), recipe.random_forward == "separate")
         if recipe.compile:
             compile_in_place(self.model, device)
@@ -123,6 +127,8 @@ class Learner:
     def start_epoch(self, epoch: int, *, resumed: bool = False) -> None:
         """Set the epoch's learning rate; reset the metrics unless the epoch is resumed."""
         set_learning_rate(self.optimizer, self.optimization, epoch)
+        if start := getattr(self.model.loss, "start_epoch", None):
+            start(epoch)
         self.network.train()
         self.training_time.reset()
         self.testing_time.reset()

@@ -11,8 +11,10 @@ from tspipe.data.local import check_preprocess, open_local
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.views import EpochViews
 from tspipe.errors import DatasetError, RecipeError
+from tspipe.losses._statistics import TeacherStatistics
 from tspipe.training.arms import UNTAUGHT
 from tspipe.training.config import StudentConfig
+from tspipe.training.statistics import cache_statistics
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.rng import stream
 
@@ -25,6 +27,7 @@ class RunData:
         train_labels: (N,) int64 on the device; `test_labels` likewise.
         views: which view of each training image an epoch shows; None if the images are used as they are.
         validation_count: how many training images each seed holds back.
+        statistics: those of the cache that losses may ask for.
     """
 
     preprocess: Preprocess
@@ -34,6 +37,7 @@ class RunData:
     test_labels: Tensor
     views: EpochViews | None
     validation_count: int
+    statistics: TeacherStatistics
 
     @property
     def train_count(self) -> int:
@@ -69,14 +73,16 @@ def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
     _check_counts(config, dataset, validation_count)
     memory = (recipe.memory or memory_limit(device)) // 3
     train_labels, test_labels = (torch.from_numpy(split.labels).to(device) for split in (cache.train, cache.test))
+    train = ImageLoader(dataset.train, remaining_steps, "train", memory, device, views=views is not None)
     return RunData(
         Preprocess.from_dict(cache.manifest["preprocess"]),
-        ImageLoader(dataset.train, remaining_steps, "train", memory, device, views=views is not None),
+        train,
         ImageLoader(dataset.test, remaining_steps, "test", memory, device),
         train_labels,
         test_labels,
         views,
         validation_count,
+        cache_statistics(cache, recipe, train.shape),
     )
 
 

@@ -287,7 +287,8 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
 
 def build_learner(config: StudentConfig, data: RunData, spec: LearnerSpec) -> Learner:
     """Build a learner for the data and the cache of a run."""
-    shape = TaskShape(config.cache.dimensions.width, len(config.cache.classes), data.train.shape)
+    cache = config.cache
+    shape = TaskShape(cache.dimensions.width, len(cache.classes), data.train.shape, data.statistics)
     return Learner(spec, config.recipe, shape, data.train.device, config.initial.get(spec.student))
 
 
