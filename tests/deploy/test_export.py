@@ -1,5 +1,6 @@
 """Exporting students: every format runs without tspipe, and a file that computes something else is not written."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import tspipe as library
@@ -18,6 +20,7 @@ from tspipe.cache import Cache
 from tspipe.data.datasets import open_dataset
 from tspipe.deploy import formats
 from tspipe.deploy.export import Export, ExportConfig, export
+from tspipe.deploy.folder_images import FolderImages
 from tspipe.deploy.labelled_images import find_test_images, open_labelled_images
 from tspipe.deploy.student import Student
 from tspipe.models.feature_net import student_of
@@ -25,6 +28,8 @@ from tspipe.models.probe import probe_images
 from tspipe.training.run_folder import RunFolder
 
 KINDS = [("onnx", False), ("onnx", True), ("torch", False), ("safetensors", True)]
+if importlib.util.find_spec("executorch"):
+    KINDS += [("executorch", True)]
 # Runs each file on images.npy in a process that cannot import tspipe, and writes the outputs and the class names.
 PROGRAM = """
 import importlib, json, sys
@@ -41,6 +46,12 @@ for file in sys.argv[1:]:
         files = {"tspipe.json": ""}
         output = torch.export.load(file, extra_files=files).module()(torch.from_numpy(images)).detach().numpy()
         metadata = json.loads(files["tspipe.json"])
+    elif file.endswith(".pte"):
+        from executorch.runtime import Runtime
+        program = Runtime.get().load_program(file)
+        metadata = json.loads(program.load_method("metadata").execute([])[0])
+        forward = program.load_method("forward")
+        output = torch.cat([forward.execute([image])[0].clone() for image in torch.from_numpy(images).split(1)]).numpy()
     else:
         sys.path.insert(0, ".")
         network, metadata = importlib.import_module(file.removesuffix(".safetensors")).load(file)
@@ -148,7 +159,7 @@ class Singular(Branching):
     ("module", "reason"),
     [
         (Branching(), "x.mean() > 0"),
-        (Singular(), "ONNX has no aten._linalg_svd. Two other formats work: --format torch"),
+        (Singular(), "ONNX has no aten._linalg_svd. Other formats: --format torch, --format executorch"),
     ],
 )
 def test_what_cannot_be_exported_is_named(student: Student, module: nn.Module, reason: str, tmp_path: Path) -> None:
@@ -169,16 +180,56 @@ def test_an_int8_export_is_smaller_and_agrees_with_the_student(
     model = onnx.load(exported.path)
     weights = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) in (2, 4)}
     assert weights == {onnx.TensorProto.INT8}
-    for name, images in (("torch", test), ("onnx", None)):
-        assert error_message(export, student, ExportConfig(name, tmp_path / "y", int8=True), images) == (
-            "int8 needs the format onnx, and images to take its scales from: --cache FILE"
-        )
+    assert error_message(export, student, ExportConfig("torch", tmp_path / "y", int8=True), test) == (
+        "The format torch cannot be quantised to int8. Choose --format onnx or --format executorch"
+    )
+    assert error_message(export, student, ExportConfig("onnx", tmp_path / "y", int8=True), None) == (
+        "int8 takes its scales from images. Name some: --cache FILE, or --images FOLDER"
+    )
 
 
-def test_a_missing_package_is_named(student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_int8_program_for_phones_agrees_with_the_student(student: Student, digits: Cache, tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="ExecuTorch is not installed: pip install 'tspipe[executorch]'")
+    test = open_labelled_images(digits)
+    sizes = {}
+    for int8 in (False, True):
+        exported = export(student, ExportConfig("executorch", tmp_path / "x.pte", int8=int8), test)
+        assert exported.comparison.agreement > 0.95
+        assert (exported.comparison.relative > 1e-3) is int8
+        sizes[int8] = exported.size
+    assert sizes[True] < 0.7 * sizes[False]
+
+
+def test_images_of_a_folder_stand_in_for_the_cache(student: Student, tmp_path: Path) -> None:
+    for i in range(5):
+        Image.new("RGB", (20 + i, 30), (50 * i, 0, 99)).save(tmp_path / f"{i}.png")
+    images = FolderImages(tmp_path, student.facts)
+    exported = export(student, ExportConfig("safetensors", tmp_path / "x.safetensors"), images)
+    assert exported.comparison.images == 5
+    assert exported.comparison.real
+    assert exported.comparison.accuracy is None
+    assert images.training_sample(2).shape == (2, 1, 16, 16)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    message = error_message(export, student, ExportConfig("onnx", tmp_path / "x.onnx"), None)
-    assert message == "The format onnx needs onnxscript: pip install 'tspipe[export]'"
+    assert error_message(formats.check_installed, "onnx") == (
+        "The format onnx needs onnxscript: pip install 'tspipe[export]'"
+    )
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    assert error_message(formats.check_installed, "executorch") == (
+        "The format executorch needs executorch: pip install 'tspipe[executorch]'"
+    )
+
+
+def test_a_package_for_another_pytorch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: str) -> None:
+        raise ImportError(f"{module}.so: undefined symbol")
+
+    monkeypatch.setattr(formats.importlib, "import_module", fail)
+    message = error_message(formats.check_installed, "onnx")
+    assert message.startswith("onnx is installed and cannot be loaded: onnx.so: undefined symbol. A release of it may ")
+    assert message.endswith("; install them together: pip install --upgrade torch 'tspipe[export]'")
 
 
 def test_the_command(tspipe: Callable, run: Path, digits: Cache, tmp_path: Path) -> None:
@@ -191,10 +242,14 @@ def test_the_command(tspipe: Callable, run: Path, digits: Cache, tmp_path: Path)
     assert lines[2].startswith("Its test accuracy is ")
     again = tspipe("export", run, *options, "--out", "a/x.safetensors")
     assert again.error == "a/x.safetensors exists already. Replace it with --force, or choose another --out."
+    Path("mine.py").write_text("a network of the user's")
+    again = tspipe("export", run, *options, "--out", "mine.safetensors")
+    assert again.error == "mine.py exists already. Replace it with --force, or choose another --out."
     made = tspipe("export", run, *options, "--out", "a/x.safetensors", "--force")
     assert "Its logits for 17 images of random pixels differ" in made.out
     assert f"It was not run on real images: The student's cache, id {digits.id[:12]}, is not in cache/." in made.out
     assert tspipe("export", run, "--format", "tflite").code == 2
+    assert tspipe("export", run, "--format", "safetensors", "--out", "x.py").code == 2
     made = tspipe("export", run, "--format", "safetensors", "--out", "best.safetensors")
     (name,) = re.findall(r"(lenet5-\w+-seed0) is the best of 2 students .* by its accuracy on the test split", made.err)
     assert name == library.load_student(run).name

@@ -25,20 +25,24 @@ CacheFile = Annotated[
 def export(
     source: Source,
     student: Name = None,
-    format_: Annotated[str, typer.Option("--format", help="onnx, torch or safetensors.")] = "onnx",
+    format_: Annotated[str, typer.Option("--format", help="onnx, torch, executorch or safetensors.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="Output file (default: beside the student).")] = None,
     uint8: Annotated[
         bool, typer.Option("--uint8", help="Image bytes in, probabilities out: normalisation is in the file.")
     ] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise weights and activations to 8 bits (onnx).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights and activations (onnx, executorch).")] = False,
     network: Network = None,
     cache: CacheFile = None,
     data: options.Data = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Photos without labels to check the file on, where the cache is not at hand.")
+    ] = None,
     force: options.Force = False,
 ) -> None:
     """Export a student to a file that needs no tspipe, and check it."""
     from tspipe.deploy import export as stage
     from tspipe.deploy.exported import load_classifier
+    from tspipe.deploy.folder_images import FolderImages
     from tspipe.deploy.formats import FORMATS
     from tspipe.deploy.labelled_images import find_test_images
     from tspipe.deploy.student import Student
@@ -49,25 +53,32 @@ def export(
     if not isinstance(loaded, Student):
         raise NetworkError(f"{source} is an export already. Name the student that it was made of.")
     name = loaded.name + "-uint8" * uint8 + "-int8" * int8
-    out = out or loaded.path.with_name(name + FORMATS[format_].suffix)
-    if out.exists() and not force:
-        raise NetworkError(f"{out} exists already. Replace it with --force, or choose another --out.")
-    test = find_test_images(loaded.facts.cache, cache, data)
-    images = None if isinstance(test, str) else test
+    suffix = FORMATS[format_].suffix
+    out = out or loaded.path.with_name(name + suffix)
+    if out.suffix != suffix:
+        raise typer.BadParameter(f"{str(out)!r}: a file of the format {format_} ends in {suffix}", param_hint="--out")
+    for existing in (out, out.with_suffix(".py")) if format_ == "safetensors" else (out,):
+        if existing.exists() and not force:
+            raise NetworkError(f"{existing} exists already. Replace it with --force, or choose another --out.")
+    if images and (cache or data):
+        raise typer.BadParameter("it excludes --cache and --data", param_hint="--images")
+    test = FolderImages(images, loaded.facts) if images else find_test_images(loaded.facts.cache, cache, data)
     if int8 and isinstance(test, str):
-        raise NetworkError(f"--int8 takes its scales from images. {test}")
+        raise NetworkError(f"--int8 takes its scales from images. {test}, or photos: --images FOLDER")
     config = stage.ExportConfig(format_, out, uint8, int8)
-    exported = stage.export(loaded, config, images)
+    exported = stage.export(loaded, config, None if isinstance(test, str) else test)
     compared = exported.comparison
     trained = sum(parameter.numel() for parameter in loaded.parameters())
     echo(f"{exported.path}: {format_bytes(exported.size)}, {exported.parameters:,} weights of {trained:,}")
-    kind = "test images" if compared.real else "images of random pixels"
+    kind = "images of random pixels" if not compared.real else "images" if images else "test images"
     difference = f"differ from the student's by up to {compared.difference:.1g}"
     echo(f"Its {config.output} for {compared.images:,} {kind} {difference}.")
     if compared.accuracy is not None:
         accuracies = f"{compared.accuracy:.2%}, the student's {compared.student_accuracy:.2%}"
         echo(f"Its test accuracy is {accuracies}; they agree on {compared.agreement:.2%} of the images.")
-    elif isinstance(test, str):
+    else:
+        echo(f"They predict the same class for {compared.agreement:.2%} of the images.")
+    if isinstance(test, str):
         echo(f"It was not run on real images: {test}")
 
 

@@ -1,5 +1,6 @@
 """Export of a student to a file that runs without tspipe; the file is run before it gets its name."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 
 from tspipe.data.preprocess import Preprocess
 from tspipe.deploy.fold import count_parameters, fold
-from tspipe.deploy.formats import FORMATS, Files, Run, check_installed, quiet
+from tspipe.deploy.folder_images import FolderImages
+from tspipe.deploy.formats import FORMATS, Array, Files, Run, check_installed, quiet, refusal
 from tspipe.deploy.labelled_images import LabelledImages
-from tspipe.deploy.quantise import quantise
 from tspipe.deploy.student import Student, last_rows
 from tspipe.errors import NetworkError
 from tspipe.models.probe import probe_images
-from tspipe.utils.files import write_whole, writing
+from tspipe.utils.files import new_file, writing
 from tspipe.utils.progress import progress
 
 _TOLERANCE = 1e-3  # max|Δ| / max|output|
@@ -25,6 +26,9 @@ _AGREEMENT = 0.9  # of an int8 export's predictions with the student's
 _BATCH = 64
 _CALIBRATION_IMAGES = 256
 _RANDOM_IMAGES = 16
+
+
+Images = LabelledImages | FolderImages
 
 
 class WithPreprocessing(nn.Module):
@@ -58,7 +62,7 @@ class ExportConfig:
         out: the file.
         uint8: put normalisation and softmax into the file: images (n, H, W, C) uint8 in, probabilities out. Otherwise
             normalised images (n, C, H, W) float32 in, logits out.
-        int8: quantise weights and activations to 8 bits (`onnx` alone).
+        int8: quantise weights and activations to 8 bits (`onnx` and `executorch`).
     """
 
     format: str
@@ -78,11 +82,11 @@ class Comparison:
 
     Attributes:
         images: how many.
-        real: whether they are test images, and not random pixels.
+        real: whether they are images, and not random pixels.
         difference: max|Δ| of the output, logits or probabilities.
         relative: the same, by the largest |output|.
         agreement: the fraction of images for which the export predicts the same class.
-        accuracy: the export's on the test split; None for random pixels.
+        accuracy: the export's on the test split; None without labels.
         student_accuracy: the student's on the same images.
     """
 
@@ -105,31 +109,33 @@ class Export:
     comparison: Comparison
 
 
-def export(student: Student, config: ExportConfig, test: LabelledImages | None) -> Export:
+def export(student: Student, config: ExportConfig, test: Images | None) -> Export:
     """Export a student, folded, to a file that takes batches of any size.
 
     Args:
         test: the images to compare the file with the student on; None for random pixels. int8 needs real ones, and
-            takes its scales from images of the training split.
+            takes its scales from images of the training split or of the folder.
 
     Raises NetworkError if a package is missing, the network cannot be exported, or the file computes something else
     than the student: its output differs by more than 1e-3, max|Δ| / max|output| or, for int8, it predicts another class
     for more than a tenth of the images. Then nothing is written.
     """
     format_ = FORMATS[config.format]
-    if config.int8 and (config.format != "onnx" or test is None):
-        raise NetworkError("int8 needs the format onnx, and images to take its scales from: --cache FILE")
+    if config.int8 and not format_.int8:
+        others = " or ".join(f"--format {name}" for name, one in FORMATS.items() if one.int8)
+        raise NetworkError(f"The format {config.format} cannot be quantised to int8. Choose {others}")
+    if config.int8 and test is None:
+        raise NetworkError("int8 takes its scales from images. Name some: --cache FILE, or --images FOLDER")
     check_installed(config.format)
     module = fold(student)
     parameters = count_parameters(module)
     if config.uint8:
         module = WithPreprocessing(module, student.preprocess).eval()
     example = _inputs(student, (probe_images(student.facts.input_shape) * 255).to(torch.uint8), config.uint8)
-    files = format_.write(_trace(module, example, student.name), _metadata(student, config))
-    if config.int8 and test:
-        calibration = test.training_sample(_CALIBRATION_IMAGES).split(_BATCH)
-        files = Files(quantise(files.data, (_inputs(student, pixels, config.uint8).numpy() for pixels in calibration)))
-    comparison = _compare(format_.load(files), student, test, config.uint8)
+    program = _trace(module, example, student.name, single=format_.single)
+    calibration = _calibration(student, test, config.uint8) if config.int8 and test else None
+    files = format_.write(program, _metadata(student, config), calibration)
+    comparison = _compare(_runnable(config.format, files), student, test, config.uint8)
     if not (comparison.agreement >= _AGREEMENT if config.int8 else comparison.relative <= _TOLERANCE):
         raise NetworkError(
             f"The {config.format} file of {student.name} computes other {config.output} than the student, by up to "
@@ -140,8 +146,26 @@ def export(student: Student, config: ExportConfig, test: LabelledImages | None) 
     return Export(config.out, len(files.data), parameters, comparison)
 
 
-def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.ExportedProgram:
-    batch = ({0: torch.export.Dim("batch")},)
+def _runnable(format_: str, files: Files) -> Run:
+    """Return a function that runs the files. Raises NetworkError if their runtime does not take them."""
+    run: Run | None = None
+
+    def run_or_refuse(images: Array) -> Array:
+        nonlocal run
+        try:
+            run = run or FORMATS[format_].load(files)
+            return run(images)
+        except Exception as error:  # every runtime has its own exceptions
+            raise NetworkError(refusal(format_, f"its runtime fails: {str(error).partition(chr(10))[0]}")) from error
+
+    return run_or_refuse
+
+
+def _trace(module: nn.Module, example: Tensor, name: str, *, single: bool) -> torch.export.ExportedProgram:
+    """Return the program of a module, for batches of any size or of a single image."""
+    batch = None if single else ({0: torch.export.Dim("batch")},)
+    # The strides of grey images may be those of channels last, too, which ExecuTorch would take them for.
+    example = (example[:1] if single else example).clone(memory_format=torch.contiguous_format)
     try:
         with quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
@@ -162,16 +186,25 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
 def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
     facts = student.facts.model_dump(mode="json", include={"classes", "options", "preprocess", "input_shape"})
     row = last_rows(student.path.parent).get(student.name, {})
+    batch = "1" if FORMATS[config.format].single else "n"
     return {
         **{name: json.dumps(value, sort_keys=True) for name, value in facts.items()},
         "arm": student.facts.arm,
         "cache": student.facts.cache,
         "network": student.facts.network,
         "name": student.name,
-        "input": "(n, H, W, C) uint8, resized and cropped" if config.uint8 else "(n, C, H, W) float32, preprocessed",
+        "input": f"({batch}, H, W, C) uint8, resized and cropped"
+        if config.uint8
+        else f"({batch}, C, H, W) float32, preprocessed",
         "output": config.output,
         **({"test_accuracy": repr(row["test_accuracy"])} if "test_accuracy" in row else {}),
     }
+
+
+def _calibration(student: Student, images: Images, uint8: bool) -> Iterator[Array]:
+    """Yield batches of training images as the exported file takes them."""
+    for pixels in images.training_sample(_CALIBRATION_IMAGES).split(_BATCH):
+        yield _inputs(student, pixels, uint8).numpy()
 
 
 def _inputs(student: Student, pixels: Tensor, uint8: bool) -> Tensor:
@@ -179,11 +212,12 @@ def _inputs(student: Student, pixels: Tensor, uint8: bool) -> Tensor:
     return pixels.permute(0, 2, 3, 1).contiguous() if uint8 else student.preprocess.normalise(pixels).contiguous()
 
 
-def _compare(run: Run, student: Student, test: LabelledImages | None, uint8: bool) -> Comparison:
+def _compare(run: Run, student: Student, test: Images | None, uint8: bool) -> Comparison:
     """Run the export and the student on all test images, or on random pixels, in batches of different sizes."""
     difference = largest = 0.0
     count, same, correct, student_correct = 0, 0, 0, 0
-    total = len(test.labels) if test else _RANDOM_IMAGES + 1
+    labelled = test is not None and test.labels is not None
+    total = len(test.images if isinstance(test, LabelledImages) else test) if test else _RANDOM_IMAGES + 1
     with progress("checking the export", total, "images") as advance, torch.inference_mode():
         for pixels, labels in test.batches(_BATCH) if test else _random(student.facts.input_shape):
             expected = student(student.preprocess.normalise(pixels))
@@ -195,24 +229,26 @@ def _compare(run: Run, student: Student, test: LabelledImages | None, uint8: boo
             largest = max(largest, float(np.abs(expected).max()))
             count += len(pixels)
             same += int((output.argmax(1) == expected.argmax(1)).sum())
-            correct += int((output.argmax(1) == labels.numpy()).sum())
-            student_correct += int((expected.argmax(1) == labels.numpy()).sum())
+            if labels is not None:
+                correct += int((output.argmax(1) == labels.numpy()).sum())
+                student_correct += int((expected.argmax(1) == labels.numpy()).sum())
             advance(len(pixels), "checking the export")
-    accuracies = (correct / count, student_correct / count) if test else (None, None)
+    accuracies = (correct / count, student_correct / count) if labelled else (None, None)
     return Comparison(count, test is not None, difference, difference / max(largest, 1e-12), same / count, *accuracies)
 
 
-def _random(input_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of random pixels, one of a single image, with labels that mean nothing."""
+def _random(input_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, None]]:
+    """Yield batches of random pixels, one of a single image."""
     generator = torch.Generator().manual_seed(0)
     for count in (_RANDOM_IMAGES, 1):
         pixels = torch.randint(0, 256, (count, *input_shape), dtype=torch.uint8, generator=generator)
-        yield pixels, torch.zeros(count, dtype=torch.int64)
+        yield pixels, None
 
 
 def _write(out: Path, files: Files) -> None:
-    with writing(out):
+    """Write an export; neither of two files appears under its name before both are complete."""
+    with writing(out), contextlib.ExitStack() as complete:
         out.parent.mkdir(parents=True, exist_ok=True)
-    if files.source:
-        write_whole(out.with_suffix(".py"), files.source.encode())
-    write_whole(out, files.data)
+        if files.source:
+            complete.enter_context(new_file(out.with_suffix(".py"))).write(files.source.encode())
+        complete.enter_context(new_file(out)).write(files.data)

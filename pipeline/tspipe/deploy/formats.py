@@ -2,14 +2,15 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import safetensors.torch
 import torch
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from tspipe.deploy import executorch
+from tspipe.deploy.quantise import quantise
 from tspipe.deploy.standalone import SOURCE
 from tspipe.errors import NetworkError
 
@@ -33,32 +36,57 @@ class Files(NamedTuple):
     source: str = ""
 
 
+class Write(Protocol):
+    """Returns the files of a program, with this metadata; quantised to int8 if there are images to calibrate with."""
+
+    def __call__(
+        self, program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
+    ) -> Files: ...
+
+
 class Format(NamedTuple):
     """A file format.
 
     Attributes:
         suffix: of the file's name.
-        packages: what `pip install 'tspipe[export]'` adds for it.
-        write: returns the files of a program, with this metadata.
+        write: see `Write`.
         load: returns a function that runs the files by the format's own runtime.
+        modules: what it imports besides PyTorch.
+        extra: what of tspipe installs them.
+        int8: whether it can be quantised.
+        single: whether it takes one image at a time, and not batches of any size.
     """
 
     suffix: str
-    packages: tuple[str, ...]
-    write: Callable[[ExportedProgram, Mapping[str, str]], Files]
+    write: Write
     load: Callable[[Files], Run]
+    modules: tuple[str, ...] = ()
+    extra: str = ""
+    int8: bool = False
+    single: bool = False
 
 
 def check_installed(name: str) -> None:
-    """Raise NetworkError unless the packages of a format are installed."""
-    for package in FORMATS[name].packages:
+    """Raise NetworkError unless the packages of a format are installed and load."""
+    format_ = FORMATS[name]
+    for module in format_.modules:
+        package, remedy = module.partition(".")[0], f"pip install 'tspipe[{format_.extra}]'"
         try:
-            importlib.import_module(package)
+            with quiet():
+                importlib.import_module(module)
         except ImportError as error:
-            raise NetworkError(f"The format {name} needs {package}: pip install 'tspipe[export]'") from error
+            if importlib.util.find_spec(package) is None:
+                raise NetworkError(f"The format {name} needs {package}: {remedy}") from error
+            raise NetworkError(
+                f"{package} is installed and cannot be loaded: {error}. A release of it may need another release of "
+                f"PyTorch than {torch.__version__}; install them together: pip install --upgrade torch "
+                f"'tspipe[{format_.extra}]'"
+            ) from error
 
 
-def _write_onnx(program: ExportedProgram, metadata: Mapping[str, str]) -> Files:
+def _write_onnx(
+    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
+) -> Files:
     batch = ({0: torch.export.Dim("batch")},)
     try:
         with quiet():
@@ -74,15 +102,16 @@ def _write_onnx(program: ExportedProgram, metadata: Mapping[str, str]) -> Files:
     except Exception as error:  # the exporter raises many types of errors
         operation = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
         reason = f"ONNX has no {operation[1]}" if operation else str(error).splitlines()[0]
-        raise NetworkError(
-            f"The network cannot be exported to ONNX: {reason}. "
-            "Two other formats work: --format torch, --format safetensors"
-        ) from error
+        raise NetworkError(refusal("onnx", reason)) from error
     for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
         del part.metadata_props[:]  # notes of the exporter on its own work, larger than a small network
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
-    return Files(model.SerializeToString())
+    data = model.SerializeToString()
+    if calibration is not None:
+        with quiet():
+            data = quantise(data, calibration, INPUT)
+    return Files(data)
 
 
 def _load_onnx(files: Files) -> Run:
@@ -92,7 +121,9 @@ def _load_onnx(files: Files) -> Run:
     return lambda images: session.run(None, {INPUT: images})[0]
 
 
-def _write_torch(program: ExportedProgram, metadata: Mapping[str, str]) -> Files:
+def _write_torch(
+    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
+) -> Files:
     buffer = io.BytesIO()
     with quiet():
         torch.export.save(program, buffer, extra_files={EXTRA_FILE: json.dumps(dict(metadata))})
@@ -104,7 +135,9 @@ def _load_torch(files: Files) -> Run:
     return lambda images: _numpy(module(torch.from_numpy(images)))
 
 
-def _write_safetensors(program: ExportedProgram, metadata: Mapping[str, str]) -> Files:
+def _write_safetensors(
+    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
+) -> Files:
     targets = [str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None]
     tensors: dict[str, Tensor] = {**program.state_dict, **program.constants}
     copies = {target: tensors[target].detach().contiguous().clone() for target in targets}
@@ -126,6 +159,29 @@ def _load_safetensors(files: Files) -> Run:
     return lambda images: _numpy(network(torch.from_numpy(images)))
 
 
+def _write_executorch(
+    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
+) -> Files:
+    try:
+        with quiet():
+            return Files(executorch.write(program, metadata, calibration))
+    except Exception as error:  # lowering raises many types of errors
+        operations = ", ".join(sorted(set(re.findall(r"aten::\w+(?:\.\w+)?", str(error)))))
+        reason = f"ExecuTorch has no {operations}" if operations else str(error).partition("\n")[0]
+        raise NetworkError(refusal("executorch", reason)) from error
+
+
+def _load_executorch(files: Files) -> Run:
+    with quiet():
+        return executorch.load(files.data)[0]
+
+
+def refusal(format_: str, reason: str) -> str:
+    """Return why a network cannot be exported to a format, and the names of the other formats."""
+    others = ", ".join(f"--format {name}" for name in FORMATS if name != format_)
+    return f"The network cannot be exported to {format_}: {reason.rstrip('.')}. Other formats: {others}"
+
+
 def _numpy(output: Tensor) -> Array:
     return output.detach().numpy()
 
@@ -144,7 +200,18 @@ def quiet() -> Iterator[None]:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx),
-    "torch": Format(".pt2", (), _write_torch, _load_torch),
-    "safetensors": Format(".safetensors", (), _write_safetensors, _load_safetensors),
+    "onnx": Format(
+        ".onnx", _write_onnx, _load_onnx, modules=("onnx", "onnxscript", "onnxruntime"), extra="export", int8=True
+    ),
+    "torch": Format(".pt2", _write_torch, _load_torch),
+    "executorch": Format(
+        ".pte",
+        _write_executorch,
+        _load_executorch,
+        modules=("executorch.exir", "executorch.runtime"),
+        extra="executorch",
+        int8=True,
+        single=True,
+    ),
+    "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors),
 }

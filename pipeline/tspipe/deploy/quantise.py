@@ -5,14 +5,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tspipe.deploy.formats import INPUT, Array, quiet
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 
-def quantise(model: bytes, batches: Iterable[Array]) -> bytes:
+def quantise(model: bytes, batches: Iterable[Array], input_name: str) -> bytes:
     """Return the model with weights int8, per channel, and activations uint8, in ONNX's QDQ format.
 
     Args:
         batches: inputs of the model, whose smallest and largest activations give the scales.
+        input_name: the name of the model's input.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -26,9 +29,9 @@ def quantise(model: bytes, batches: Iterable[Array]) -> bytes:
         def get_next(self) -> dict[str, Any] | None:
             """Return the next batch."""
             images = next(self.arrays, None)
-            return None if images is None else {INPUT: images}
+            return None if images is None else {input_name: images}
 
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "int8.onnx"
         quantize_static(
             onnx.load_from_string(model),
