@@ -5,15 +5,15 @@ import zlib
 import numpy as np
 import torch
 
-from tspipe.data.random_images import (
-    PoolImages,
-    congruential,
-    minstd,
-    minstd_start,
-    period_warning,
-    uniform,
-)
+from tspipe.data.random_images import make
+from tspipe.data.random_images.minstd import minstd, minstd_start, numbers, period_warning
+from tspipe.data.random_images.pool import PoolImages
 from tspipe.utils.rng import seed_torch, seed_torch_with, stream, torch_seeds
+
+
+def uniform(seed: int, epoch: int, batch: int, count: int, shape: tuple[int, int, int]) -> np.ndarray:
+    kind = make("uniform", shape)
+    return kind.images(kind.numbers(stream(seed, "random images", epoch, batch), count))
 
 
 def test_the_same_batch_is_the_same_and_no_other_is() -> None:
@@ -73,15 +73,14 @@ def test_batches_of_minstd_are_one_stream() -> None:
     size = 5 * 3 * 4 * 4
     words = minstd(minstd_start(7, "random images"), 0, 3 * size)
     expected = (words >> 7).astype(np.float32) / np.float32(2**24)
-    drawn = np.concatenate([congruential(7, batch, 5, (3, 4, 4)) for batch in range(3)])
+    drawn = np.concatenate([numbers(7, "random images", batch * size, size) for batch in range(3)])
     assert drawn.dtype == np.float32
-    assert drawn.shape == (15, 3, 4, 4)
-    np.testing.assert_array_equal(drawn.flatten(), expected)
-    assert not np.array_equal(congruential(8, 0, 5, (3, 4, 4)), drawn[:5])
+    np.testing.assert_array_equal(drawn, expected)
+    assert not np.array_equal(numbers(8, "random images", 0, size), drawn[:size])
 
 
 def test_a_pool_of_minstd_is_one_stream() -> None:
-    images = PoolImages(3, 20, 8, (1, 2, 2), "minstd")
+    images = PoolImages(make("uniform", (1, 2, 2)), {"generator": "minstd", "rows": 20, "seed": 3}, 8)
     drawn = np.random.MT19937(np.random.SeedSequence([3, zlib.crc32(b"random pool"), 0, 0])).random_raw()
     words = minstd(1 + int(drawn) % (2**31 - 2), 0, 20 * 4)
     every = ((words >> 7).astype(np.float32) / np.float32(2**24)).reshape(20, 1, 2, 2)

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from tspipe.cache import Cache
-from tspipe.data import random_images
+from tspipe.data.random_images import minstd
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, RANDOM, TAUGHT
@@ -211,5 +211,9 @@ def test_minstd_continues_over_batches_and_epochs(digits: Cache, tmp_path: Path)
     trainer = open_trainer(run_config, RunFolder(tmp_path, {}, {}), torch.device("cpu"))
     source = trainer.batches
     drawn = [batch.random[0] for epoch in (0, 1) for _, batch in source.epoch(0, epoch) if batch.random]
-    expected = torch.from_numpy(np.concatenate([random_images.congruential(0, i, 7, (1, 16, 16)) for i in range(20)]))
+    expected = torch.from_numpy(
+        np.concatenate(
+            [minstd.numbers(0, "random images", i * 7 * 256, 7 * 256).reshape(7, 1, 16, 16) for i in range(20)]
+        )
+    )
     torch.testing.assert_close(torch.cat(drawn), source.data.preprocess.normalise(expected))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import make
 from tspipe.models.feature_net import FeatureNet
 from tspipe.training.live_teacher import LiveTeacher
-from tspipe.training.random_source import RandomSpec
+from tspipe.training.random_source import LiveSpec, RandomSpec
 
 SHAPE = (3, 8, 8)
 GREY = Preprocess((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -38,7 +39,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
 def live(backbone: Backbone) -> LiveTeacher:
     torch.manual_seed(0)
     spec = RandomSpec(5, SHAPE, 10, GREY, torch.device("cpu"))
-    return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), spec)
+    return LiveTeacher(FeatureNet(backbone, nn.Linear(3, 4)), spec, LiveSpec(lambda seed: make("uniform", SHAPE), 4))
 
 
 def test_the_teacher_runs_one_batch_ahead() -> None:

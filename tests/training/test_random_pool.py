@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from conftest import Result
 from shared import POOL_ROWS, interrupted_at, pool_config, pool_image
 from tspipe.cache import Cache
-from tspipe.data import random_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, RecipeError
 from tspipe.extraction.extract import extract
@@ -25,6 +24,7 @@ from tspipe.recipes import load
 from tspipe.training import batches, learner
 from tspipe.training.arms import RANDOM, TAUGHT
 from tspipe.training.config import StudentConfig
+from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.random_pool import RandomPool
 from tspipe.training.random_source import RandomSpec
 from tspipe.training.run_folder import RunFolder
@@ -52,7 +52,7 @@ def metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 def batches_of(cache: Cache, count: int) -> RandomPool:
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
-    return RandomPool(cache, RandomSpec(count, (1, 16, 16), 3, preprocess, torch.device("cpu")))
+    return RandomPool(cache, RandomSpec(count, (1, 16, 16), 3, preprocess, torch.device("cpu")), torch.zeros_like)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_the_pool_and_a_live_teacher_on_its_images_agree(
     pooled, other = trained("pool", "pool"), trained("live", "other")
     batches = batches_of(cache, 7)
     monkeypatch.setattr(
-        random_images, "uniform", lambda seed, epoch, batch, *rest: batches.batch(seed, batch)[0].numpy()
+        LiveTeacher, "_draw", lambda self, seed, epoch, batch: (batches.batch(seed, batch)[0], iter([]))
     )
     live = trained("live", "live")
     for name, value in pooled.items():
@@ -194,8 +194,8 @@ def test_an_unknown_generator_is_refused(pool: Cache, tmp_path: Path) -> None:
     with pytest.raises(CacheMismatch) as refused:
         train_students(stage_two(replace(pool, manifest={**pool.manifest, "random": random}), tmp_path / "x"))
     assert str(refused.value) == (
-        "The cache's random pool was drawn by 'xoshiro', and this tspipe knows mt19937 and minstd only. Take a newer "
-        "tspipe, or " + LIVE
+        "The cache's random pool has the generator 'xoshiro', and this tspipe knows mt19937 and minstd only. Take a "
+        "newer tspipe, or " + LIVE
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shared import untouched
 from tspipe.cache import Cache
-from tspipe.data import datasets, random_images
+from tspipe.data import datasets
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import (
     CacheError,
@@ -39,7 +39,7 @@ from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import train_students
 from tspipe.utils import threads as overlap
-from tspipe.utils.rng import seed_torch
+from tspipe.utils.rng import seed_torch, stream
 
 ARMS = (ALONE, TAUGHT, RANDOM)
 SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
@@ -178,7 +178,9 @@ def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
     student = feature_net.student_of(student, "lenet5", 84, 10, torch.zeros(2, 1, 16, 16))
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
     for number, rows in enumerate(batches.shuffled_batches(0, 0, 1000, 100)):
-        random = preprocess.normalise(torch.from_numpy(random_images.uniform(0, 0, number, 7, (1, 16, 16))))
+        random = preprocess.normalise(
+            torch.from_numpy(stream(0, "random images", 0, number).random((7, 1, 16, 16), dtype=np.float32))
+        )
         with torch.no_grad():
             random_features, random_logits = teacher(random)
         g, z = student(torch.cat([preprocess.normalise(pixels[rows]), random]))

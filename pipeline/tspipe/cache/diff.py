@@ -80,7 +80,14 @@ def compare(first: Cache, second: Cache) -> Diff:
 def _pool_definition(cache: Cache) -> tuple[Any, ...]:
     """Return everything that determines the pixels of a cache's random pool."""
     manifest = cache.manifest
-    return manifest["random"], manifest["block_rows"], manifest["teacher"]["options"].get("input_shape")
+    candidates = cache.random.candidates if cache.random else None
+    return (
+        manifest["random"],
+        manifest["block_rows"],
+        manifest["teacher"]["options"].get("input_shape"),
+        manifest["dataset"]["fingerprint"] if "kind" in manifest["random"] else None,  # some are made from its images
+        None if candidates is None else candidates.load().tobytes(),
+    )
 
 
 def _compare_pools(first: Pool, second: Pool) -> SplitDiff:

@@ -26,7 +26,7 @@ from tspipe.errors import CacheDamaged, CacheIncomplete, NotACache
 
 _LAYOUTS = {h5py.h5d.COMPACT: "compact", h5py.h5d.CHUNKED: "chunked", h5py.h5d.VIRTUAL: "virtual"}
 MAX_NAME_BYTES = 4096  # bytes of a key or a class name
-_LOADED_AT_ONCE = ("classes", "labels", "keys", "digests", "views", "checksums")
+_LOADED_AT_ONCE = ("classes", "labels", "keys", "digests", "views", "candidates", "checksums")
 _MAX_LOADED_BYTES = 2**30  # bytes of each of these: a sparse file of a few kilobytes can be of any size
 # h5py raises any of these for an error in HDF5, so a damaged or hostile file may raise them anywhere.
 _HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
@@ -230,6 +230,7 @@ def _dimensions(manifest: Manifest, columns: dict[str, Column]) -> Dimensions:
         views=manifest["views"] and manifest["views"]["count"],
         image_shape=images.shape[1:] if images is not None and len(images.shape) == 4 else None,
         random_rows=manifest["random"] and manifest["random"]["rows"],
+        balanced="rounds" in (manifest["random"] or {}),
     )
 
 

@@ -43,6 +43,7 @@ class Dimensions:
     views: int | None = None  # V, replayable views per training image
     image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
     random_rows: int | None = None  # P, the random pool
+    balanced: bool = False  # the pool has the numbers of its images among the candidates
 
     @property
     def sections(self) -> tuple[str, ...]:
@@ -69,7 +70,7 @@ class Dimensions:
     def columns(self, split: str) -> list[str]:
         """Return the columns of a split that have checksums, in checksum order."""
         if split == "random":
-            return ["features", "logits"]
+            return ["features", "logits", *(["candidates"] if self.balanced else [])]
         absent = {"views": self.views is None or split != "train", "images": self.image_shape is None}
         return [column for column in COLUMNS if not absent.get(column)]
 
@@ -102,7 +103,9 @@ class Dimensions:
         if self.random_rows is not None:
             yield "random_features", self.feature_dtype, (self.random_rows, self.width)
             yield "random_logits", "<f4", (self.random_rows, self.classes)
-            yield "random_checksums", "u1", (self.blocks("random"), 2, CHECKSUM_BYTES)
+            if self.balanced:
+                yield "random_candidates", "<i8", (self.random_rows,)
+            yield "random_checksums", "u1", (self.blocks("random"), len(self.columns("random")), CHECKSUM_BYTES)
         if self.weights_bytes:
             yield "teacher_weights", "u1", (self.weights_bytes,)
 

@@ -15,6 +15,8 @@ _LARGEST = 2**48  # far above any real count; products of two counts are checked
 _LARGEST_SIDE = 4096  # pixels
 _LARGEST_OPTION = 65536
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}(?<!\.py)"  # neither a path nor a Python file
+_POOL_OPTIONS = {"flip", "kind", "rounds", "shift"}  # fields of a pool that not every pool has
+_FROM_PHOTOS = ("mixed", "cutmix")  # kinds that are made from training images
 _SHA256 = r"[0-9a-f]{64}"
 
 
@@ -140,10 +142,8 @@ def _check(manifest: Any, finished: bool) -> None:
     _check_preprocess(top.section("preprocess", "crop", "interpolation", "mean", "resize", "std"))
 
     if manifest["random"] is not None:
-        pool = top.section("random", "generator", "rows", "seed")
-        pool.text("generator", _NAME)
-        pool.integers(1, _LARGEST, "rows")
-        pool.integers(0, 2**63 - 1, "seed")
+        options = _POOL_OPTIONS.intersection(top.value["random"] if isinstance(top.value["random"], dict) else ())
+        _check_pool(top.section("random", "generator", "rows", "seed", *options))
 
     teacher = top.section("teacher", "correct", "file_sha256", "network", "options", "weights_sha256")
     if finished or teacher.value["correct"] is not None:
@@ -165,6 +165,22 @@ def _check(manifest: Any, finished: bool) -> None:
         views.integers(0, 2**14, "shift")
         if not (views.value["shift"] or views.value["flip"]):
             raise NotACache("manifest.views has neither a shift nor a flip.")
+
+
+def _check_pool(pool: _Section) -> None:
+    pool.text("generator", _NAME)
+    pool.integers(1, _LARGEST, "rows")
+    pool.integers(0, 2**63 - 1, "seed")
+    if "kind" in pool.value:
+        pool.text("kind", _NAME)
+        pool.require("kind", pool.value["kind"] != "uniform")  # which is stated by leaving it out
+    if pool.value.get("kind") in _FROM_PHOTOS or not {"flip", "shift"}.isdisjoint(pool.value):
+        pool = _Section(pool.value, pool.where, *{*pool.value, "kind", "flip", "shift"})
+        pool.integers(0, 2**14, "shift")
+        pool.require("flip", isinstance(pool.value["flip"], bool))
+    if "rounds" in pool.value:
+        pool.integers(2, 256, "rounds")
+    pool.require("generator", pool.value["generator"] != "minstd" or not _POOL_OPTIONS.intersection(pool.value))
 
 
 def _check_preprocess(preprocess: _Section) -> None:

@@ -51,7 +51,8 @@ class Pool:
 
     features: Column  # (P, d) float16 or float32
     logits: Column  # (P, c) float32
-    checksums: Column  # (blocks, 2, 32) uint8
+    checksums: Column  # (blocks, columns, 32) uint8
+    candidates: Column | None = None  # (P,) int64: the number of each image in the stream of its block
 
     def __len__(self) -> int:
         return len(self.features)
@@ -139,6 +140,7 @@ def open_cache(path: str | os.PathLike[str]) -> Cache:
 def assemble(structure: Structure) -> Cache:
     """Return a Cache of this structure, without checking labels."""
     columns = structure.columns
+    pool = {name.removeprefix("random_"): part for name, part in columns.items() if name.startswith("random_")}
     return Cache(
         path=columns["id"].file.path,
         id=columns["id"].load().tobytes().decode("ascii"),
@@ -147,8 +149,6 @@ def assemble(structure: Structure) -> Cache:
         classes=[name.decode("utf-8", "replace") for name in columns["classes"].load().tolist()],
         train=Split.of(columns, "train"),
         test=Split.of(columns, "test"),
-        random=Pool(*(columns[f"random_{name}"] for name in ("features", "logits", "checksums")))
-        if "random_features" in columns
-        else None,
+        random=Pool(**pool) if pool else None,
         _weights=columns.get("teacher_weights"),
     )

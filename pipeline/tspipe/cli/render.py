@@ -203,7 +203,11 @@ def _accuracy(manifest: Manifest, split: str) -> float:
 
 
 def _pool(random: dict[str, Any] | None) -> dict[str, str]:
-    return {"random pool": "{rows:,} images, {generator}, seed {seed}".format(**random)} if random else {}
+    if not random:
+        return {}
+    kind = f"{random['kind']}, " if "kind" in random else ""
+    balanced = ", balanced" if "rounds" in random else ""
+    return {"random pool": f"{random['rows']:,} images, {kind}{random['generator']}, seed {random['seed']}{balanced}"}
 
 
 def _views(views: dict[str, Any] | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The images of a cache, block by block: decoded, or drawn for the random pool."""
+"""The images of a cache, block by block."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from tspipe.cache.layout import digest
 from tspipe.data.datasets import Dataset, Images
 from tspipe.data.image_loader import check_sizes, read, read_ahead
 from tspipe.data.preprocess import Preprocess
-from tspipe.data.random_images import PoolImages
 from tspipe.data.views import block_views
 from tspipe.errors import DatasetError
 
@@ -52,6 +51,7 @@ class Block(NamedTuple):
     labels: NDArray[np.int64]  # (n,)
     keys: NDArray[np.bytes_]  # (n,)
     views: NDArray[np.int16] | None = None  # (n·V, 3): dy, dx, flip; the pixels are then not cropped yet
+    candidates: NDArray[np.int64] | None = None  # (n,), of the random pool: their numbers in the stream of the block
     broken: Sequence[str] = ()  # why images cannot be decoded; the block then has no pixels
 
     @property
@@ -63,31 +63,17 @@ class Block(NamedTuple):
     def columns(self) -> dict[str, Any]:
         """The columns that need no teacher."""
         columns = {"labels": self.labels, "keys": self.keys, "digests": self.digests}
-        return {**columns, "views": self.views, "images": self.pixels}
+        return {**columns, "views": self.views, "images": self.pixels, "candidates": self.candidates}
 
 
-def section_blocks(
+def split_blocks(
     section: str, dataset: Dataset, preprocess: Preprocess, manifest: Manifest, ranges: list[range]
 ) -> Iterator[Block]:
-    """Yield these blocks of a split, or of the `random` pool that the manifest describes."""
-    if section == "random":
-        return draw_blocks(PoolImages.of(manifest), ranges)
+    """Yield these blocks of a split."""
     if section == "train" and (views := manifest["views"]):
         blocks = decode_blocks(dataset.train, preprocess.before_views, ranges)
         return (block._replace(views=block_views(views, block.indices, manifest["block_rows"])) for block in blocks)
     return decode_blocks(dataset.split(section), preprocess, ranges)
-
-
-def draw_blocks(pool: PoolImages, ranges: list[range]) -> Iterator[Block]:
-    """Yield blocks of random images, float32 in [0, 1). They have no keys, so error messages state their numbers."""
-    for indices in ranges:
-        yield Block(
-            indices,
-            pool.take(indices.start, len(indices)).transpose(0, 2, 3, 1),
-            np.empty((0, 8), np.uint8),
-            np.empty(0, np.int64),
-            np.array([f"random image {i}".encode() for i in indices]),
-        )
 
 
 def decode_blocks(images: Images, preprocess: Preprocess, ranges: list[range]) -> Iterator[Block]:

@@ -14,12 +14,14 @@ from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match
 from tspipe.cache.layout import FEATURE_DTYPES
 from tspipe.cache.manifest import as_plan, describe_differences
 from tspipe.cache.merge import absorb
-from tspipe.data import random_images, views
+from tspipe.data import views
 from tspipe.data.datasets import Dataset, open_dataset, stem
 from tspipe.data.image_loader import input_shape
+from tspipe.data.random_images.minstd import period_warning
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
 from tspipe.extraction import broken, forward
-from tspipe.extraction.blocks import Block, section_blocks
+from tspipe.extraction.blocks import Block, split_blocks
+from tspipe.extraction.pool_blocks import PoolBlocks, pool_section
 from tspipe.models import loading, networks, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
@@ -136,6 +138,7 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
         views=plan["views"] and plan["views"]["count"],
         image_shape=(height, width, channels) if config.images else None,
         random_rows=config.random_pool or None,
+        balanced=config.random_pool > 0 and recipe.random_balanced,
     )
     return Job(config, dataset, teacher, stored, plan, dimensions)
 
@@ -149,7 +152,6 @@ def _plan(
 ) -> Manifest:
     """Return the manifest of the unfinished cache."""
     recipe, device = config.recipe, teacher.head.weight.device.type
-    pool = config.random_pool and random_images.manifest_section(config.random_pool, recipe.random_generator)
     return {
         "block_rows": recipe.compute.block_rows,
         "compute": {"batch_size": recipe.compute.batch_size, "device": device, "precision": "float32"},
@@ -163,7 +165,7 @@ def _plan(
         },
         "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": teacher.width},
         "preprocess": recipe.preprocess.as_dict(),
-        "random": pool or None,
+        "random": pool_section(config.random_pool, recipe),
         "teacher": {
             "correct": None,
             "file_sha256": config.weights.sha256,
@@ -183,9 +185,9 @@ def _write_cache(job: Job, group: Group) -> Cache:
         cache = _finished_cache(job)
         group.broadcast(None)
         return cache
-    if pool := job.plan["random"]:
+    if random := job.plan["random"]:
         shape = tuple(job.plan["teacher"]["options"]["input_shape"])
-        if warning := random_images.period_warning(pool["generator"], pool["rows"], "The pool", shape):
+        if warning := period_warning(random["generator"], random["rows"], "The pool", shape):
             warn(warning)
     with job.writer() as writer:
         _absorb(writer, job.dataset)
@@ -274,7 +276,10 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
     with background_writer() as submit:
         for split, numbers in blocks.items():
             ranges = [job.dimensions.block(split, number) for number in numbers]
-            decoded = section_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
+            if split == "random":
+                decoded = PoolBlocks(job.plan, job.dataset.train, recipe.preprocess, job.teacher).blocks(ranges)
+            else:
+                decoded = split_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
             for number, block in zip(numbers, times.iterate("decoding", decoded), strict=True):
                 if block.broken:
                     problems += block.broken

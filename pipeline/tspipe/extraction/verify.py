@@ -18,10 +18,10 @@ from tspipe.data.datasets import Dataset
 from tspipe.data.image_loader import input_shape, open_images, read
 from tspipe.data.local import open_dataset_of
 from tspipe.data.preprocess import Preprocess
-from tspipe.data.random_images import PoolImages
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch, DatasetError
 from tspipe.extraction import forward
-from tspipe.extraction.blocks import Block, section_blocks
+from tspipe.extraction.blocks import Block, split_blocks
+from tspipe.extraction.pool_blocks import PoolBlocks
 from tspipe.models import loading, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import ROUNDING, draws_at_random, load_teacher, teacher_spec
@@ -31,7 +31,7 @@ from tspipe.utils.console import plain_table, stdout_console
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.progress import progress
 
-_TEACHER_COLUMNS = {"features", "logits"}
+_TEACHER_COLUMNS = {"features", "logits", "candidates"}  # those that the teacher determines
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,17 @@ def _join(parts: list[Difference]) -> Difference:
 def _pixel_reader(split: str, cache: Cache, dataset: Dataset, preprocess: Preprocess) -> Callable[[int], NDArray[Any]]:
     """Return a function from an image's index in a split, or in the random pool, to its pixels (H, W, C)."""
     if split == "random":
-        pool = PoolImages.of(cache.manifest)
+        pool = _pool(cache, dataset, preprocess).open()
         return lambda i: pool.take(i, 1)[0].transpose(1, 2, 0)
     images = dataset.split(split)
     return lambda i: read(images, preprocess, i)[1]
+
+
+def _pool(cache: Cache, dataset: Dataset, preprocess: Preprocess, teacher: FeatureNet | None = None) -> PoolBlocks:
+    """Return the random pool of a cache; with a teacher, its candidates are chosen again."""
+    assert cache.random is not None
+    stored = None if teacher is not None or cache.random.candidates is None else cache.random.candidates.load()
+    return PoolBlocks(cache.manifest, dataset.train, preprocess, teacher, stored)
 
 
 def show(agreement: Agreement) -> None:
@@ -214,7 +221,11 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
             ranges = [cache.dimensions.block(split, block) for block in numbers]
             if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
-            restored = section_blocks(split, dataset, preprocess, cache.manifest, ranges)
+            if split == "random":
+                lost = any("candidates" in columns for (section, _), columns in blocks.items() if section == split)
+                restored = _pool(cache, dataset, preprocess, teacher if lost else None).blocks(ranges)
+            else:
+                restored = split_blocks(split, dataset, preprocess, cache.manifest, ranges)
             for number, block in zip(numbers, restored, strict=True):
                 if block.broken:
                     raise DatasetError(block.broken[0])

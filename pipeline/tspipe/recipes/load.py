@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tspipe.data import datasets, views
+from tspipe.data.random_images import pool
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.recipes.schema import Recipe
 from tspipe.recipes.settings import settings as all_settings
@@ -98,8 +99,11 @@ def recipe_for_cache(
             f"network: --teacher ./{network}.py"
         )
     facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
-    name = recipe or default_recipe(dataset)
-    return load(name, settings or (), {"dataset": dataset, **flags}, facts), Path("data") / datasets.stem(dataset)
+    name, flags = recipe or default_recipe(dataset), {"dataset": dataset, **flags}
+    chosen = load(name, settings or (), flags, facts)
+    if chosen.random_source == "pool":
+        chosen = load(name, settings or (), {**pool.facts(manifest), **flags}, facts)
+    return chosen, Path("data") / datasets.stem(dataset)
 
 
 def _read(name: str, dataset: str | None, parents: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, mo
 
 from tspipe.data.hold_out import HoldOut
 from tspipe.data.preprocess import Preprocess
-from tspipe.data.random_images import Generator
+from tspipe.data.random_images import Generator, KindName
 from tspipe.data.views import Views
 from tspipe.utils.plugins import LIBRARIES, recorded_name, unknown
 from tspipe.utils.plugins import names as plugin_names
@@ -157,6 +157,20 @@ class Recipe(Optimisation):
         "live",
         description="Whether random images are labelled during training or in stage one (tspipe cache --random-pool).",
     )
+    random_kind: KindName = Field(
+        "uniform", description="How random images are generated; tspipe list random-kinds scores each kind."
+    )
+    random_balanced: bool = Field(
+        False, description="Keep those random images whose labels from the teacher spread evenly over the classes."
+    )
+    random_rounds: Annotated[int, Field(ge=2, le=256)] = Field(
+        8, description="The most images that the teacher labels for each that random_balanced keeps."
+    )
+    random_weight: NotNegative = Field(
+        1.0,
+        description="How many real images a random one counts for in the mean of the loss. 1 takes one mean over both.",
+    )
+    random_from: AtLeastOne = Field(1, description="The first epoch with random images, counted from 1.")
     random_generator: Generator = Field("mt19937", description="The generator of random images; minstd soon repeats.")
     random_forward: Literal["concatenated", "separate"] = Field(
         "concatenated", description="Whether a student's batch norm sees real and random images as one batch."
@@ -197,6 +211,14 @@ class Recipe(Optimisation):
         if value == "auto" or (is_number and 0 <= value < math.inf):
             return value
         raise ValueError("neither auto nor a number of 0 or more")
+
+    @model_validator(mode="after")
+    def _random_images(self) -> Self:
+        if self.random_generator == "minstd" and (self.random_kind != "uniform" or self.random_balanced):
+            raise ValueError("random_generator=minstd draws plain uniform images only; use mt19937")
+        if self.random_from > self.epochs:
+            raise ValueError(f"random_from={self.random_from} is after the last epoch, {self.epochs}")
+        return self
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:

@@ -59,6 +59,7 @@ class BatchSource:
 
     Attributes:
         random: where random images come from; None if this process's learners use none.
+        random_from: the first epoch with random images, counted from 0.
     """
 
     data: RunData
@@ -66,6 +67,7 @@ class BatchSource:
     random: RandomSource | None
     partition: "Partition"
     batch_size: int
+    random_from: int = 0
 
     def epoch(self, seed: int, epoch: int, part: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
         """Yield the batches of an epoch, or a part of them, each with its number."""
@@ -75,7 +77,7 @@ class BatchSource:
         local = [self.partition.local_rows(batch) for batch in order]
         target_rows, views = self.data.views.batches(seed, epoch, local) if self.data.views else (local, None)
         images, random = self.data.train.normalised(local, views), self._random_batches(seed, epoch, numbers)
-        random_count = self.random.spec.count if self.random else 0
+        random_count = self.random.spec.count if self.random and epoch >= self.random_from else 0
         for number, batch, target in zip(numbers, order, self.targets.batches(target_rows), strict=True):
             whole = self.partition.global_batch(len(batch), random_count)
             # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
@@ -86,9 +88,10 @@ class BatchSource:
         return self.random.stopwatch.seconds() if self.random else 0.0
 
     def _random_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
-        if self.random is None:
+        if self.random:
+            self.random.stopwatch.reset()
+        if self.random is None or epoch < self.random_from:
             return iter([None] * len(numbers))
-        self.random.stopwatch.reset()
         return map(self._with_target, self.random.batches(seed, epoch, numbers))
 
     def _with_target(self, labelled: tuple[Tensor, Output]) -> tuple[Tensor, Target]:

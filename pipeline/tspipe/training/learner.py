@@ -44,11 +44,12 @@ class StudentWithLoss(nn.Module):
 
     Args:
         separate: pass random images through the network apart from real ones, so that batch norm never mixes them.
+        random_weight: how many real images a random one counts for in the mean of the loss.
     """
 
-    def __init__(self, network: FeatureNet, loss: nn.Module, separate: bool):
+    def __init__(self, network: FeatureNet, loss: nn.Module, separate: bool, random_weight: float = 1.0):
         super().__init__()
-        self.network, self.loss, self.separate = network, loss, separate
+        self.network, self.loss, self.separate, self.random_weight = network, loss, separate, random_weight
 
     def forward(
         self, images: Tensor, target: Target, random: tuple[Tensor, Target] | None
@@ -58,12 +59,25 @@ class StudentWithLoss(nn.Module):
             output: Output = self.network(images)
             return output, self.loss(output, target)
         random_images, random_target = random
-        target = Target(*map(torch.cat, zip(target, random_target, strict=True)))
         if self.separate:
             output = Output(*map(torch.cat, zip(self.network(images), self.network(random_images), strict=True)))
         else:
             output = self.network(torch.cat([images, random_images]))
-        return output, self.loss(output, target)
+        if self.random_weight == 1:
+            return output, self.loss(output, Target(*map(torch.cat, zip(target, random_target, strict=True))))
+        return output, self._weighted_loss(output, target, random_target)
+
+    def _weighted_loss(self, output: Output, target: Target, random_target: Target) -> dict[str, Tensor]:
+        """Return the mean of the loss over real images and of that over random ones, weighted by their numbers."""
+        counts = [len(target.labels), len(random_target.labels)]
+        parts = zip(*(tensor.split(counts) for tensor in output), strict=True)
+        weights = [counts[0], self.random_weight * counts[1]]
+        losses = [
+            {name: weight / sum(weights) * term for name, term in self.loss(Output(*part), of_part).items()}
+            for part, of_part, weight in zip(parts, (target, random_target), weights, strict=True)
+            if weight  # the mean over no images is not a number
+        ]
+        return {name: torch.stack([terms[name] for terms in losses]).sum() for name in losses[0]}
 
 
 class Learner:
@@ -95,7 +109,8 @@ class Learner:
         loss = losses.build(spec.loss, sizes, recipe.loss_options(spec.loss), shape.statistics)
         if head := getattr(loss.module, "student_head", None):
             student.head.requires_grad_(False).load_state_dict(head.state_dict())
-        self.model = StudentWithLoss(student, loss.module.to(device), recipe.random_forward == "separate")
+        separate = recipe.random_forward == "separate"
+        self.model = StudentWithLoss(student, loss.module.to(device), separate, recipe.random_weight)
         if recipe.compile:
             compile_in_place(self.model, device)
         self._parallel_model: nn.Module = self.model
@@ -162,9 +177,10 @@ class Learner:
         whole = batch.whole
         if whole is None:
             return len(batch.images), None
-        local, total = len(batch.images), whole.images
+        local, total = float(len(batch.images)), float(whole.images)
         if self.spec.arm == RANDOM and batch.random is not None:
-            local, total = local + len(batch.random[0]), total + whole.random
+            weight = self.model.random_weight
+            local, total = local + weight * len(batch.random[0]), total + weight * whole.random
         return local / total * whole.images, local / total * whole.processes
 
     def check_finite(self, epoch: int) -> None:

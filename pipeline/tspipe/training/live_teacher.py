@@ -4,20 +4,25 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tspipe.data import random_images
+from tspipe.data.random_images import minstd
+from tspipe.data.random_images.balanced import choose
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.output import Output
 from tspipe.models.teacher import draws_at_random, run_teacher
-from tspipe.training.random_source import RandomSource, RandomSpec
+from tspipe.training.random_source import LiveSpec, RandomLabels, RandomSource, RandomSpec
 from tspipe.utils.device import to_device
-from tspipe.utils.rng import seed_torch
+from tspipe.utils.rng import seed_torch, stream
 from tspipe.utils.threads import available_cores, prefetch_map
 
+Drawn = tuple[Tensor, Iterator[Tensor]]  # the images of a batch, and further candidates for it
 _Labelled = tuple[Tensor, Output, torch.cuda.Event | None]  # images, the teacher's output, when it is complete
 _MAX_THREADS = 4  # threads that draw images for a GPU: one alone takes 8 ms for 178 images of CIFAR's size
+_PURPOSE = "random images"
 
 
 class LiveTeacher(RandomSource):
@@ -28,13 +33,12 @@ class LiveTeacher(RandomSource):
     always on) is seeded for each batch and never runs ahead, because the students' dropout uses the same generator.
     """
 
-    def __init__(self, teacher: FeatureNet, spec: RandomSpec, generator: random_images.Generator = "mt19937"):
+    def __init__(self, teacher: FeatureNet, spec: RandomSpec, live: LiveSpec):
         super().__init__(spec)
-        self.teacher, self.generator = teacher, generator
+        self.teacher, self.live = teacher, live
         self._stream = torch.cuda.Stream(spec.device) if spec.device.type == "cuda" else None
-        probe = spec.preprocess.normalise(
-            torch.from_numpy(random_images.uniform(0, 0, 0, 1, spec.shape)).to(spec.device)
-        )
+        self._candidates = np.empty(0, np.int64)  # the labels of the last balanced batch's candidates
+        probe = torch.from_numpy(stream(0, "probe").random((1, *spec.shape), dtype=np.float32)).to(spec.device)
         self._stochastic = draws_at_random(teacher, spec.preprocess.normalise(probe))
         free_cores = available_cores() if self._stream else available_cores() - torch.get_num_threads()
         self._threads = 0 if self._stochastic else min(_MAX_THREADS, free_cores)
@@ -54,29 +58,59 @@ class LiveTeacher(RandomSource):
             seed_torch(seed, "teacher", epoch, number)
         return self._wait_for_teacher(self._label(images))
 
-    def first_labels(self, count: int) -> Tensor:
-        labels: list[Tensor] = []
+    def first_labels(self, count: int) -> RandomLabels:
+        labels, candidates = list[Tensor](), list[Tensor]()
         while sum(map(len, labels)) < count:
             labels.append(self.batch(0, 0, len(labels))[1].logits.argmax(1))
-        return torch.cat(labels)[:count]
+            candidates.append(torch.from_numpy(self._candidates))
+        if self.live.rounds:
+            return RandomLabels(torch.cat(labels), torch.cat(candidates))
+        return RandomLabels(torch.cat(labels)[:count])
 
-    def _draw(self, seed: int, epoch: int, number: int) -> Tensor:
-        spec = self.spec
-        if self.generator == "minstd":
-            step = epoch * spec.batches_per_epoch + number
-            images = random_images.congruential(seed, step, spec.count, spec.shape)
-        else:
-            images = random_images.uniform(seed, epoch, number, spec.count, spec.shape)
-        rows = spec.local_rows(torch.from_numpy(images))
-        return rows.contiguous(memory_format=torch.channels_last)  # as the image loader yields them
+    def _draw(self, seed: int, epoch: int, number: int) -> Drawn:
+        """Draw a batch; images that are to be balanced have further rounds of candidates, drawn when they are used."""
+        rounds = self._rounds(seed, epoch, number)
+        return next(rounds), rounds
 
-    def _label(self, images: Tensor) -> _Labelled:
+    def _rounds(self, seed: int, epoch: int, number: int) -> Iterator[Tensor]:
+        spec, kind, generator = self.spec, self.live.kind(seed), stream(seed, _PURPOSE, epoch, number)
+        while True:
+            if self.live.generator == "minstd":
+                size = spec.count * kind.draws
+                step = epoch * spec.batches_per_epoch + number
+                numbers = minstd.numbers(seed, _PURPOSE, step * size, size).reshape(spec.count, kind.draws)
+            else:
+                numbers = kind.numbers(generator, spec.count)
+            images = torch.from_numpy(kind.images(spec.local_rows(torch.from_numpy(numbers)).numpy()))
+            yield images.contiguous(memory_format=torch.channels_last)  # as the image loader yields them
+
+    def _label(self, drawn: Drawn) -> _Labelled:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             self.stopwatch.start()
-            images = self.spec.preprocess.normalise(to_device(images, self.spec.device))
-            output = run_teacher(self.teacher, images)
+            first, rounds = drawn
+            images, output = self._balance(first, rounds) if self.live.rounds else self._run_teacher(first)
             self.stopwatch.stop()
             return images, output, self._stream.record_event() if self._stream else None
+
+    def _run_teacher(self, images: Tensor) -> tuple[Tensor, Output]:
+        images = self.spec.preprocess.normalise(to_device(images, self.spec.device))
+        return images, run_teacher(self.teacher, images)
+
+    def _balance(self, first: Tensor, rounds: Iterator[Tensor]) -> tuple[Tensor, Output]:
+        """Run the teacher on rounds of candidates, and return those whose labels spread evenly."""
+        assert self.live.rounds
+        labelled: list[tuple[Tensor, Output]] = []
+
+        def label(number: int) -> NDArray[np.int64]:
+            labelled.append(self._run_teacher(next(rounds) if number else first))
+            labels: NDArray[np.int64] = labelled[-1][1].logits.argmax(1).cpu().numpy()
+            return labels
+
+        chosen, self._candidates = choose(label, len(first), self.live.classes, self.live.rounds)
+        rows = torch.from_numpy(chosen).to(self.spec.device)
+        images, outputs = zip(*labelled, strict=True)
+        output = Output(*(torch.cat(parts)[rows] for parts in zip(*outputs, strict=True)))
+        return torch.cat(images)[rows].contiguous(memory_format=torch.channels_last), output
 
     def _wait_for_teacher(self, labelled: _Labelled) -> tuple[Tensor, Output]:
         """On a GPU, make the students' stream wait for the teacher's, and keep its tensors until they are used."""

@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter
+from torch import Tensor
 
 from tspipe.errors import RecipeError
 from tspipe.training.config import StudentConfig
@@ -57,11 +58,19 @@ def record_random_labels(config: StudentConfig, folder: RunFolder, random: Rando
     """
     if random is None or _has_labels(folder):
         return
-    labels = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
-    ranked = Counter(sorted(labels.tolist())).most_common()
-    counts = {config.cache.classes[label]: count for label, count in ranked}
+    sample = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
+    counts = label_counts(sample.labels, config.cache.classes)
     folder.write_json("random_labels.json", counts)
+    if sample.candidates is not None:
+        passes = len(sample.candidates) / len(sample.labels)
+        candidates = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
+        warn(label_shares(label_counts(sample.candidates, config.cache.classes), candidates))
     warn(label_shares(counts))
+
+
+def label_counts(labels: Tensor, classes: Sequence[str]) -> dict[str, int]:
+    """Return how often each label (n,) int64 occurs, by class name, the most frequent first."""
+    return {classes[label]: count for label, count in Counter(sorted(labels.tolist())).most_common()}
 
 
 def _has_labels(folder: RunFolder) -> bool:
@@ -76,11 +85,11 @@ def _has_labels(folder: RunFolder) -> bool:
     return True
 
 
-def label_shares(counts: dict[str, int]) -> str:
-    """Say how the teacher labels random images; classes below half a percent are left out."""
+def label_shares(counts: dict[str, int], what: str = "random images") -> str:
+    """Say how the teacher labels images; classes below half a percent are left out."""
     total = sum(counts.values())
     shares = [f"{printable(name, _NAME_LENGTH)} ({n / total:.0%})" for name, n in counts.items() if n >= total / 200]
-    return f"The teacher's labels for random images: {', '.join(shares[:_CLASSES])}"
+    return f"The teacher's labels for {what}: {', '.join(shares[:_CLASSES])}"
 
 
 def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:

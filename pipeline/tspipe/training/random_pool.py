@@ -1,6 +1,6 @@
 """Random images without the teacher: the cache stores its outputs, and the pixels are drawn again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tspipe.cache import Cache, Column
-from tspipe.data.random_images import PoolImages
+from tspipe.data.random_images.pool import PoolImages, kind_of
 from tspipe.errors import CacheMismatch
 from tspipe.models.output import Output
 from tspipe.models.teacher import check_input_shape
-from tspipe.training.random_source import RandomSource, RandomSpec
+from tspipe.training.random_source import RandomLabels, RandomSource, RandomSpec
 from tspipe.utils.device import to_device
 from tspipe.utils.rng import stream
 from tspipe.utils.threads import prefetch_map
@@ -25,11 +25,14 @@ _USE_LIVE = "have the teacher label random images live: --set random_source=live
 class RandomPool(RandomSource):
     """The random pool of a cache, in batches. Not thread-safe.
 
-    Raises CacheMismatch when the cache has no pool, a pool smaller than a batch, one drawn by an unknown generator, or
-    one of images of another shape.
+    Args:
+        read: maps indices of training images (n,) int64 to (n, C, H, W) uint8, for kinds that are made from them.
+
+    Raises CacheMismatch when the cache has no pool, a pool smaller than a batch, one of an unknown generator or kind,
+    or one of images of another shape.
     """
 
-    def __init__(self, cache: Cache, spec: RandomSpec):
+    def __init__(self, cache: Cache, spec: RandomSpec, read: Callable[[Tensor], Tensor]):
         if cache.random is None:
             raise CacheMismatch(
                 f"{cache.path.name} has no random pool. Make the cache again with one (tspipe cache --force "
@@ -43,7 +46,9 @@ class RandomPool(RandomSource):
             )
         check_input_shape(cache, spec.shape)
         super().__init__(spec)
-        self._stored, self._images = cache.random, PoolImages.of(cache.manifest)
+        self._stored, kind = cache.random, kind_of(cache.manifest, len(cache.train), read)
+        candidates = None if cache.random.candidates is None else cache.random.candidates.load()
+        self._images = PoolImages(kind, cache.manifest["random"], cache.dimensions.block_rows, candidates)
 
     def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
         """Yield the batches; a thread draws each while the previous one is used."""
@@ -53,7 +58,7 @@ class RandomPool(RandomSource):
             yield self.spec.preprocess.normalise(images), Output(features, logits)
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Output]:
-        """Return one batch on the CPU: images (r, C, H, W) float32 in [0, 1), not normalised, and their outputs.
+        """Return one batch on the CPU: images (r, C, H, W) before normalisation, and their outputs.
 
         Rows follow those of the previous step, wrapping around the end of the pool, from an offset that depends on the
         seed. Steps are counted from 0 over all epochs of a seed.
@@ -66,8 +71,8 @@ class RandomPool(RandomSource):
         output = Output(*(torch.from_numpy(_wrapped_rows(c, start, self.spec.count)).float() for c in columns))
         return images.contiguous(memory_format=torch.channels_last), output  # as the image loader yields them
 
-    def first_labels(self, count: int) -> Tensor:
-        return torch.from_numpy(self._stored.logits[:count]).argmax(1)
+    def first_labels(self, count: int) -> RandomLabels:
+        return RandomLabels(torch.from_numpy(self._stored.logits[:count]).argmax(1))
 
 
 def _wrapped_rows(column: Column, start: int, count: int) -> NDArray[Any]:

@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import Generator, Kind
 from tspipe.models.output import Output
 from tspipe.utils.timing import Stopwatch
 
@@ -33,6 +35,29 @@ class RandomSpec:
     local_rows: Callable[[Tensor], Tensor] = lambda rows: rows
 
 
+@dataclass(frozen=True)
+class LiveSpec:
+    """How the images of a live source are drawn.
+
+    Attributes:
+        kind: returns the kind of a seed's images; kinds that are made from photos use those that the seed trains on.
+        classes: the number of classes.
+        rounds: with balanced labels, the most candidates for each image; None for images that are not balanced.
+    """
+
+    kind: Callable[[int], Kind]
+    classes: int
+    generator: Generator = "mt19937"
+    rounds: int | None = None
+
+
+class RandomLabels(NamedTuple):
+    """The teacher's labels (n,) int64 for random images, and for all candidates among which they were chosen."""
+
+    labels: Tensor
+    candidates: Tensor | None = None
+
+
 class RandomSource(ABC):
     """A source of random images.
 
@@ -48,5 +73,5 @@ class RandomSource(ABC):
         """Yield normalised images (r, C, H, W) and the teacher's output for each of these batches of an epoch."""
 
     @abstractmethod
-    def first_labels(self, count: int) -> Tensor:
-        """Return the teacher's labels (n,) int64 for the first `count` random images, or as many as there are."""
+    def first_labels(self, count: int) -> RandomLabels:
+        """Return the teacher's labels for the first `count` random images, or as many as there are."""

@@ -44,6 +44,11 @@ class RunData:
         """How many images each seed trains on."""
         return len(self.train) - self.validation_count
 
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Return training images (n, C, H, W) uint8 on the CPU, resized and cropped, for indices (n,) int64."""
+        (images,) = self.train.batches([rows])
+        return images.cpu()
+
     def validation_split(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return the images that a seed trains on and those that it holds back: (n,) int64 each."""
         if not self.validation_count:

@@ -13,22 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tspipe.data import random_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import RecipeError
 from tspipe.models import initial, weights
-from tspipe.models.teacher import check_teacher, count_teacher_parameters, load_teacher
+from tspipe.models.teacher import count_teacher_parameters
+from tspipe.training import random_sources
 from tspipe.training.arms import RANDOM, LearnerSpec, arm_losses
-from tspipe.training.batches import BatchSource, shuffled_batches
+from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
 from tspipe.training.config import StudentConfig, identity
 from tspipe.training.evaluation import Evaluator
 from tspipe.training.learner import Learner, TaskShape
-from tspipe.training.live_teacher import LiveTeacher
 from tspipe.training.metrics_log import MetricsLog, loss_ratios, record_random_labels
 from tspipe.training.partition import Partition, choose_partition
-from tspipe.training.random_pool import RandomPool
-from tspipe.training.random_source import RandomSource, RandomSpec
 from tspipe.training.resume import WrittenResults, provenance
 from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run, results_sha256
@@ -300,7 +297,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     cohort = [build_learner(config, data, spec) for spec in learner_specs(config, 0)]
     partition = choose_partition(group, len(cohort))
     uses_random = any(learner.spec.arm == RANDOM for learner in partition.local_learners(cohort))
-    random = open_random_source(config, data, partition) if recipe.random_images and uses_random else None
+    random = random_sources.open_source(config, data, partition) if recipe.random_images and uses_random else None
     needs = frozenset[str]().union(*(learner.needs for learner in cohort))
     columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3
     targets = TargetLoader(columns, row_labels(config.cache), needs, memory, device)
@@ -310,26 +307,8 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
         folder,
         device,
         partition,
-        BatchSource(data, targets, random, partition, recipe.batch_size),
+        BatchSource(data, targets, random, partition, recipe.batch_size, recipe.random_from - 1),
         MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
         Checkpointer(folder.path / "checkpoint.safetensors", recipe.checkpoint_seconds, folder.identity),
         {learner.spec.student: learner.parameter_count for learner in cohort},
     )
-
-
-def open_random_source(config: StudentConfig, data: RunData, partition: Partition) -> RandomSource:
-    """Open the cache's random pool, or load its teacher and compare it with the rows it wrote."""
-    recipe, cache, shape, device = config.recipe, config.cache, data.train.shape, data.train.device
-    batches_per_epoch = len(shuffled_batches(0, 0, data.train_count, recipe.batch_size))
-    spec = RandomSpec(recipe.random_images, shape, batches_per_epoch, data.preprocess, device, partition.local_rows)
-    if recipe.random_source == "pool":
-        return RandomPool(cache, spec)
-    teacher = load_teacher(cache, recipe, shape, device)
-    (pixels,) = data.train.batches([torch.arange(min(8, len(data.train)))])
-    check_teacher(teacher, cache, data.preprocess.normalise(pixels))
-    teacher.precision = getattr(torch, recipe.live_precision)
-    images = recipe.random_images * batches_per_epoch * recipe.epochs
-    warning = random_images.period_warning(recipe.random_generator, images, "A seed", shape)
-    if warning and partition.is_writer:
-        warn(warning)
-    return LiveTeacher(teacher, spec, recipe.random_generator)

@@ -1,0 +1,29 @@
+"""CutMix: a rectangle of one training image pasted into another (Yun et al., arXiv 1905.04899, Equations 1 and 2).
+
+λ, the share of the first image, is uniform. The rectangle has the image's proportions and the area 1 − λ; its centre is
+uniform, and what lies outside the image is cut off. The teacher labels the result.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tspipe.data.random_images import mixed
+
+
+class Images(mixed.Images):
+    """Eleven words w per image: those of `mixed`, and the row and the column of the rectangle's centre."""
+
+    draws = 11
+
+    def images(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        first, second = self.pair(numbers)
+        side = np.sqrt(1 - (numbers[:, 8] >> 24) / 256)
+        spans = []
+        for size, centre in zip(self.shape[1:], (numbers[:, 9], numbers[:, 10]), strict=True):
+            length = (size * side).astype(np.int64)
+            start = (centre % size - length // 2)[:, None]
+            spans.append((np.arange(size) >= start) & (np.arange(size) < start + length[:, None]))
+        inside = spans[0][:, None, :, None] & spans[1][:, None, None, :]
+        return np.where(inside, second, first)

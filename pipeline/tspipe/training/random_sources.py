@@ -1,0 +1,62 @@
+"""Opens what a run's random images come from: the live teacher or the pool of the cache."""
+
+import functools
+from functools import partial
+
+import torch
+
+from tspipe.cache import Cache
+from tspipe.data.random_images import Kind, Photos, make, pool
+from tspipe.data.random_images.base import FROM_PHOTOS
+from tspipe.data.random_images.minstd import period_warning
+from tspipe.errors import CacheMismatch
+from tspipe.models.teacher import check_teacher, load_teacher
+from tspipe.recipes.schema import Recipe
+from tspipe.training.batches import shuffled_batches
+from tspipe.training.config import StudentConfig
+from tspipe.training.live_teacher import LiveTeacher
+from tspipe.training.partition import Partition
+from tspipe.training.random_pool import RandomPool
+from tspipe.training.random_source import LiveSpec, RandomSource, RandomSpec
+from tspipe.training.run_data import RunData
+from tspipe.utils.progress import warn
+
+
+def open_source(config: StudentConfig, data: RunData, partition: Partition) -> RandomSource:
+    """Open the cache's random pool, or load its teacher and compare it with the rows it wrote."""
+    recipe, cache, shape, device = config.recipe, config.cache, data.train.shape, data.train.device
+    batches_per_epoch = len(shuffled_batches(0, 0, data.train_count, recipe.batch_size))
+    spec = RandomSpec(recipe.random_images, shape, batches_per_epoch, data.preprocess, device, partition.local_rows)
+    if recipe.random_source == "pool":
+        _check_pool(cache, recipe)
+        return RandomPool(cache, spec, data.pixels)
+    teacher = load_teacher(cache, recipe, shape, device)
+    (pixels,) = data.train.batches([torch.arange(min(8, len(data.train)))])
+    check_teacher(teacher, cache, data.preprocess.normalise(pixels))
+    teacher.precision = getattr(torch, recipe.live_precision)
+    images = recipe.random_images * batches_per_epoch * recipe.epochs
+    warning = period_warning(recipe.random_generator, images, "A seed", shape)
+    if warning and partition.is_writer:
+        warn(warning)
+    rounds = recipe.random_rounds if recipe.random_balanced else None
+    live = LiveSpec(functools.cache(partial(_kind, recipe, data)), len(cache.classes), recipe.random_generator, rounds)
+    return LiveTeacher(teacher, spec, live)
+
+
+def _check_pool(cache: Cache, recipe: Recipe) -> None:
+    """Raise CacheMismatch if the recipe asks for other random images than those of the cache's pool."""
+    for setting, stored in pool.facts(cache.manifest).items():
+        if (requested := getattr(recipe, setting)) != stored:
+            raise CacheMismatch(
+                f"The random pool of {cache.path.name} was made with {setting} = {stored}, not {requested}. Leave the "
+                "setting out, or have the teacher label random images live: --set random_source=live"
+            )
+
+
+def _kind(recipe: Recipe, data: RunData, seed: int) -> Kind:
+    """Return the kind of a seed's random images; mixtures are made from the images that the seed trains on."""
+    photos = None
+    if recipe.random_kind in FROM_PHOTOS:
+        rows = data.validation_split(seed)[0]
+        photos = Photos(len(rows), lambda indices: data.pixels(rows[indices]), recipe.views.shift, recipe.views.flip)
+    return make(recipe.random_kind, data.train.shape, photos)
