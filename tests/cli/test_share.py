@@ -261,7 +261,7 @@ def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) 
 def weights_of(run: Path) -> dict:
     import safetensors.torch
 
-    (path,) = run.glob("student-*")
+    (path,) = run.glob("student-*-seed0.safetensors")
     return safetensors.torch.load_file(path)
 
 

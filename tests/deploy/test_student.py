@@ -1,5 +1,6 @@
 """Loading a student: what it computes, and what a file may not do."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -35,17 +36,20 @@ def altered(student_file: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_loaded_student_has_the_accuracy_of_its_run(run: Path, digits: Cache) -> None:
-    rows = {row["arm"]: row["test_accuracy"] for row in RunFolder(run, {}, {}).rows()}
+    rows = {(row["arm"], row["epoch"]): row["test_accuracy"] for row in RunFolder(run, {}, {}).rows()}
     test = open_dataset("digits").test
-    for arm, accuracy in rows.items():
-        student = tspipe.load_student(run, student=f"lenet5-{arm}-seed0")
+    for arm, last in itertools.product(("alone", "taught"), (False, True)):
+        student = tspipe.load_student(run, student=f"lenet5-{arm}-seed0", last=last)
+        accuracy = rows[arm, student.facts.epoch]
+        assert accuracy == (rows[arm, 3] if last else max(rows[arm, epoch] for epoch in (1, 2, 3)))
+        assert (student.facts.test_accuracy, student.facts.selected) == (accuracy, "last" if last else "test")
         labels, probabilities = student.predict([test.read(i) for i in range(len(test))])
         assert (labels.numpy() == test.labels).mean() == pytest.approx(accuracy)
         assert probabilities.shape == (len(test), 10)
         torch.testing.assert_close(probabilities.sum(1), torch.ones(len(test)))
         assert student.classes == digits.classes
         assert student.preprocess.as_dict() == digits.manifest["preprocess"]
-    assert min(rows.values()) > 0.5
+    assert max(rows.values()) > 0.5
 
 
 def test_a_student_changed_since_its_run_is_refused(run: Path, student_file: Path, tmp_path: Path) -> None:
@@ -62,10 +66,12 @@ def test_a_student_changed_since_its_run_is_refused(run: Path, student_file: Pat
 
 
 def test_of_a_run_the_best_student_is_loaded(run: Path) -> None:
-    rows = RunFolder(run, {}, {}).rows()[-2:]
-    best = max(rows, key=lambda row: row["test_accuracy"])
-    assert tspipe.load_student(run).name == f"lenet5-{best['arm']}-seed0"
-    assert tspipe.load_student(run, student="*-taught-*").name == "lenet5-taught-seed0"
+    rows = RunFolder(run, {}, {}).rows()
+    best, best_at_the_end = (max(part, key=lambda row: row["test_accuracy"]) for part in (rows, rows[-2:]))
+    assert tspipe.load_student(run).name == f"lenet5-{best['arm']}-seed0-best-test"
+    assert tspipe.load_student(run, last=True).name == f"lenet5-{best_at_the_end['arm']}-seed0"
+    for pattern in ("*-taught-*", "lenet5-taught-seed0", "lenet5-taught-seed0-best-test"):
+        assert tspipe.load_student(run, student=pattern).name == "lenet5-taught-seed0-best-test"
 
 
 def test_paths_pictures_and_arrays_give_the_same(student_file: Path, tmp_path: Path) -> None:
@@ -106,6 +112,8 @@ def test_an_image_of_another_size_is_refused(altered: Callable[..., Path], stude
         ("preprocess", '{"mean": [0.5], "std": [0]}', "std must be positive"),
         ("preprocess", '{"mean": [0.5], "std": [1], "resize": [16, 16], "more": 1}', "its metadata, preprocess: "),
         ("width", "many", "its metadata, width: "),
+        ("test_accuracy", "nan", "its metadata, test_accuracy: "),
+        ("selected", "guess", "its metadata, selected: "),
     ],
 )
 def test_false_metadata_are_refused(altered: Callable[..., Path], field: str, value: str | None, reason: str) -> None:

@@ -29,7 +29,7 @@ def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = (AL
 def weights_of(run: RunFolder) -> dict[str, bytes]:
     return {
         path.name.removeprefix("student-"): safetensors.torch.save(safetensors.torch.load_file(path))
-        for path in run.path.glob("student-*")
+        for path in run.path.glob("student-*-seed0.safetensors")
     }
 
 

@@ -60,7 +60,8 @@ def cut(path: Path) -> None:
 
 def test_a_finished_run_states_its_files(finished: RunFolder) -> None:
     files = finished.read_json("summary.json")["files"]
-    assert set(files) == {"metrics.csv", "random_labels.json", STUDENT.format(0), STUDENT.format(1)}
+    students = {STUDENT.format(f"{seed}{best}") for seed in (0, 1) for best in ("", "-best-test")}
+    assert set(files) == {"metrics.csv", "random_labels.json", *students}
     assert finished.damaged_files() == []
 
 
@@ -69,7 +70,7 @@ def test_a_finished_run_states_its_files(finished: RunFolder) -> None:
     [
         (STUDENT.format(0), Path.unlink, 2 * STEPS),
         (STUDENT.format(1), cut, STEPS),
-        (STUDENT.format(1), flip, STEPS),
+        (STUDENT.format("1-best-test"), flip, STEPS),
         ("metrics.csv", cut, STEPS),
         ("metrics.csv", Path.unlink, 2 * STEPS),
         ("random_labels.json", cut, 0),
@@ -137,11 +138,12 @@ def test_the_files_of_another_run_are_not_used(
     assert metrics(copy) == metrics(finished.path)
 
 
+@pytest.mark.parametrize("source", [0, "1-best-test"])
 def test_a_student_under_the_name_of_another_is_not_used(
-    digits: Cache, finished: RunFolder, copy: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Cache, finished: RunFolder, copy: Path, monkeypatch: pytest.MonkeyPatch, source: object
 ) -> None:
     (copy / "summary.json").unlink()
-    shutil.copy(copy / STUDENT.format(0), copy / STUDENT.format(1))
+    shutil.copy(copy / STUDENT.format(source), copy / STUDENT.format(1))
     trained = interrupted_at(monkeypatch)
     train_students(config(digits, copy))
     assert len(trained) == STEPS

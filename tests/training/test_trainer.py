@@ -1,6 +1,7 @@
 """Stage two: what a cohort shares, what a run folder holds, and when a run is refused."""
 
 import hashlib
+import itertools
 import json
 import platform
 import re
@@ -93,9 +94,9 @@ def test_a_batch_reuses_memory(digits: Cache, tmp_path: Path, monkeypatch: pytes
 
 def test_the_files_of_a_run(run: RunFolder, digits: Cache) -> None:
     names = {path.name for path in run.path.iterdir()}
-    students = {
-        f"student-lenet5-{arm}-seed{s}.safetensors" for arm in ("alone", "taught", "taught-random") for s in (0, 1)
-    }
+    arms, seeds = ("alone", "taught", "taught-random"), ("seed0", "seed1")
+    students = {f"student-lenet5-{'-'.join(each)}.safetensors" for each in itertools.product(arms, seeds)}
+    students |= {name.replace(".", "-best-test.") for name in students}
     assert names == {"config.json", "metrics.csv", "random_labels.json", "summary.json"} | students
     result = run.read_json("config.json")
     assert result["config"]["cache"] == digits.id
@@ -141,8 +142,7 @@ def test_the_same_config_gives_the_same_weights(run: RunFolder, digits: Cache, t
 
 def test_an_arm_does_not_depend_on_the_arms_beside_it(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
     alone = train_students(config(digits, tmp_path / "one", arms=(TAUGHT,)))
-    ((name, weights),) = weights_of(alone).items()
-    assert weights == weights_of(run)[name]
+    assert weights_of(alone).items() <= weights_of(run).items()
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,7 @@ def test_the_student_alone_with_its_own_schedule(digits: Cache, tmp_path: Path) 
 
 def test_reading_rows_from_the_file_gives_the_same_students(run: RunFolder, digits: Cache, tmp_path: Path) -> None:
     small = train_students(config(digits, tmp_path / "small", "memory=1", arms=(TAUGHT,)))
-    ((name, weights),) = weights_of(small).items()
-    assert weights == weights_of(run)[name]
+    assert weights_of(small).items() <= weights_of(run).items()
 
 
 def position(out: Path) -> checkpoint.Position | None:

@@ -16,6 +16,7 @@ Source = Annotated[Path, typer.Argument(metavar="STUDENT", help="A run folder, o
 Name = Annotated[
     str | None, typer.Option("--student", help="Which student of a run: a name or a pattern (default: the best).")
 ]
+Last = Annotated[bool, typer.Option("--last", help="Of a run, its last epoch instead of the best.")]
 Network = Annotated[str | None, typer.Option(help="The network's file, if it is your own: ./mine.py.")]
 CacheFile = Annotated[
     Path | None, typer.Option("--cache", help="The student's cache (default: found in cache/ by its id).")
@@ -31,6 +32,7 @@ def export(
         bool, typer.Option("--uint8", help="Image bytes in, probabilities out: normalisation is in the file.")
     ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="8-bit weights and activations (onnx, executorch).")] = False,
+    last: Last = False,
     network: Network = None,
     cache: CacheFile = None,
     data: options.Data = None,
@@ -49,7 +51,7 @@ def export(
 
     if format_ not in FORMATS:
         raise typer.BadParameter(f"{format_!r}: choose from {', '.join(FORMATS)}", param_hint="--format")
-    loaded = load_classifier(source, student, network)
+    loaded = load_classifier(source, student, network, last=last)
     if not isinstance(loaded, Student):
         raise NetworkError(f"{source} is an export already. Name the student that it was made of.")
     name = loaded.name + "-uint8" * uint8 + "-int8" * int8
@@ -87,6 +89,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
     student: Name = None,
+    last: Last = False,
     network: Network = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images classified at once.")] = 64,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -100,7 +103,7 @@ def predict(
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv exclude each other")
-    files, classifier = find_images(images), load_classifier(source, student, network)
+    files, classifier = find_images(images), load_classifier(source, student, network, last=last)
     classes, problems = classifier.facts.classes, 0
     records: list[dict[str, Any]] = []
     top = min(top, len(classes))
@@ -137,6 +140,7 @@ def eval_(
         typer.Argument(metavar="STUDENT", help="Run folders, students' files, or exports."),
     ],
     student: Name = None,
+    last: Last = False,
     network: Network = None,
     cache: CacheFile = None,
     data: options.Data = None,
@@ -152,7 +156,7 @@ def eval_(
     from tspipe.deploy.exported import load_classifier
     from tspipe.deploy.labelled_images import find_cache, open_labelled_images
 
-    classifiers = [load_classifier(source, student, network) for source in sources]
+    classifiers = [load_classifier(source, student, network, last=last) for source in sources]
     opened = open_cache(cache) if cache else find_cache(classifiers[0].facts.cache)
     evaluations = evaluate(classifiers, open_labelled_images(opened, data), seconds)
     if json_:

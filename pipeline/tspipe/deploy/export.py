@@ -15,7 +15,7 @@ from tspipe.deploy.fold import count_parameters, fold
 from tspipe.deploy.folder_images import FolderImages
 from tspipe.deploy.formats import FORMATS, Array, Files, Run, check_installed, quiet, refusal
 from tspipe.deploy.labelled_images import LabelledImages
-from tspipe.deploy.student import Student, last_rows
+from tspipe.deploy.student import Student
 from tspipe.errors import NetworkError
 from tspipe.models.probe import probe_images
 from tspipe.utils.files import new_file, writing
@@ -185,7 +185,6 @@ def _trace(module: nn.Module, example: Tensor, name: str, *, single: bool) -> to
 
 def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
     facts = student.facts.model_dump(mode="json", include={"classes", "options", "preprocess", "input_shape"})
-    row = last_rows(student.path.parent).get(student.name, {})
     batch = "1" if FORMATS[config.format].single else "n"
     return {
         **{name: json.dumps(value, sort_keys=True) for name, value in facts.items()},
@@ -197,7 +196,8 @@ def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
         if config.uint8
         else f"({batch}, C, H, W) float32, preprocessed",
         "output": config.output,
-        **({"test_accuracy": repr(row["test_accuracy"])} if "test_accuracy" in row else {}),
+        "epoch": f"{student.facts.epoch} of {student.facts.epochs}, selected: {student.facts.selected}",
+        "test_accuracy": repr(student.facts.test_accuracy),
     }
 
 

@@ -9,7 +9,7 @@ from tspipe.deploy.classifier import Classifier
 from tspipe.deploy.facts import ExportFacts, parse
 from tspipe.deploy.formats import INPUT, check_installed
 from tspipe.deploy.rebuilt import RebuiltExport, is_export
-from tspipe.deploy.student import find_students, last_rows, load_student
+from tspipe.deploy.student import find_students, load_student
 from tspipe.errors import NetworkError
 from tspipe.utils.progress import warn
 
@@ -41,8 +41,10 @@ class OnnxExport:
         return output if uint8 else output.softmax(1)
 
 
-def load_classifier(path: Path, student: str | None = None, network: str | None = None) -> Classifier:
-    """Return the export in a file, else the student, as `load_student`; say which one of several it is.
+def load_classifier(
+    path: Path, student: str | None = None, network: str | None = None, *, last: bool = False
+) -> Classifier:
+    """Return the export in a file, else the student, as `load_student`; of a run folder, say which one it is.
 
     Args:
         network: the path of the network's file, if it is a user's. ONNX files need none.
@@ -51,10 +53,9 @@ def load_classifier(path: Path, student: str | None = None, network: str | None 
         return OnnxExport(path)
     if path.suffix == ".pt2" or (path.suffix == ".safetensors" and is_export(path)):
         return RebuiltExport(path, network)
-    loaded = load_student(path, student=student, network=network)
-    if path.is_dir() and (count := len(find_students(path, student))) > 1:
-        split = (
-            "on the images held back" if "val_accuracy" in last_rows(path).get(loaded.name, {}) else "on the test split"
-        )
-        warn(f"{loaded.name} is the best of {count} students in {path} by its accuracy {split}. Choose: --student NAME")
+    loaded = load_student(path, student=student, network=network, last=last)
+    if path.is_dir():
+        count = len(find_students(path, student, last=last))
+        which = f", the best of {count} students in {path} (choose: --student NAME)" if count > 1 else ""
+        warn(f"{loaded.name}{which}: {loaded.facts.describe_epoch()}" + (" (the last: --last)" if not last else ""))
     return loaded

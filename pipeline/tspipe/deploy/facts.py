@@ -10,6 +10,7 @@ from tspipe.errors import NetworkError
 
 _MAX_SIDE = 2048  # pixels; a file may claim any size, and a probe of that size is run when it is loaded
 _Channels = Annotated[int, Field(ge=1, le=1024)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
 _Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 
 
@@ -50,11 +51,30 @@ class StudentFacts(Facts):
 
     Attributes:
         arm: how it was trained: alone, taught, taught + random.
+        epoch, epochs: the epoch of its weights, from 1, and how many it was trained for.
+        selected: why this epoch: the last one, or the best on held-back images (validation) or on the test split.
+        test_accuracy, val_accuracy: its accuracy on the test split and on held-back training images.
         width: the number of the teacher's features.
     """
 
     arm: str
+    epoch: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=1)]
+    selected: Literal["last", "validation", "test"]
+    test_accuracy: _Fraction
+    val_accuracy: _Fraction | None = None
     width: Annotated[int, Field(ge=1)]
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy that students are compared by: on held-back images if there are any, else on the test split."""
+        return self.test_accuracy if self.val_accuracy is None else self.val_accuracy
+
+    def describe_epoch(self) -> str:
+        """Return which epoch the weights are of, why, and how accurate they are."""
+        by = "test accuracy" if self.selected == "test" else "accuracy on held-back images"
+        best = "" if self.selected == "last" else f", the best by {by}"
+        return f"epoch {self.epoch} of {self.epochs}{best}, {100 * self.test_accuracy:.2f} % on the test split"
 
 
 class ExportFacts(Facts):

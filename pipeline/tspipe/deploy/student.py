@@ -1,5 +1,6 @@
 """A trained student as a plain module, read from its file or its run folder."""
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,9 +17,9 @@ from tspipe.models import networks, weights
 from tspipe.models.feature_net import FeatureNet, student_of
 from tspipe.models.loading import NetworkSpec, load_into
 from tspipe.models.probe import eval_mode, probe_images
-from tspipe.training.arms import learner_name
-from tspipe.training.run_folder import Row, RunFolder
+from tspipe.training.run_folder import RunFolder
 
+_BEST = re.compile("-best-(validation|test)$")  # in names of students after their best epoch
 _SPARE_PARAMETERS = 2**24  # that the network without g(x) may have beyond 16 times those in the file
 
 
@@ -37,7 +38,7 @@ class Student(nn.Module):
 
     @property
     def name(self) -> str:
-        """The student's name in file names: `lenet5-taught-random-seed0`."""
+        """The student's name in file names: `lenet5-taught-random-seed0`, or with `-best-test` after its best epoch."""
         return self.path.stem.removeprefix("student-")
 
     @property
@@ -68,7 +69,9 @@ class Student(nn.Module):
         return predict(self, images.as_sequence(pictures), batch_size)
 
 
-def load_student(path: str | Path, *, student: str | None = None, network: str | None = None) -> Student:
+def load_student(
+    path: str | Path, *, student: str | None = None, network: str | None = None, last: bool = False
+) -> Student:
     """Load a trained student, in eval mode on the CPU. No code of the file is run.
 
     Args:
@@ -76,12 +79,14 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
         student: which student of a run folder; a name, or a pattern such as `lenet5-taught*`. Of several, the one with
             the highest accuracy on held-back images is loaded or, if the run held none back, on the test split.
         network: the path of the network's file, if it is a user's (`./mine.py`).
+        last: of a run folder, load the weights after the last epoch, and not those after the best one. The best is
+            selected as students are; `facts.selected` says by what.
 
     Raises NetworkError if there is no such student, it has changed since its run was finished, its metadata or weights
     do not fit, or `network` is needed.
     """
     path = Path(path)
-    file = next(iter(find_students(path, student).values())) if path.is_dir() else path
+    file = next(iter(find_students(path, student, last=last))) if path.is_dir() else path
     if not file.is_file():
         raise NetworkError(f"There is no student {file}. Give a file student-*.safetensors or a run folder.")
     read = weights.read(file)
@@ -95,30 +100,35 @@ def load_student(path: str | Path, *, student: str | None = None, network: str |
     return Student(_load(facts, read.tensors, network, file), facts, file).eval()
 
 
-def find_students(run: Path, pattern: str | None = None) -> dict[str, Path]:
-    """Return the files of a run's students by name, of those whose names match a pattern, the best one first.
+def find_students(run: Path, pattern: str | None = None, *, last: bool = False) -> list[Path]:
+    """Return the files of a run's students whose names match a pattern, one for each student, the most accurate first.
 
-    The best one has the highest accuracy; see `accuracy`. Raises NetworkError if there is none.
+    They are of each student's best epoch, if it is there, or with `last` of its last one. Raises NetworkError if there
+    is none.
     """
-    files = {file.stem.removeprefix("student-"): file for file in sorted(run.glob("student-*.safetensors"))}
+    files = dict[str, Path]()
+    for file in sorted(run.glob("student-*.safetensors")):  # …-best-test.safetensors comes before ….safetensors
+        name = file.stem.removeprefix("student-")
+        if (student := _BEST.sub("", name)) == name or not last:
+            files.setdefault(student, file)
     if not files:
         raise NetworkError(f"{run} has no students. They are written at the end of each seed of a run.")
-    names = [name for name in files if pattern is None or fnmatch(name, pattern)]
-    if not names:
+    matching = [
+        file
+        for student, file in files.items()
+        if pattern is None or fnmatch(student, pattern) or fnmatch(file.stem, f"student-{pattern}")
+    ]
+    if not matching:
         raise NetworkError(f"{run} has no student {pattern}. There are: {', '.join(files)}.")
-    rows = last_rows(run)
-    return {name: files[name] for name in sorted(names, key=lambda name: -accuracy(rows.get(name, {})))}
+    return sorted(matching, key=lambda file: -_accuracy(file))
 
 
-def last_rows(run: Path) -> dict[str, Row]:
-    """Return the metrics of each student of a run after its last epoch, by the student's name."""
-    rows = (row for row in RunFolder(run, {}, {}).rows() if row.keys() >= {"student", "arm", "loss", "seed"})
-    return {learner_name(row["student"], row["arm"], row["loss"], row["seed"]): row for row in rows}
-
-
-def accuracy(row: Mapping[str, float]) -> float:
-    """Return the accuracy that selects a student: on held-back images if there are any, else on the test split."""
-    return row.get("val_accuracy", row.get("test_accuracy", 0))
+def _accuracy(file: Path) -> float:
+    """Return the accuracy that selects a student; -1 for a damaged file, which is reported when it is loaded."""
+    try:
+        return parse(StudentFacts, weights.read_metadata(file), str(file)).accuracy
+    except NetworkError:
+        return -1
 
 
 def _network_name(facts: Facts, network: str | None, file: Path) -> str:

@@ -155,6 +155,15 @@ def parse(data: bytes, source: str) -> dict[str, Tensor]:
         raise NetworkError(checkpoints.damaged(source)) from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return a safetensors file's metadata, without reading its tensors. Raises NetworkError if it is damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return unpack_metadata(file.metadata())
+    except (OSError, SafetensorError) as error:
+        raise NetworkError(checkpoints.damaged(str(path))) from error
+
+
 def unpack_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """Return a safetensors file's metadata; if `save` wrote the file, what `save` was given."""
     metadata = dict(metadata or {})

@@ -49,10 +49,13 @@ class LearnerSpec:
         """The learner in file names: `lenet5-taught-random-seed0`, with another loss `lenet5-taught-kd-seed0`."""
         return learner_name(self.student, self.arm, self.loss_name, self.seed)
 
-    @property
-    def file_name(self) -> str:
-        """The file of the trained student in the run folder."""
-        return f"student-{self.name}.safetensors"
+    def files(self, *, validation: bool) -> dict[str, str]:
+        """Return the student's files in the run folder: after the last epoch, and after the best one.
+
+        The keys say what selects the epoch: `last`, and `validation` with held-back images, else `test`.
+        """
+        best = "validation" if validation else "test"
+        return {"last": f"student-{self.name}.safetensors", best: f"student-{self.name}-best-{best}.safetensors"}
 
     def rows(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the learner's rows of metrics.csv."""

@@ -96,7 +96,7 @@ def identity(config: StudentConfig) -> dict[str, Any]:
         "files": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
         "arms": list(config.arms),
         "students": {
-            name: {**recipe.optimisation(name).model_dump(), "options": config.student_options(name)}
+            name: {**recipe.optimisation(name).model_dump(exclude={"epochs"}), "options": config.student_options(name)}
             for name in recipe.student
         },
         "init": {name: start.sha256 for name, start in config.initial.items()},

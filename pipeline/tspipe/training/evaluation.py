@@ -66,7 +66,7 @@ class Evaluator:
         return self._correct(learners, self.data.test, self.data.test_labels, rows)
 
     def rows(self, learners: list[Learner], epoch: int, teacher_seconds: float) -> list[dict[str, Any]]:
-        """Test the learners and return their rows of metrics.csv for the epoch."""
+        """Test the learners, keep the weights of those at their best, and return their rows of metrics.csv."""
         data, rows = self.data, [learner.row(epoch) for learner in learners]
         for row, correct in zip(rows, self.test(learners), strict=True):
             row["test_accuracy"] = correct / len(data.test_labels)
@@ -76,8 +76,9 @@ class Evaluator:
             for row, correct in zip(rows, counts, strict=True):
                 row["val_accuracy"] = correct / data.validation_count
         for row, learner in zip(rows, learners, strict=True):
-            row["seconds_testing"] = round(learner.testing_time.seconds(), 4)
+            row["seconds_testing"] = round(learner.times.testing.seconds(), 4)
             row["seconds_teacher"] = round(teacher_seconds, 4)
+            learner.best.update(learner.network, row["epoch"], row.get("val_accuracy", row["test_accuracy"]))
         return rows
 
     def chance_remarks(self, learners: list[Learner], rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -103,7 +104,7 @@ class Evaluator:
             learner.network.eval()
         order = self.partition.local_batches(list(rows.split(self.batch_size)))
         expected = (labels.index_select(0, batch) for batch in batches_to_device(order, images.device))
-        stopwatches = [learner.testing_time for learner in learners]
+        stopwatches = [learner.times.testing for learner in learners]
         networks = [learner.logits for learner in learners]
         counts = count_correct(networks, images.batches(order), expected, self.data.preprocess, stopwatches)
         return self.partition.sum_counts(counts)

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from tspipe.models.probe import probe_images
 from tspipe.recipes.schema import Recipe
 from tspipe.training.arms import OWN, RANDOM, LearnerSpec
 from tspipe.training.batches import Batch
+from tspipe.training.best_epoch import BestEpoch
 from tspipe.training.checkpoint import load_training_state, prefixed, training_state, without_prefix
 from tspipe.training.metrics import EpochMetrics
 from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
@@ -80,6 +81,13 @@ class StudentWithLoss(nn.Module):
         return {name: torch.stack([terms[name] for terms in losses]).sum() for name in losses[0]}
 
 
+class Times(NamedTuple):
+    """The time that a learner takes for an epoch."""
+
+    training: Stopwatch
+    testing: Stopwatch
+
+
 class Learner:
     """One student network with one loss, one arm, one seed.
 
@@ -89,6 +97,8 @@ class Learner:
     Attributes:
         spec: which learner it is.
         model: the network and the loss.
+        times: the epoch's seconds.
+        best: the network's weights after its best epoch.
         metrics: the epoch's metrics; loss terms are weighted by the number of real images.
     """
 
@@ -115,7 +125,7 @@ class Learner:
             compile_in_place(self.model, device)
         self._parallel_model: nn.Module = self.model
         self.optimizer = make_optimizer(self.optimization, self.model.parameters(), device)
-        self.training_time, self.testing_time = Stopwatch(device), Stopwatch(device)
+        self.times, self.best = Times(Stopwatch(device), Stopwatch(device)), BestEpoch()
         self.metrics = EpochMetrics(loss.terms, device)
         self.start_epoch(0)
 
@@ -135,9 +145,13 @@ class Learner:
         return frozenset[str](self.model.loss.needs)  # type: ignore[arg-type]
 
     @property
-    def parameter_count(self) -> int:
-        """How many weights the network has."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
+    def parameter_counts(self) -> tuple[int, int]:
+        """How many weights the network has, in training and when g(x) and the classifier are one layer."""
+        backbone, head = self.network.backbone, self.network.head
+        native = backbone.get_parameter("1.weight").shape[1]  # g(x) is a Linear of the native width to the teacher's
+        trained = sum(parameter.numel() for parameter in self.network.parameters())
+        without = sum(parameter.numel() for parameter in backbone.get_submodule("0").parameters())
+        return trained, without + (native + 1) * head.out_features
 
     def start_epoch(self, epoch: int, *, resumed: bool = False) -> None:
         """Set the epoch's learning rate; reset the metrics unless the epoch is resumed."""
@@ -145,8 +159,8 @@ class Learner:
         if start := getattr(self.model.loss, "start_epoch", None):
             start(epoch)
         self.network.train()
-        self.training_time.reset()
-        self.testing_time.reset()
+        for stopwatch in self.times:
+            stopwatch.reset()
         if not resumed:
             self.metrics.reset()
 
@@ -156,7 +170,7 @@ class Learner:
 
     def step(self, batch: Batch, number: int) -> None:
         """Train on this arm's share of a batch. Nothing waits for the device."""
-        self.training_time.start()
+        self.times.training.start()
         self.optimizer.zero_grad(set_to_none=True)
         random = batch.random if self.spec.arm == RANDOM else None
         output, terms = self._parallel_model(batch.images, batch.target, random)
@@ -166,7 +180,7 @@ class Learner:
         self.optimizer.step()
         if count:  # the mean over no images is not a number
             self.metrics.add(number, values, count, output.logits[: len(batch.images)], batch.target.labels)
-        self.training_time.stop()
+        self.times.training.stop()
 
     def _weigh(self, batch: Batch) -> tuple[float, float | None]:
         """Return how many images the loss counts for, and the factor of its gradient; None for a whole batch.
@@ -194,12 +208,15 @@ class Learner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole state of training as flat tensors."""
-        return {**training_state(self.model, self.optimizer), **prefixed("counted/", self.metrics.state_dict())}
+        parts = {"counted/": self.metrics.state_dict(), "best/": self.best.state_dict()}
+        more = {key: value for prefix, part in parts.items() for key, value in prefixed(prefix, part).items()}
+        return {**training_state(self.model, self.optimizer), **more}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` returned."""
         load_training_state(tensors, self.model, self.optimizer)
         self.metrics.load_state_dict(without_prefix("counted/", tensors))
+        self.best.load_state_dict(without_prefix("best/", tensors))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits (n, c) for images (n, C, H, W)."""
@@ -214,7 +231,7 @@ class Learner:
             "arm": self.spec.arm,
             "loss": self.spec.loss_name,
             **self.metrics.means(),
-            "seconds_training": round(self.training_time.seconds(), 4),
+            "seconds_training": round(self.times.training.seconds(), 4),
         }
 
 

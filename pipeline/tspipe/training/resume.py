@@ -51,16 +51,16 @@ class WrittenResults:
         if self.epochs_done(seed) < self.epochs:
             yield f"metrics.csv has no sound row for each epoch of seed {seed}"
         for spec in (replace(spec, seed=seed) for spec in self.cohort):
-            name, metrics = spec.file_name, self.recorded.get("metrics.csv")
-            facts = self.recorded.get(name)
-            if facts and not self.folder.is_intact(name, facts):
-                yield f"{name} is missing or damaged"
-            elif not (facts and metrics):
-                metadata = self._metadata(name)
-                if not metadata.items() >= provenance(self.folder.identity, spec).items():
-                    yield f"{name} is missing, damaged or of another run"
-                elif metadata.get("results_sha256") != results_sha256(spec.rows(self.rows)):
-                    yield f"metrics.csv has not the results of {name}"
+            for selected, name in spec.files(validation="val_accuracy" in self.columns).items():
+                facts = self.recorded.get(name)
+                if facts and not self.folder.is_intact(name, facts):
+                    yield f"{name} is missing or damaged"
+                elif not (facts and "metrics.csv" in self.recorded):
+                    metadata = self._metadata(name)
+                    if not metadata.items() >= provenance(self.folder.identity, spec, selected).items():
+                        yield f"{name} is missing, damaged or of another run"
+                    elif metadata.get("results_sha256") != results_sha256(spec.rows(self.rows)):
+                        yield f"metrics.csv has not the results of {name}"
 
     def _metadata(self, name: str) -> Mapping[str, str]:
         """Return the metadata of a student, which are empty if it is missing or damaged."""
@@ -91,14 +91,15 @@ class WrittenResults:
         return Position(seed), reason
 
 
-def provenance(identity: str, spec: LearnerSpec) -> dict[str, str]:
-    """Return the metadata of a student that say which learner of which run it is."""
+def provenance(identity: str, spec: LearnerSpec, selected: str) -> dict[str, str]:
+    """Return the metadata of a student that say which learner of which run it is, and what selected its epoch."""
     return {
         "arm": spec.arm,
         "identity": identity,
         "loss": spec.loss_name,
         "network": networks.recorded_name(spec.student),
         "seed": str(spec.seed),
+        "selected": selected,
     }
 
 

@@ -3,7 +3,8 @@
 config.json           the configuration; the cache's id; versions, device and threads
 random_labels.json    the teacher's labels for random images
 metrics.csv           one row per learner and epoch
-student-*.safetensors the trained students; their metadata says how to build them
+student-*.safetensors the students after the last epoch; their metadata says how to build them, and their accuracy
+student-*-best-*.safetensors  the same after the best epoch, by the accuracy on held-back images or on the test split
 checkpoint.safetensors  until the run is finished, and the one before it: checkpoint.previous.safetensors
 summary.json          once the run is finished: what a report needs; the size and SHA-256 of the files above
 """

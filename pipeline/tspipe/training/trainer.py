@@ -92,7 +92,7 @@ class Trainer:
 
     Attributes:
         config: the configuration; its recipe has a number for `mse_weight`.
-        parameters: the number of each student's weights.
+        parameters: the number of each student's weights, in training and deployed.
     """
 
     config: StudentConfig
@@ -102,7 +102,7 @@ class Trainer:
     batches: BatchSource
     log: MetricsLog
     checkpointer: Checkpointer
-    parameters: dict[str, int]
+    parameters: dict[str, tuple[int, int]]
 
     def train(self) -> None:
         """Train what is left of the run, seed by seed, and finish the run folder."""
@@ -211,15 +211,24 @@ class Trainer:
             learner.check_finite(epoch)
 
     def _save_students(self, seed: int, learners: list[Learner]) -> None:
-        """Write the trained students of a cohort, those of other processes included."""
+        """Write the students of a cohort after the last and the best epoch, those of other processes included."""
         states = self.partition.gather_states(learners)
         rows = self.folder.rows() if self.partition.is_writer else []
         for spec in learner_specs(self.config, seed) if self.partition.is_writer else []:
-            tensors = without_prefix(f"{spec.name}/module/network.", states)
-            metadata = student_metadata(self.config, self.batches.data, spec) | provenance(self.folder.identity, spec)
-            metadata["results_sha256"] = results_sha256(spec.rows(rows))
-            weights.save(self.folder.path / spec.file_name, tensors, metadata)
-            self.checkpointer.files |= self.folder.describe([spec.file_name])
+            results, last, best = spec.rows(rows), f"{spec.name}/module/network.", f"{spec.name}/best/"
+            metadata = student_metadata(self.config, self.batches.data, spec)
+            metadata["results_sha256"] = results_sha256(results)
+            for selected, file in spec.files(validation=self.batches.data.validation_count > 0).items():
+                is_last = selected == "last"
+                row = results[-1 if is_last else int(states[f"{best}epoch"]) - 1]
+                facts: dict[str, str] = {
+                    name: repr(row[name]) for name in ("epoch", "test_accuracy", "val_accuracy") if name in row
+                }
+                facts |= {"epochs": str(len(results)), **metadata}
+                facts |= provenance(self.folder.identity, spec, selected)
+                tensors = without_prefix(last if is_last else f"{best}network.", states)
+                weights.save(self.folder.path / file, tensors, facts)
+                self.checkpointer.files |= self.folder.describe([file])
 
 
 def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
@@ -267,7 +276,9 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
     config, folder, random = trainer.config, trainer.folder, trainer.batches.random
     manifest, recipe = config.cache.manifest, config.recipe
     specs = [spec for seed in range(recipe.seeds) for spec in learner_specs(config, seed)]
-    files = ["metrics.csv", *(["random_labels.json"] if random else []), *(spec.file_name for spec in specs)]
+    validation = trainer.batches.data.validation_count > 0
+    students = [file for spec in specs for file in spec.files(validation=validation).values()]
+    files = ["metrics.csv", *(["random_labels.json"] if random else []), *students]
     return {
         "identity": folder.identity,
         "dataset": manifest["dataset"]["name"],
@@ -276,7 +287,8 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
             "test_accuracy": manifest["teacher"]["correct"]["test"] / manifest["dataset"]["rows"]["test"],
             "parameters": count_teacher_parameters(config.cache, recipe, trainer.batches.data.train.shape),
         },
-        "parameters": trainer.parameters,
+        "parameters": {student: trained for student, (trained, _) in trainer.parameters.items()},
+        "deployed_parameters": {student: deployed for student, (_, deployed) in trainer.parameters.items()},
         **({"mse_weight": recipe.mse_weight} if folder.config.get("mse_weight") == "auto" else {}),
         "files": folder.describe(files),
     }
@@ -310,5 +322,5 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
         BatchSource(data, targets, random, partition, recipe.batch_size, recipe.random_from - 1),
         MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
         Checkpointer(folder.path / "checkpoint.safetensors", recipe.checkpoint_seconds, folder.identity),
-        {learner.spec.student: learner.parameter_count for learner in cohort},
+        {learner.spec.student: learner.parameter_counts for learner in cohort},
     )
