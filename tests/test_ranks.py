@@ -73,7 +73,8 @@ def test_one_failing_rank_reports_alone(zygote: Zygote, tmp_path: Path) -> None:
     """Rank 0 names the broken images of all; any number of processes can use the blocks that both have written."""
     requested = small(tmp_path / "shapes")
     command = ["cache", "--dataset", requested.recipe.dataset, "--teacher", "lenet5", "--out", requested.out]
-    command += ["--weights", tmp_path / "shapes/w.safetensors", "--set=compute.block_rows=4"]
+    command += ["--weights", tmp_path / "shapes/w.safetensors", "--set=compute.block_rows=4", "--views", 0]
+    command += ["--set=preprocess.resize=none", "--set=preprocess.crop=none"]  # as in the recipe without the images
     broken = tmp_path / "shapes/train/b/07.png"  # in block 3, the second of rank 1
     pixels = broken.read_bytes()
     broken.write_bytes(pixels[:100])

@@ -1,6 +1,7 @@
 """The documentation is correct: its Python blocks run, its commands parse, its links and names exist."""
 
 import ast
+import importlib
 import itertools
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from PIL import Image
 
 from shared import make_folder
 from tspipe.cache import Cache
@@ -58,7 +60,8 @@ def load_recipe(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page, text in PAGES.items() if page != "CONTRIBUTING.md" and PYTHON.search(text)]
+    "page",
+    [page for page, text in PAGES.items() if page not in ("CONTRIBUTING.md", "docs/photos.md") and PYTHON.search(text)],
 )
 def test_the_python_blocks_run(page: str, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -104,18 +107,51 @@ def test_the_examples_of_contributing_train(tspipe: Callable) -> None:
 
 def test_the_example_of_photos_works(tspipe: Callable) -> None:
     make_folder(Path("photos"))
-    torch.manual_seed(0)
-    resnet18 = networks.build("torchvision:resnet18", 1000, (3, 32, 32))
-    torch.save(resnet18.state_dict(), "resnet18-f37072fd.pth")
-    smaller = ["--epochs", "1", "--set", "preprocess.resize=[36,36]", "--set", "preprocess.crop=32"]
-    smaller += ["--set", "teacher.batch_size=8"]
+    steps = {
+        "teacher": ["--teacher", "lenet5", "--epochs", "1"],
+        "cache": ["--teacher", "lenet5", "--out", "cache/photos.h5"],
+        "student": ["--student", "lenet5", "--epochs", "1", "--seeds", "1"],
+    }
     for name, *arguments in [command for command in commands("README.md") if "photos" in " ".join(command)]:
-        extra = {
-            "teacher": smaller,
-            "student": ["--epochs", "1", "--seeds", "1", "--set", "batch_size=8"],
-        }
-        result = tspipe(name, *arguments, *extra.get(name, []))
+        result = tspipe(name, *[argument for argument in arguments if argument != "--download"], *steps[name])
         assert result.code == 0, result.err
+
+
+LITE0 = """
+from torch import nn
+
+class EfficientNet(nn.Sequential):
+    @classmethod
+    def from_name(cls, name, num_classes=1000):
+        net = cls()
+        net._conv_stem, net._bn0 = nn.Conv2d(3, 192, 32, 32), nn.BatchNorm2d(192)
+        net._blocks = nn.Sequential(*(nn.Identity() for _ in range(15)), nn.AdaptiveAvgPool2d(1))
+        net._flatten, net._fc = nn.Flatten(), nn.Linear(192, num_classes)
+        return net
+"""
+
+
+def test_the_walk_from_weights_to_a_phone(tspipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's commands, with its own files, for a tiny network in place of EfficientNet-Lite0."""
+    make_photos(Path("photos"))
+    Path("efficientnet_lite_pytorch.py").write_text(LITE0)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    torch.save(
+        importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("").state_dict(), "lite0.pth"
+    )
+    for block in PYTHON.findall(PAGES["docs/photos.md"]):
+        Path(re.match(r"# (\w+\.py)\n", block)[1]).write_text(block)
+    for name, *arguments in commands("docs/photos.md")[-5:]:
+        result = tspipe(name, *arguments, *{"teacher": ["--epochs=1"], "student": ["--epochs=1"]}.get(name, []))
+        assert result.code == 0, result.err
+
+
+def make_photos(root: Path) -> None:
+    """Write JPEG images of two classes and of different sizes."""
+    for index, folder in enumerate(root / split / name for split in ("train", "test") for name in "ab"):
+        folder.mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (250 + 20 * i, 300 - 10 * i), (200 * (index % 2), 20 * i, 90)).save(folder / f"{i}.jpg")
 
 
 @pytest.mark.parametrize("run", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda run: run.name)

@@ -235,7 +235,9 @@ def test_even_trusted_data_need_a_row_for_each_image(tspipe: Tspipe, photos: Pat
 def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) -> None:
     """Students trained on pixels in the cache equal those trained on the folder, bit for bit."""
     resized = "--set=preprocess.resize=[24,24] --set=preprocess.crop=16"
-    command = f"cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --images {resized}".split()
+    command = (
+        f"cache --dataset folder:photos --teacher lenet5 --weights w.safetensors --images --views 0 {resized}".split()
+    )
     result = tspipe(*command, "--out", "cache/with.h5")
     assert (result.code, result.error) == (0, "")
     assert tspipe(*[part for part in command if part != "--images"], "--out", "cache/without.h5").code == 0

@@ -28,6 +28,7 @@ def test_the_warm_up_rises_to_lr_and_the_schedule_follows() -> None:
     assert rates(epochs=4, schedule="cosine", warmup_epochs=2) == pytest.approx([1 / 3, 2 / 3, 1, 0.5])
     assert rates(epochs=5, warmup_epochs=1, lr_milestones=[3]) == pytest.approx([0.5, 1, 1, 0.1, 0.1])
     assert rates(epochs=2, schedule="cosine", warmup_epochs=3) == pytest.approx([0.25, 0.5])
+    assert learning_rate(Optimisation(epochs=2, schedule="cosine", warmup_epochs=2), 5) == 0
 
 
 def test_weight_decay_of_adamw_is_decoupled_from_the_gradient() -> None:
@@ -49,8 +50,10 @@ def test_label_smoothing_of_the_student_alone() -> None:
     logits = torch.tensor([[2.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     target = losses.Target(torch.empty(1, 0), torch.empty(1, 0), torch.tensor([0]))
     options = load.load("digits", ["label_smoothing=0.2"]).loss_options("xent")
-    loss = losses.build("xent", 5, 4, options).module(Output(torch.empty(1, 5), logits), target)["xent"]
+    loss = losses.build("xent", losses.Sizes(5, 4, 5), options).module(Output(torch.empty(1, 5), logits), target)[
+        "xent"
+    ]
     constant = math.log(math.exp(2) + 3)
     assert loss.item() == pytest.approx(0.85 * (constant - 2) + 0.15 * constant)
     with pytest.raises(RecipeError, match="label_smoothing=2: it is from 0 to below 1"):
-        losses.build("xent", 5, 4, {"label_smoothing": 2})
+        losses.build("xent", losses.Sizes(5, 4, 5), {"label_smoothing": 2})

@@ -39,7 +39,7 @@ Tspipe = Callable[..., Result]
 V = 3
 VIEWS = [f"views.count={V}", "views.shift=3", "features.dtype=float32"]
 CROP = ["preprocess.resize=[20,20]", "preprocess.crop=16"]
-STUDENT = ["epochs=2", "seeds=1", "batch_size=4", "random_images=2"]
+STUDENT = ["student=lenet5", "loss=ts", "epochs=2", "seeds=1", "batch_size=4", "random_images=2"]
 
 
 def stage_two(cache: Cache, folder: Path, *overrides: str, arms: tuple[str, ...] = (TAUGHT,)) -> StudentConfig:
@@ -366,13 +366,14 @@ def test_on_the_command_line(tspipe: Tspipe, tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     small(folder)
     settings = ["--set=compute.block_rows=4", "--weights", folder / "w.safetensors", "--teacher", "lenet5"]
+    settings += ["--set=views.shift=4"]
     made = tspipe("cache", "--dataset", f"folder:{folder}", "--views", 2, "--out", "x.h5", *settings)
     assert (made.code, made.error) == (0, "")
     output = "views       2 of each training image, moved by up to 4 pixels, mirrored, seed 0"
     assert output in made.out
     assert output in tspipe("info", f"file://{tmp_path}/x.h5").out
     assert open_cache("x.h5").manifest["views"] == {"count": 2, "flip": True, "seed": 0, "shift": 4}
-    again = tspipe("cache", "--dataset", f"folder:{folder}", "--out", "x.h5", *settings)
+    again = tspipe("cache", "--dataset", f"folder:{folder}", "--views", 0, "--out", "x.h5", *settings)
     assert again.error == (
         "x.h5 is another cache: views is (count 2, flip True, seed 0, shift 4), not None. Move it away, "
         "replace it (tspipe cache --force) or write another (--out)."

@@ -32,6 +32,9 @@ def cache(
     download: options.Download = False,
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
+    from dataclasses import replace
+    from functools import partial
+
     from tspipe.data import datasets
     from tspipe.experiments import report
     from tspipe.extraction import extract
@@ -42,22 +45,22 @@ def cache(
 
     name = recipe or recipes.default_recipe(dataset)
     flags = {"dataset": dataset, "teacher.network": teacher, "views.count": views, "split.fraction": split}
+    load = partial(recipes.load, name, settings or (), flags)
     with distributed.group() as group:
         with group.rank_zero_first():
-            chosen = recipes.load(name, settings or (), flags)
-            recorded = teachers.recorded_settings(None, chosen.teacher.network)
-            chosen = recipes.load(name, settings or (), flags, recorded)
+            config = TeacherConfig(load(), data, download=download)
             dataset_name = datasets.parse(dataset, data).name
-            config = TeacherConfig(chosen, data, download=download)
             repeated = {"--teacher": teacher, "--data": data, "--split": split, "--recipe": recipe}
             command = teachers.teacher_command(dataset, repeated, settings or ())
             untrained = teachers.needs_training(config, dataset_name, weights, train_teacher, command)
+            if untrained:
+                config = replace(config, recipe=teachers.load_recipe(load, None, config))
         if group.broadcast(untrained) and (trained := teachers.train_on_rank_zero(config, dataset_name, group)):
-            report.show_teacher(trained, chosen.teacher.network, dataset_name)
+            report.show_teacher(trained, config.recipe.teacher.network, dataset_name)
         with group.rank_zero_first():
             teacher_weights = teachers.read_weights(config, dataset_name, weights, skip_broken=skip_broken)
-            recorded = teachers.recorded_settings(teacher_weights, chosen.teacher.network)
-            chosen = recipes.load(name, settings or (), flags, recorded)
+            without_views = {"views.count": 0} if images else {}  # pixels are kept cropped, and a view needs the rest
+            chosen = teachers.load_recipe(load, teacher_weights, config, without_views)
             default_network = recipes.load(name, flags={"dataset": dataset}).teacher.network
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:

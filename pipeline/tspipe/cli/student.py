@@ -28,7 +28,8 @@ def student(
     init: Annotated[
         str | None,
         typer.Option(
-            metavar="imagenet|FILE|URL", help="Weights to start from: published ones, or a file's (default: random)."
+            metavar="imagenet|FILE|URL",
+            help="Weights to start from: published ones, or a file's (default: the recipe's).",
         ),
     ] = None,
     data: options.Data = None,

@@ -24,19 +24,19 @@ def teacher(
     download: options.Download = False,
 ) -> None:
     """Train or fine-tune a teacher."""
+    from dataclasses import replace
+    from functools import partial
+
     from tspipe.experiments import report
-    from tspipe.models import networks
     from tspipe.models import weights as weight_files
     from tspipe.recipes import load as recipes
     from tspipe.training import teacher_weights as teachers
     from tspipe.training.train_teacher import TeacherConfig
 
     flags = {"dataset": dataset, "teacher.network": teacher, "teacher.epochs": epochs, "split.fraction": split}
-    name = recipe or recipes.default_recipe(dataset)
-    chosen = recipes.load(name, settings or (), flags)
+    load = partial(recipes.load, recipe or recipes.default_recipe(dataset), settings or (), flags)
+    chosen = load()
     start = weight_files.read(weights, chosen.teacher.weights_key) if weights else None
-    network = chosen.teacher.network
-    same = start if start and start.metadata.get("network") == networks.recorded_name(network) else None
-    chosen = recipes.load(name, settings or (), flags, teachers.recorded_settings(same, network))
-    trained = teachers.train_and_report(TeacherConfig(chosen, data, start, out, force, download))
-    report.show_teacher(trained, network, dataset)
+    config = TeacherConfig(chosen, data, start, out, force, download)
+    trained = teachers.train_and_report(replace(config, recipe=teachers.load_recipe(load, start, config)))
+    report.show_teacher(trained, chosen.teacher.network, dataset)

@@ -116,15 +116,23 @@ def pretrained(name: str, network: str, *, download: bool, otherwise: str = _OTH
         raise NetworkError(
             f"{path} is damaged: its SHA-256 does not begin with {digest}. Remove it and fetch it again: --download"
         )
-    transforms = entry.transforms()
-    preprocess = {
+    return weights._replace(metadata={"preprocess": json.dumps(stated_preprocess(name))})
+
+
+def stated_preprocess(name: str | None) -> dict[str, Any]:
+    """Return the fields of the preprocessing that torchvision states for its weights of this name; empty for others."""
+    if name is None or "/" in name:
+        return {}
+    from torchvision.models import get_weight
+
+    transforms = get_weight(name).transforms()
+    return {
         "mean": transforms.mean,
         "std": transforms.std,
         "resize": transforms.resize_size * 2,  # a list of one number
         "crop": transforms.crop_size[0],
         "interpolation": transforms.interpolation.value,
     }
-    return weights._replace(metadata={"preprocess": json.dumps(preprocess)})
 
 
 def _from_hub(name: str, network: str, download: bool, otherwise: str) -> Path:

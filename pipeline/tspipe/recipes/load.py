@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from tspipe.data import datasets, views
 from tspipe.data.random_images import pool
 from tspipe.errors import DatasetError, RecipeError
+from tspipe.recipes import auto
 from tspipe.recipes.schema import Recipe
 from tspipe.recipes.settings import settings as all_settings
 from tspipe.utils.plugins import is_file, recorded_name, unknown
@@ -46,6 +48,7 @@ def load(
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
+    choose: auto.Choose | None = None,
 ) -> Recipe:
     """Return a recipe. Precedence, highest first: overrides, flags, facts, the recipe's file, its base.
 
@@ -58,6 +61,8 @@ def load(
         overrides: `field.name=value`, as given with `--set`. A value is parsed as JSON if it is JSON.
         flags: values of command-line flags by dotted field name. None keeps the recipe's value.
         facts: fields by section that the metadata of the weights or the manifest of the cache record.
+        choose: returns values for the settings in `auto.DEFAULTS` that are `auto`, by dotted name, given the fields of
+            the preprocessing that are not. It is called only if there are any; without it, they have the defaults.
 
     Raises RecipeError for an unknown field (with the nearest known one), a wrong type or a value out of range.
     """
@@ -72,6 +77,22 @@ def load(
         fields[section] = {**fields.get(section, {}), **recorded}
     for path, value in assignments:
         _assign(fields, path, value)
+    automatic = [path for path in auto.DEFAULTS if _field(fields, path) == "auto"]
+    for path in automatic:
+        _assign(fields, path, auto.DEFAULTS[path])
+    recipe = _validated(fields, name)
+    if not automatic or choose is None:
+        return recipe
+    known = {
+        field: value for field, value in recipe.preprocess.as_dict().items() if f"preprocess.{field}" not in automatic
+    }
+    values = choose(known)
+    for path in automatic:
+        _assign(fields, path, values.get(path, auto.DEFAULTS[path]))
+    return _validated(fields, name)
+
+
+def _validated(fields: Mapping[str, Any], name: str) -> Recipe:
     try:
         return Recipe(**fields)
     except ValidationError as error:
@@ -100,9 +121,10 @@ def recipe_for_cache(
         )
     facts = {"preprocess": manifest["preprocess"], **views.facts(manifest)}
     name, flags = recipe or default_recipe(dataset), {"dataset": dataset, **flags}
-    chosen = load(name, settings or (), flags, facts)
+    choose = partial(auto.for_students, manifest["dataset"]["rows"]["train"])
+    chosen = load(name, settings or (), flags, facts, choose)
     if chosen.random_source == "pool":
-        chosen = load(name, settings or (), {**pool.facts(manifest), **flags}, facts)
+        chosen = load(name, settings or (), {**pool.facts(manifest), **flags}, facts, choose)
     return chosen, Path("data") / datasets.stem(dataset)
 
 
@@ -172,6 +194,12 @@ def _nearest(path: str) -> str:
         near = [f"{section}.{one}".lstrip(".") for one in difflib.get_close_matches(field, fields, n=1, cutoff=0.5)]
     near = near or difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     return f"Did you mean {' or '.join(map(repr, near))}?" if near else "All are listed by: tspipe list settings"
+
+
+def _field(fields: Mapping[str, Any], path: str) -> Any:
+    for part in path.split("."):
+        fields = fields.get(part, {}) if isinstance(fields, Mapping) else {}
+    return fields
 
 
 def _message(error: ValidationError, name: str) -> str:

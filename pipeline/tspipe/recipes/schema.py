@@ -67,7 +67,9 @@ class Teacher(Optimisation):
         None, description="Which weights of a file that holds several, as state_dict_ema; none prefers averaged ones."
     )
     any_classes: bool = Field(False, description="Use weights although they were trained for other classes.")
-    pretrained: bool = Field(True, description="Without a file, start from the weights that the network names.")
+    pretrained: bool | Literal["imagenet"] = Field(
+        True, description="Without a file, start from the weights that the network names, or from published ones."
+    )
     batch_size: AtLeastTwo = Field(128, description="The number of images in a batch.")
     optimizer: Optimizer = Field("sgd", description="The optimiser.")
     lr: Positive = Field(0.1, description="The initial learning rate.")

@@ -36,7 +36,8 @@ def learning_rate(settings: Optimisation, epoch: int) -> float:
     if epoch < warmup:
         return settings.lr * (epoch + 1) / (warmup + 1)
     if settings.schedule == "cosine":
-        return settings.lr * (1 + math.cos(math.pi * (epoch - warmup) / (settings.epochs - warmup))) / 2
+        progress = min(1, (epoch - warmup) / max(1, settings.epochs - warmup))  # a benchmark goes on after the end
+        return settings.lr * (1 + math.cos(math.pi * progress)) / 2
     drops = sum(epoch >= milestone for milestone in settings.lr_milestones)
     if not settings.lr_milestones:
         drops = epoch // settings.lr_drop_every

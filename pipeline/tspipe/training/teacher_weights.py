@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from tspipe.errors import DatasetError, NetworkError, TrainingError
 from tspipe.models import networks
 from tspipe.models import weights as weight_files
 from tspipe.models.weights import Weights
+from tspipe.recipes import auto
 from tspipe.recipes.schema import Recipe
 from tspipe.training import train_teacher, training_data
 from tspipe.training.teacher_epochs import teacher_loss
 from tspipe.training.train_teacher import TeacherConfig, TrainedTeacher
 from tspipe.utils.console import echo, pluralize
 from tspipe.utils.distributed import Group
-from tspipe.utils.progress import warn
+from tspipe.utils.plugins import is_file
+from tspipe.utils.progress import remark_once, warn
 
 
 def needs_training(config: TeacherConfig, dataset: str, file: Path | None, train: bool, command: str) -> bool:
@@ -163,6 +165,43 @@ def check_network(weights: Weights, network: str) -> None:
         raise NetworkError(
             f"{weights.source} holds the weights of {recorded}, not of {network}: use --teacher {recorded}"
         )
+
+
+def load_recipe(
+    load: Callable[..., Recipe], weights: Weights | None, config: TeacherConfig, choices: Mapping[str, Any] = {}
+) -> Recipe:
+    """Return the recipe of a teacher, with what its weights record and what `auto` stands for.
+
+    Args:
+        load: `recipes.load.load` with its first three arguments.
+        weights: those of the teacher, or that its training starts from; None for those that the network names.
+        config: has the recipe without all this, and says where the data are.
+        choices: values for `auto`, in place of those that follow from the images.
+    """
+    network = config.recipe.teacher.network
+    fit = weights if weights and weights.metadata.get("network") in (None, networks.recorded_name(network)) else None
+
+    def choose(known: Mapping[str, Any]) -> dict[str, Any]:
+        recipe, published = config.recipe, train_teacher.published_weights(config.recipe)
+        at_hand = weights is None and _is_at_hand(published, config)
+        stated = auto.IMAGENET if weights and is_file(network) else {}
+        if at_hand or networks.is_from_library(network):
+            stated = networks.preprocess(network) or weight_files.stated_preprocess(published)
+        images = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split).train
+        values = auto.settings(images, known, stated, pretrained=at_hand or weights is not None)
+        return {**values, "teacher.pretrained": "imagenet" if at_hand else False, **choices}
+
+    return load(recorded_settings(fit, network), choose)
+
+
+def _is_at_hand(published: str | None, config: TeacherConfig) -> bool:
+    """Return whether published weights are on this machine or may be fetched; remark on it if not."""
+    network = config.recipe.teacher.network
+    try:
+        return bool(published and weight_files.pretrained(published, network, download=config.download))
+    except weight_files.AbsentWeights as problem:
+        remark_once(network, f"{problem}. For now {network} starts from random weights, which need many more images.")
+        return False
 
 
 def recorded_settings(weights: Weights | None, network: str) -> dict[str, dict[str, Any]]:

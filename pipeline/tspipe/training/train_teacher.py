@@ -142,10 +142,17 @@ def train_teacher(config: TeacherConfig) -> TrainedTeacher:
     return TrainedTeacher(path, accuracy, remark, training.rows)
 
 
+def published_weights(recipe: Recipe) -> str | None:
+    """Return the weights, as `networks.pretrained` names them, that a teacher starts from without a file, if any."""
+    network = recipe.teacher.network
+    published = networks.imagenet(network) if recipe.teacher.pretrained == "imagenet" else None
+    return networks.pretrained(network) or published
+
+
 def _start_weights(config: TeacherConfig) -> Weights | None:
     """Return the weights that training starts from: the user's, those that the network names, or none."""
     settings = config.recipe.teacher
-    if config.start or not settings.pretrained or not (name := networks.pretrained(settings.network)):
+    if config.start or not settings.pretrained or not (name := published_weights(config.recipe)):
         return config.start
     return weights.pretrained(name, settings.network, download=config.download)
 
