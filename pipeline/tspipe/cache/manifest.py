@@ -145,7 +145,8 @@ def _check(manifest: Any, finished: bool) -> None:
         options = _POOL_OPTIONS.intersection(top.value["random"] if isinstance(top.value["random"], dict) else ())
         _check_pool(top.section("random", "generator", "rows", "seed", *options))
 
-    teacher = top.section("teacher", "correct", "file_sha256", "network", "options", "weights_sha256")
+    fields = "correct", "file_sha256", "network", "options", "weights_sha256"
+    teacher = top.section("teacher", *fields, optional=("library",))
     if finished or teacher.value["correct"] is not None:
         correct = teacher.section("correct", *SPLITS)
         for split in ("test", "train"):
@@ -156,6 +157,8 @@ def _check(manifest: Any, finished: bool) -> None:
     teacher.text("network", f"((torchvision|timm):)?{_NAME}")
     teacher.require("options", _are_options(teacher.value["options"]))
     teacher.text("weights_sha256", _SHA256)
+    if "library" in teacher.value:
+        teacher.text("library", r"timm [0-9][A-Za-z0-9.+-]{0,40}")
 
     if manifest["views"] is not None:
         views = top.section("views", "count", "flip", "seed", "shift")

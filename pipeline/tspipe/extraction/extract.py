@@ -168,6 +168,7 @@ def _plan(
         "random": pool_section(config.random_pool, recipe),
         "teacher": {
             "correct": None,
+            **({"library": library} if (library := networks.library(recipe.teacher.network)) else {}),
             "file_sha256": config.weights.sha256,
             "network": networks.recorded_name(recipe.teacher.network),
             "options": options,

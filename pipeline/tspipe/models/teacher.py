@@ -1,5 +1,8 @@
 """The teacher of a cache: built from the weights in the file, and compared with the file's rows."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -28,13 +31,31 @@ def load_teacher(
 
     Raises NetworkError if the weights do not fit the network, CacheMismatch if the network does not fit the rows.
     """
-    module, name = build_teacher(cache, recipe, input_shape, data)
-    network = freeze(module, name, input_shape, device)
-    if network.width != cache.dimensions.width:
-        raise CacheMismatch(
-            f"{cache.path.name}: its teacher has {network.width} features, its rows have {cache.dimensions.width}."
-        )
+    with _naming_versions(cache):
+        module, name = build_teacher(cache, recipe, input_shape, data)
+        network = freeze(module, name, input_shape, device)
+        if network.width != cache.dimensions.width:
+            raise CacheMismatch(
+                f"{cache.path.name}: its teacher has {network.width} features, its rows have {cache.dimensions.width}."
+            )
     return network
+
+
+@contextlib.contextmanager
+def _naming_versions(cache: Cache) -> Iterator[None]:
+    """Add to an error which version of a library made the cache, if another one is installed."""
+    try:
+        yield
+    except (CacheMismatch, NetworkError) as problem:
+        teacher = cache.manifest["teacher"]
+        made, installed = teacher.get("library"), networks.library(teacher["network"])
+        if made is None or made == installed:
+            raise
+        package, version = made.split()
+        raise type(problem)(
+            f"{problem} The cache was made with {made}; {installed or f'no {package}'} is installed: pip install "
+            f"{package}=={version}"
+        ) from problem
 
 
 def build_teacher(
@@ -98,10 +119,12 @@ def check_teacher(teacher: FeatureNet, cache: Cache, images: Tensor) -> None:
     difference = (live - cached).abs().amax(1) / cached.abs().max().clamp(min=1e-12)
     difference = difference.nan_to_num(torch.inf)
     if difference.median() > ROUNDING and not draws_at_random(teacher, images):
-        raise CacheMismatch(
-            f"{cache.path.name}: the teacher built from this file computes other features than its rows hold, by up to "
-            f"{float(difference.max()):.0%} of the largest. The code of its network has changed, or is another."
-        )
+        with _naming_versions(cache):
+            raise CacheMismatch(
+                f"{cache.path.name}: the teacher built from this file computes other features than its rows hold, by "
+                f"up to {float(difference.max()):.0%} of the largest. The code of its network has changed, or is "
+                "another."
+            )
 
 
 def draws_at_random(teacher: FeatureNet, images: Tensor) -> bool:

@@ -191,7 +191,9 @@ def test_torchvision_unknown_name():
 
 def test_torchvision_other_channels():
     assert error_message("torchvision:resnet18", 4, (1, 64, 64)) == (
-        "torchvision:resnet18 takes images of 3 channels, these have 1. tspipe's own networks take any number: "
+        "torchvision:resnet18 takes images of 3 channels, these have 1. A mean and a std of three values repeat a grey "
+        "channel (--set preprocess.mean=[0.5,0.5,0.5] --set preprocess.std=[0.5,0.5,0.5] in stage one). tspipe's own "
+        "networks take any number: "
         f"{', '.join(networks.names())}."
     )
 

@@ -1,6 +1,7 @@
 """timm's classifiers as teachers and students: one network of each family, its preprocessing and its weights."""
 
 import argparse
+import json
 import os
 import re
 import socket
@@ -11,68 +12,82 @@ import pytest
 import safetensors.torch
 import torch
 
-from shared import equal
-from tspipe.errors import NetworkError
+from shared import equal, make_folder
+from tspipe.data.datasets import open_dataset
+from tspipe.data.image_loader import ImageLoader
+from tspipe.errors import CacheMismatch, NetworkError
+from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import loading, networks, weights
-from tspipe.models.feature_net import student_of
+from tspipe.models.feature_net import FeatureNet, student_of
 from tspipe.models.inference import freeze
 from tspipe.models.probe import probe_images
+from tspipe.models.teacher import check_teacher, load_teacher
+from tspipe.recipes import load
 from tspipe.training import teacher_weights
 
 timm = pytest.importorskip("timm")
 
-# TSPIPE_TIMM=1 tests the smallest network of every family instead, and skips those that do not end in a Linear.
+# Of each of timm's families, the network with the fewest parameters, and why it is refused, if it is. TSPIPE_TIMM=1
+# tests all of them, at the size that timm evaluates them with, in place of the sample.
+FAMILIES: dict[str, list[str]] = json.loads(Path(__file__).with_name("timm_families.json").read_text())
 ALL = bool(os.environ.get("TSPIPE_TIMM"))
-SAMPLE = [
-    "test_byobnet", "test_coatnet", "test_convnext", "test_efficientnet", "test_mambaout", "test_nfnet", "test_resnet",
-    "test_vit", "ghostnet_050", "mobilenetv4_conv_small_035", "regnetx_002", "starnet_s050",
-]  # fmt: skip
+SAMPLE = ["convnext", "efficientnet", "mambaout", "maxxvit", "nfnet", "resnet", "starnet", "vision_transformer"]
 
 
-def smallest(family: str) -> str:
-    """Return the network of a family with the fewest parameters."""
-
-    def count(name: str) -> int:
-        try:
-            with torch.device("meta"):
-                return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        except (NotImplementedError, RuntimeError):  # built from the values of tensors
-            return 2**40
-
-    return min(timm.list_models(module=family), key=count)
-
-
-def input_shape(model: str) -> tuple[int, int, int]:
-    config = timm.get_pretrained_cfg(model)
-    shape: tuple[int, int, int] = config.input_size if config.fixed_input_size or ALL else (3, 64, 64)
-    return shape
+def test_the_families_are_timms() -> None:
+    assert not ALL or list(FAMILIES) == timm.list_modules()  # that of another version may differ
+    assert all(model in timm.list_models(module=family) for family, (model, _) in FAMILIES.items())
 
 
 @pytest.mark.usefixtures("fast_weights")
-@pytest.mark.parametrize("model", [f"family:{name}" for name in timm.list_modules()] if ALL else SAMPLE)
-def test_teacher_and_student(model: str) -> None:
-    if ALL:
-        model = smallest(model.removeprefix("family:"))
-    name, shape = f"timm:{model}", input_shape(model)
-    module = networks.build(name, 4, shape)
-    spec = loading.NetworkSpec(name, 4, shape, {})
-    assert spec.count_parameters() == sum(parameter.numel() for parameter in module.parameters())
-    loaded, _ = loading.load_network(spec, module.state_dict(), "w.pt")
-    assert equal(loaded.state_dict(), module.state_dict())
-    probe = probe_images(shape)
-    try:
-        teacher = freeze(loaded, name, shape, torch.device("cpu"))
-    except NetworkError as refused:
-        assert ALL and re.match(f"{name} (does not end in a Linear|computes more than its last Linear)", str(refused))
-        pytest.skip(str(refused))
+@pytest.mark.parametrize("family", FAMILIES if ALL else SAMPLE)
+def test_a_network_of_each_family_is_split_and_cached(family: str, tmp_path: Path) -> None:
+    model, problem = FAMILIES[family]
+    name, config = f"timm:{model}", timm.get_pretrained_cfg(model)
+    shape = config.input_size if ALL or config.fixed_input_size else (3, 64, 64)
+    folder = make_folder(tmp_path / "photos", 2, 1)
+    module = networks.build(name, 2, shape)
+    assert loading.NetworkSpec(name, 2, shape, {}).count_parameters() == sum(p.numel() for p in module.parameters())
+    settings = f"dataset=folder:{folder}", f"teacher.network={name}", f"preprocess.resize={list(shape[1:])}"
+    recipe = load.load("folder", [*settings, "features.dtype=float32", "compute.batch_size=3"])
+    state = weights.Weights(module.state_dict(), {}, "0" * 64, "w.pt")
+    if problem:
+        with pytest.raises(NetworkError, match=f"^{name} {problem}"):
+            extract(ExtractConfig(recipe, state, tmp_path / "x.h5"))
+        return
+    cache = extract(ExtractConfig(recipe, state, tmp_path / "x.h5"))
+    images = ImageLoader(open_dataset(recipe.dataset).train, recipe.preprocess, "train", 2**30, torch.device("cpu"))
     with torch.inference_mode():
-        expected = module.eval()(probe)
-        features, logits = teacher(probe)
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
-    assert features.ndim == 2
-    student = student_of(module, name, 5, 3, probe).train()
+        expected = module.eval()(recipe.preprocess.normalise(next(images.batches([torch.arange(4)]))))
+    torch.testing.assert_close(torch.from_numpy(cache.train.logits[:]), expected, rtol=1e-3, atol=1e-4)
+    student = student_of(module, name, cache.dimensions.width, 2, probe_images(shape)).train()
     with torch.no_grad():
-        assert [part.shape for part in student(probe)] == [(2, 5), (2, 3)]
+        assert [part.shape for part in student(probe_images(shape))] == [(2, cache.dimensions.width), (2, 2)]
+    (tmp_path / "x.h5").unlink()
+
+
+def test_a_cache_names_the_version_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (3, 32, 32)
+    state = weights.Weights(networks.build("timm:test_resnet", 2, shape).state_dict(), {}, "0" * 64, "w.pt")
+    settings = f"dataset=folder:{make_folder(tmp_path / 'photos', 2, 1)}", "preprocess.resize=[32,32]"
+    recipe = load.load("folder", [*settings, "teacher.network=timm:test_resnet"])
+    cache = extract(ExtractConfig(recipe, state, tmp_path / "x.h5"))
+    assert cache is not None
+    assert cache.manifest["teacher"]["library"] == f"timm {timm.__version__}"
+
+    def rebuild() -> FeatureNet:
+        return load_teacher(cache, recipe, shape, torch.device("cpu"))
+
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.9.1")
+    network = rebuild()  # another version is used as long as it computes the same
+    images = torch.zeros(2, *shape)
+    with pytest.raises(CacheMismatch) as error:
+        check_teacher(network, cache, images)
+    upgrade = f"The cache was made with timm {timm.__version__}; timm 0.9.1 is installed: pip install timm=="
+    assert str(error.value).endswith(f" another. {upgrade}{timm.__version__}")
+    monkeypatch.setattr("tspipe.models.networks._timm.build", lambda *_: torch.nn.Linear(1, 1))
+    with pytest.raises(NetworkError, match=re.escape(upgrade)):
+        rebuild()
 
 
 @pytest.mark.usefixtures("fast_weights")
@@ -134,13 +149,26 @@ def test_timms_files_of_weights_load(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "options", "message"),
     [
-        ("resnet18", (1, 64, 64), {}, "timm:resnet18 takes images of 3 channels, these have 1. tspipe's own networks"),
+        (
+            "resnet18",
+            (1, 64, 64),
+            {},
+            "timm:resnet18 takes images of 3 channels, these have 1. A mean",
+        ),
         (
             "test_vit",
             (3, 32, 32),
             {},
-            "timm:test_vit takes images of 160×160, these are 32×32. Resize them (--set preprocess.resize=[160,160] in "
-            "stage one), or build it for their size with its option img_size.",
+            "timm:test_vit takes images of 160×160, these are 32×32. Resize them (--set preprocess.resize=[160,160] "
+            "--set preprocess.crop=none in stage one), or build it for their size with its option img_size (--set "
+            "teacher.options.img_size=32).",
+        ),
+        (
+            "halonet_h1",
+            (3, 33, 33),
+            {},
+            "timm:halonet_h1 does not take images of (3, 33, 33): AssertionError. Resize them in stage one: --set "
+            "preprocess.resize=[256,256] --set preprocess.crop=none",
         ),
         ("test_vit", (3, 33, 33), {"dynamic_img_size": True, "depth": -1}, "timm:test_vit"),
         ("resnet18s", (3, 64, 64), {}, "Unknown timm network 'resnet18s'. There are: resnet18, "),

@@ -36,6 +36,10 @@ from tspipe.models.probe import probe_images, run_probe
 from tspipe.utils import plugins
 
 _TORCHVISION = "torchvision:"
+_REPEATED = (
+    "A mean and a std of three values repeat a grey channel (--set preprocess.mean=[0.5,0.5,0.5] --set "
+    "preprocess.std=[0.5,0.5,0.5] in stage one). "
+)
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}  # heads that only training uses
 
 
@@ -74,7 +78,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     recorded_name(name)  # refuses a file whose name is one of tspipe's networks
     if is_from_library(name) and input_shape[0] != 3:
         raise NetworkError(
-            f"{name} takes images of 3 channels, these have {input_shape[0]}. "
+            f"{name} takes images of 3 channels, these have {input_shape[0]}. {_REPEATED * (input_shape[0] == 1)}"
             f"tspipe's own networks take any number: {', '.join(names())}."
         )
     if name.startswith(_TORCHVISION):
@@ -139,6 +143,12 @@ def preprocess(name: str) -> dict[str, Any]:
     return _timm.preprocess(name) if name.startswith(_timm.PREFIX) else {}
 
 
+def library(name: str) -> str | None:
+    """Return the library, with its version, whose code of a network a cache depends on, as `timm 1.0.31`, or None."""
+    version = _timm.version() if name.startswith(_timm.PREFIX) else None
+    return f"timm {version}" if version else None
+
+
 def published(name: str, dataset: str) -> str | None:
     """Return where weights of this network, trained on this dataset, are published, if known."""
     return (_attribute(name, "PUBLISHED") or {}).get(dataset)
@@ -181,7 +191,12 @@ def _torchvision_model(name: str) -> str:
 
 def _check_output(module: nn.Module, name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
     images = probe_images(input_shape)
-    output = run_probe(module, name, images)
+    try:
+        output = run_probe(module, name, images)
+    except NetworkError as problem:
+        if not name.startswith(_timm.PREFIX):
+            raise
+        raise NetworkError(f"{problem}. Resize them in stage one: {_timm.resize(name)}") from problem
     if not isinstance(output, Tensor):
         returned = f"a {type(output).__name__}"
     elif output.shape != (len(images), num_classes) or not output.is_floating_point():

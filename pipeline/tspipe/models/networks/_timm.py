@@ -4,6 +4,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 from tspipe.errors import NetworkError
@@ -29,8 +30,9 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     size, (height, width) = list(input_shape[1:]), config.input_size[1:]
     if config.fixed_input_size and size != [height, width] and not _SIZE_OPTIONS & options.keys():
         raise NetworkError(
-            f"{name} takes images of {height}×{width}, these are {size[0]}×{size[1]}. Resize them (--set "
-            f"preprocess.resize=[{height},{width}] in stage one), or build it for their size with its option img_size."
+            f"{name} takes images of {height}×{width}, these are {size[0]}×{size[1]}. Resize them ({resize(name)} in "
+            "stage one), or build it for their size with its option img_size (--set "
+            f"teacher.options.img_size={size[0]})."
         )
     deep = [option for option in options if _COUNTS.search(option) and _largest(options[option]) > _MOST_LAYERS]
     if deep:
@@ -41,6 +43,12 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
         if not options:
             raise
         raise NetworkError(plugins.refused_options(name, options, error)) from error
+
+
+def resize(name: str) -> str:
+    """Return the settings that give images the size that timm evaluates the network with."""
+    height, width = _config(name).input_size[1:]
+    return f"--set preprocess.resize=[{height},{width}] --set preprocess.crop=none"
 
 
 def preprocess(name: str) -> dict[str, Any]:
@@ -59,6 +67,14 @@ def preprocess(name: str) -> dict[str, Any]:
         "crop": height if resize[0] > height else None,
         "interpolation": config.interpolation,
     }
+
+
+def version() -> str | None:
+    """Return the version of timm, or None if it is not installed."""
+    try:
+        return metadata.version("timm")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def pretrained(name: str) -> str | None:
