@@ -14,6 +14,7 @@ from tspipe.data.datasets import Images
 from tspipe.errors import DatasetError
 from tspipe.models import networks, weights
 from tspipe.recipes import auto, load
+from tspipe.recipes.settings import recipe_values
 from tspipe.training import teacher_weights
 from tspipe.training.train_teacher import TeacherConfig
 
@@ -80,6 +81,13 @@ def test_auto_is_replaced_unless_a_recipe_or_the_user_states_a_value(tmp_path: P
     assert (recipe.batch_size, recipe.teacher.batch_size, recipe.teacher.epochs) == (5, 12, 60)
     assert (recipe.preprocess.mean, recipe.preprocess.resize, recipe.preprocess.crop) == ((0.5,) * 3, (32, 32), None)
     assert (recipe.views.count, recipe.views.shift) == (2, 2)
+
+
+def test_a_recipe_is_shown_with_auto() -> None:
+    recipe, automatic = load.load("folder"), load.automatic_settings("folder", ["batch_size=8"])
+    values = {setting.name: value for setting, value in recipe_values(recipe, automatic)}
+    assert (values["preprocess.resize"], values["teacher.epochs"], values["epochs"]) == ("auto", "auto", 30)
+    assert "batch_size" not in automatic
 
 
 def test_a_recipe_without_auto_reads_no_images() -> None:

@@ -99,7 +99,7 @@ def recipe(
     from tspipe.recipes.settings import recipe_table, recipe_values
     from tspipe.utils.console import stdout_console
 
-    chosen = load.load(name, settings or ())
+    chosen, automatic = load.load(name, settings or ()), load.automatic_settings(name, settings or ())
     if json_:
         rows = [
             {
@@ -109,11 +109,11 @@ def recipe(
                 "values": setting.type,
                 "meaning": setting.description,
             }
-            for setting, value in recipe_values(chosen)
+            for setting, value in recipe_values(chosen, automatic)
         ]
         print(json.dumps(rows, indent=2))
     else:
-        stdout_console().print(recipe_table(chosen))
+        stdout_console().print(recipe_table(chosen, automatic))
 
 
 def local_path(cache: str) -> Path:

@@ -66,18 +66,8 @@ def load(
 
     Raises RecipeError for an unknown field (with the nearest known one), a wrong type or a value out of range.
     """
-    assignments = [(path, value) for path, value in (flags or {}).items() if value is not None]
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals:
-            raise RecipeError(f"--set {override}: write it as field=value, for example --set lr=0.01")
-        assignments.append((path.strip(), _parse_value(text.strip())))
-    fields = _read(name, dict(assignments).get("dataset"))
-    for section, recorded in (facts or {}).items():
-        fields[section] = {**fields.get(section, {}), **recorded}
-    for path, value in assignments:
-        _assign(fields, path, value)
-    automatic = [path for path in auto.DEFAULTS if _field(fields, path) == "auto"]
+    fields = _fields(name, overrides, flags or {}, facts or {})
+    automatic = _automatic(fields)
     for path in automatic:
         _assign(fields, path, auto.DEFAULTS[path])
     recipe = _validated(fields, name)
@@ -90,6 +80,33 @@ def load(
     for path in automatic:
         _assign(fields, path, values.get(path, auto.DEFAULTS[path]))
     return _validated(fields, name)
+
+
+def automatic_settings(name: str, overrides: Iterable[str] = ()) -> list[str]:
+    """Return the dotted names of a recipe's settings that are `auto`."""
+    return _automatic(_fields(name, overrides, {}, {}))
+
+
+def _automatic(fields: Mapping[str, Any]) -> list[str]:
+    return [path for path in auto.DEFAULTS if _field(fields, path) == "auto"]
+
+
+def _fields(
+    name: str, overrides: Iterable[str], flags: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the fields of a recipe before they are checked; the arguments are those of `load`."""
+    assignments = [(path, value) for path, value in flags.items() if value is not None]
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {override}: write it as field=value, for example --set lr=0.01")
+        assignments.append((path.strip(), _parse_value(text.strip())))
+    fields = _read(name, dict(assignments).get("dataset"))
+    for section, recorded in facts.items():
+        fields[section] = {**fields.get(section, {}), **recorded}
+    for path, value in assignments:
+        _assign(fields, path, value)
+    return fields
 
 
 def _validated(fields: Mapping[str, Any], name: str) -> Recipe:

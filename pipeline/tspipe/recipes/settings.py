@@ -1,7 +1,7 @@
 """The list of all settings, generated from the schema of recipes."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -53,20 +53,23 @@ def settings_table() -> Table:
     return table
 
 
-def recipe_values(recipe: Recipe) -> Iterator[tuple[Setting, Any]]:
-    """Yield each setting with a recipe's value; `NAME` is replaced by the names that the recipe has settings of."""
+def recipe_values(recipe: Recipe, automatic: Collection[str] = ()) -> Iterator[tuple[Setting, Any]]:
+    """Yield each setting with a recipe's value; `NAME` is replaced by the names that the recipe has settings of.
+
+    The values of `automatic` settings are `auto`.
+    """
     fields = recipe.model_dump(mode="json")
     for setting in settings():
         for name, value in _values(fields, setting.name.split(".")):
-            yield setting._replace(name=name), value
+            yield setting._replace(name=name), "auto" if name in automatic else value
 
 
-def recipe_table(recipe: Recipe) -> Table:
-    """Return a recipe's values as a table for a terminal; those that are not the default are bold."""
+def recipe_table(recipe: Recipe, automatic: Collection[str] = ()) -> Table:
+    """Return the values of `recipe_values` as a table for a terminal; those that are not the default are bold."""
     table = plain_table(("setting", "value", "default", "meaning"))
     table.columns[0].no_wrap = True
     table.columns[1].max_width, table.columns[2].max_width = 16, 12
-    for setting, value in recipe_values(recipe):
+    for setting, value in recipe_values(recipe, automatic):
         text = _text(value)
         style = "" if text == setting.default else "bold"
         row = (Text(setting.name, style), Text(text, style), Text(setting.default), Text(setting.description))
