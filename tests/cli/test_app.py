@@ -305,14 +305,18 @@ def test_plugins_for_dataset_teacher_and_student(tspipe: Callable, tmp_path: Pat
     )
     student += ["--recipe", "digits", "--set=dataset=./mine.py"]
     # The file names a network; only the user can say that it is this file of code.
-    refused = tspipe(*student)
+    refused = tspipe(*student, "--random-images", 3)
     assert refused.code == 1
     assert refused.error == (
         "The teacher of mine-net.h5 is 'net', which is not one of tspipe's networks. Name its file: "
         "--teacher ./net.py (of tspipe verify: --set teacher.network=./net.py)"
     )
-    made = tspipe(*student, "--random-images", 0)
+    made = tspipe(*student)
     assert made.code == 0, made.err
+    assert (
+        "The teacher of mine-net.h5 needs the file of its network (--teacher ./net.py), so students train without "
+        "random images.\n"
+    ) in made.err
     refused = tspipe(*student, "--teacher", "resnet20")
     assert refused.error == (
         "The teacher of cache/mine-net.h5 is 'net', not 'resnet20'. Leave out --teacher, or give the file of this "

@@ -48,7 +48,9 @@ def student(
     from tspipe.training import trainer
     from tspipe.training.arms import select_arms
     from tspipe.training.config import StudentConfig
+    from tspipe.training.random_source import without_live_teacher
     from tspipe.utils import distributed
+    from tspipe.utils.progress import warn
 
     flags: dict[str, Any] = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
     flags |= {"random_images": random_images, "teacher.network": teacher, "init": init}
@@ -56,6 +58,10 @@ def student(
         with group.rank_zero_first():
             opened = open_cache(local_path(cache))
             chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
+            if random_images is None and not any(setting.startswith("random_") for setting in settings or ()):
+                chosen, remark = without_live_teacher(chosen, opened)
+                if remark and not group.rank:
+                    warn(remark)
             arms = select_arms(compare, chosen)
         config = StudentConfig(chosen, opened, arms, data or default_folder, out, download, trust_data)
         run = trainer.train_students(config, group)

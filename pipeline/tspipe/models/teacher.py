@@ -73,6 +73,14 @@ def build_teacher(
     return load_network(spec, tensors, source)[0], spec.name
 
 
+def lacks_teacher(cache: Cache, recipe: Recipe) -> bool:
+    """Return whether a cache's teacher cannot be built: it is not in the file, or its network's file is not given."""
+    try:
+        return not cache.has_teacher or not teacher_spec(cache, recipe, (1, 1, 1))
+    except NetworkError:
+        return True
+
+
 def check_input_shape(cache: Cache, input_shape: tuple[int, int, int]) -> None:
     """Raise CacheMismatch unless the cache's teacher takes images of this shape (C, H, W)."""
     recorded = cache.manifest["teacher"]["options"].get("input_shape")
