@@ -11,7 +11,7 @@ from tspipe.cache import SPLITS, Cache, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
 from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.errors import CacheError
-from tspipe.utils.console import format_bytes, plain_table, printable, stdout_console
+from tspipe.utils.console import format_bytes, format_count, plain_table, printable, stdout_console
 
 if TYPE_CHECKING:
     from tspipe.cache.peek import Peek  # imported only where a command reads a URL
@@ -121,7 +121,7 @@ def show_evaluations(evaluations: "Sequence[Evaluation]", cache: Cache) -> None:
         scores = one.scores
         fractions = scores.top1, scores.top5, scores.macro_f1, scores.calibration_error, scores.agreement
         texts = ["" if value is None else f"{100 * value:.1f}" for value in fractions]
-        texts.append("" if one.parameters is None else _count(one.parameters))
+        texts.append("" if one.parameters is None else format_count(one.parameters))
         texts.append("" if one.size is None else format_bytes(one.size).replace(" bytes", " B"))
         texts += [f"{one.latency[size].median:.3g}" if size in one.latency else "" for size in (1, 32)]
         table.add_row(Text(printable(one.name, 40)), *texts)
@@ -139,14 +139,6 @@ def show_evaluations(evaluations: "Sequence[Evaluation]", cache: Cache) -> None:
         "milliseconds from pixels to probabilities, for one image and for 32."
     )
     out.print(Text(legend))
-
-
-def _count(number: int) -> str:
-    """Format a large number: 5.8k, 11.2M."""
-    for unit, size in (("M", 10**6), ("k", 1000)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
 
 
 def _ratio(value: float) -> str:

@@ -95,9 +95,12 @@ def default_folder(runs: Sequence[RunFolder]) -> Path:
 
 
 def _print_tables(findings: Findings, choices: Sequence[str]) -> None:
-    _print(tables.accuracies(findings, brief="chosen" in findings.choices))  # in 80 columns
+    _print(tables.accuracies(findings, narrow=True))
+    for sentence in tables.initial_weights(findings):
+        _print(sentence)
     marks = ", ".join(text for choice, text in _MARKS.items() if choice in findings.choices)
-    _print(f"Test accuracy in %, mean ± sample deviation; {marks}.")
+    deployed = " Parameters: in training → deployed." if findings.summary.deployed_parameters else ""
+    _print(f"Test accuracy in %, mean ± sample deviation; {marks}.{deployed}")
     for choice in choices if findings.comparisons else ():
         if choice in findings.choices:
             _print(_OVER[choice])

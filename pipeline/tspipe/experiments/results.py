@@ -39,7 +39,8 @@ class Result:
     accuracy: dict[str, Sample]
     curve: tuple[Sample, ...]  # the test accuracy after each epoch
     seconds: float  # median per epoch, of training and testing
-    parameters: int  # number of the student's weights
+    parameters: int  # number of the student's weights in training
+    deployed: int | None  # the same when g(x) and the classifier are one layer; None for a run that does not state it
     paper: float | None  # the accuracy that the paper reports
 
     @property
@@ -92,6 +93,13 @@ class Teacher(BaseModel):
     parameters: Count | None
 
 
+class Initial(BaseModel):
+    """The weights that a student starts from, in summary.json."""
+
+    name: str
+    sha256: str
+
+
 class Summary(BaseModel):
     """summary.json."""
 
@@ -99,6 +107,8 @@ class Summary(BaseModel):
     dataset: str
     teacher: Teacher
     parameters: dict[str, Count]
+    deployed_parameters: dict[str, Count] = {}
+    initial: dict[str, Initial] = {}
     paper: Paper | None = None
     mse_weight: float | None = None
 
@@ -264,13 +274,24 @@ def _result(group: list[_Row], config: Config, summary: Summary) -> Result:
         validated = [[row.val_accuracy or 0.0 for row in rows] for rows in by_seed]
         accuracy["chosen"] = Sample(tuple(t[v.index(max(v))] for t, v in zip(tested, validated, strict=True)))
     curve = tuple(Sample(epoch) for epoch in zip(*tested, strict=True))
-    seconds = statistics.median(row.seconds_training + row.seconds_testing for row in group)
+    warm = group[1:] or group  # the first epoch of a learner has its warm-up
+    seconds = statistics.median(row.seconds_training + row.seconds_testing for row in warm)
     of_paper = summary.paper.accuracy.get(student, {}) if summary.paper and (arm in UNTAUGHT or loss == "ts") else {}
-    return Result(student, arm, loss, accuracy, curve, seconds, summary.parameters[student], of_paper.get(arm))
+    return Result(
+        student,
+        arm,
+        loss,
+        accuracy,
+        curve,
+        seconds,
+        summary.parameters[student],
+        summary.deployed_parameters.get(student),
+        of_paper.get(arm),
+    )
 
 
 def _first_epoch(group: list[_Row], result: Result) -> dict[str, object]:
     """Return a result's first epoch as a row with the loss terms' means over the seeds."""
     values = {term: [getattr(row, term) for row in group if row.epoch == 1] for term in ("mse", "kl", "vid", "xent")}
     means = {term: statistics.fmean(terms) for term, terms in values.items() if None not in terms}
-    return {"student": result.student, "arm": result.name, "epoch": 1, **means}
+    return {"student": result.student, "arm": result.name, "loss": result.loss, "epoch": 1, **means}

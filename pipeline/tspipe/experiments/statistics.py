@@ -10,7 +10,7 @@ _T = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 HELPS, HURTS, UNDECIDED = "it helps", "it hurts", "no difference shown"
-ONE_SEED = "one seed: no interval, so no conclusion"
+ONE_SEED, TWO_SEEDS = "one seed: no interval, so no conclusion", "two seeds: too few seeds for an interval"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class Sample:
 
     @property
     def margin(self) -> float | None:
-        """Half the width of Student's 95 % confidence interval of the mean; None for a single value."""
-        if self.deviation is None:
+        """Half the width of Student's 95 % confidence interval of the mean; None for one value or two.
+
+        That of two values is 9 times as wide as their difference, and says nothing.
+        """
+        if self.deviation is None or len(self.values) == 2:
             return None
         freedom = len(self.values) - 1
         t = _T[freedom - 1] if freedom <= len(_T) else 1.960 + 2.37 / freedom
@@ -42,7 +45,7 @@ class Sample:
     def conclusion(self) -> str:
         """The conclusion from a sample of differences: whether its interval excludes zero."""
         if self.margin is None:
-            return ONE_SEED
+            return TWO_SEEDS if self.deviation is not None else ONE_SEED
         return HELPS if self.mean > self.margin else HURTS if self.mean < -self.margin else UNDECIDED
 
     def __sub__(self, other: "Sample") -> "Sample":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tspipe.experiments.results import Findings
 from tspipe.experiments.statistics import Sample
+from tspipe.utils.console import format_count
 
 UNCHECKED = "The images were not compared with those of the cache (--trust-data)."
 
@@ -19,22 +20,33 @@ class Table:
     names: int = 2
 
 
-def accuracies(findings: Findings, *, brief: bool = False) -> Table:
+def accuracies(findings: Findings, *, narrow: bool = False) -> Table:
     """Return test accuracies in percent, mean ± sample deviation over the seeds, after the teacher's.
 
-    If `brief`, leave out parameters and times.
+    Parameters are those in training and, after an arrow, those deployed. If `narrow`, for 80 columns, they have three
+    digits, and make room for the epoch chosen by held-back images, as the times do.
     """
     teacher = findings.summary.teacher
-    parameters = "" if teacher.parameters is None else f"{teacher.parameters:,}"
+    count = format_count if narrow and findings.summary.deployed_parameters else "{:,}".format
+    parameters = "" if teacher.parameters is None else count(teacher.parameters)
     empty = [""] * (len(findings.choices) - 1)
     rows = [[teacher.network, "teacher", f"{100 * teacher.test_accuracy:.2f}", *empty, parameters, ""]]
     for result in findings.results:
         samples = [percent(result.accuracy[choice]) for choice in findings.choices]
         pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
-        rows.append([result.student, result.name, *samples, f"{result.parameters:,}", pace])
+        pace = f"≤ {pace}" if findings.config.epochs == findings.config.seeds == 1 else pace  # with the warm-up
+        parameters = " → ".join(map(count, (result.parameters, *([result.deployed] if result.deployed else []))))
+        mark = " *" if result.student in findings.summary.initial else ""
+        rows.append([result.student + mark, result.name, *samples, parameters, pace])
     headings = ["network", "arm", *findings.choices, "parameters", "s/epoch"]
-    end = -2 if brief else len(headings)
+    end = -2 if narrow and "chosen" in findings.choices else len(headings)
     return Table(f"{findings.summary.dataset}: {findings.duration}", headings[:end], [row[:end] for row in rows])
+
+
+def initial_weights(findings: Findings) -> list[str]:
+    """Return a sentence per student that starts from other weights than random ones."""
+    initial = findings.summary.initial.items()
+    return [f"* {student} starts from {start.name} (SHA-256 {start.sha256[:12]})." for student, start in initial]
 
 
 def differences(findings: Findings) -> Table:
@@ -75,7 +87,7 @@ def paper_notes(findings: Findings) -> Iterator[str]:
     if paper := findings.summary.paper:
         yield (
             f"{paper.source}. The paper reports the best test accuracy of all epochs, so this table does too. The sign "
-            "of a difference is unclear if our 95 % interval contains zero, or there is only one seed."
+            "of a difference is unclear if our 95 % interval contains zero, or there are fewer than three seeds."
         )
         if paper.differs:
             yield f"Differences from the paper: {'; '.join(paper.differs)}."

@@ -17,6 +17,8 @@ from tspipe.training.tensorboard import TensorBoard
 from tspipe.utils.console import printable
 from tspipe.utils.progress import warn
 
+# Usual ratios. By default, kd multiplies its KL by α · T² / (1 − α) = 144 relative to the labels, lskd by 360.
+_USUAL = {"mse": (0.1, 10), "kl": (0.1, 400), "vid": (0.1, 10)}
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images, and pixels of them, whose labels are counted
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
@@ -93,14 +95,29 @@ def label_shares(counts: dict[str, int], what: str = "random images") -> str:
 
 
 def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:
-    """Yield a sentence per row that compares the teacher's loss term with the cross-entropy.
+    """Yield a sentence per row that compares the teacher's loss term with the cross-entropy, and what to do about it.
 
-    With `hint`, it ends with what to do if they are far apart.
+    Args:
+        hint: whether mse_weight=auto has not been tried yet.
     """
     for row in rows:
         learner = f"{printable(row['student'])}, {printable(row['arm'])}, epoch {row['epoch']}"
         for term in ("mse", "kl", "vid"):
             if isinstance(row.get(term), float) and row.get("xent"):
                 ratio = row[term] / row["xent"]
-                remedy = ": try --set mse_weight=auto" if hint and term == "mse" and not 0.1 <= ratio <= 10 else ""
-                yield f"{learner}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}{remedy}"
+                judgement = _judge(row.get("loss", ""), ratio, _USUAL[term], hint)
+                yield f"{learner}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}, {judgement}"
+
+
+def _judge(loss: str, ratio: float, usual: tuple[float, float], hint: bool) -> str:
+    """Return whether a ratio of the teacher's term to the cross-entropy is usual, and what to change if it is not."""
+    low, high = usual
+    if low <= ratio <= high:
+        return "as usual"
+    problem = "so the labels hardly count" if ratio > high else "so the teacher hardly counts"
+    remedies = {
+        "ts": "mse_weight=auto" if hint else f"xent_weight={ratio:.2g}",
+        "kd": f"losses.kd.alpha={0.5 if ratio > high else 0.99}",
+        "lskd": f"losses.lskd.xent_weight={ratio:.2g}",
+    }
+    return f"{problem}: try --set {remedies[loss]}" if loss in remedies else problem

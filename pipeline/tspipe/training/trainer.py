@@ -287,6 +287,7 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
             "test_accuracy": manifest["teacher"]["correct"]["test"] / manifest["dataset"]["rows"]["test"],
             "parameters": count_teacher_parameters(config.cache, recipe, trainer.batches.data.train.shape),
         },
+        "initial": {name: {"name": one.name, "sha256": one.sha256} for name, one in config.initial.items()},
         "parameters": {student: trained for student, (trained, _) in trainer.parameters.items()},
         "deployed_parameters": {student: deployed for student, (_, deployed) in trainer.parameters.items()},
         **({"mse_weight": recipe.mse_weight} if folder.config.get("mse_weight") == "auto" else {}),

@@ -68,6 +68,14 @@ def plain_table(texts: Sequence[str], numbers: Sequence[str] = ()) -> "Table":
     return table
 
 
+def format_count(number: int) -> str:
+    """Format a large number in three digits: 970, 5.8k, 11.2M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 1000)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
 def format_bytes(count: int) -> str:
     """Return a number of bytes in a readable unit: `1.4 MiB`."""
     power = min(int(math.log2(max(count, 1)) // 10), len(_UNITS) - 1)
