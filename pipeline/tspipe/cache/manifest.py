@@ -15,6 +15,7 @@ _LARGEST = 2**48  # far above any real count; products of two counts are checked
 _LARGEST_SIDE = 4096  # pixels
 _LARGEST_OPTION = 65536
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}(?<!\.py)"  # neither a path nor a Python file
+_HUB = r"hub:[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}@[0-9a-f]{40}:[A-Za-z0-9_]{1,100}"
 _POOL_OPTIONS = {"flip", "kind", "rounds", "shift"}  # fields of a pool that not every pool has
 _FROM_PHOTOS = ("mixed", "cutmix")  # kinds that are made from training images
 _SHA256 = r"[0-9a-f]{64}"
@@ -159,7 +160,7 @@ def _check(manifest: Any, finished: bool) -> None:
             if correct.value[split] > rows.value[split]:
                 raise NotACache(f"{correct.where}.{split} is {correct.value[split]} of {rows.value[split]} images.")
     teacher.text("file_sha256", _SHA256)
-    teacher.text("network", f"((torchvision|timm):)?{_NAME}")
+    teacher.text("network", f"((torchvision|timm):)?{_NAME}|{_HUB}")
     teacher.require("options", _are_options(teacher.value["options"]))
     teacher.text("weights_sha256", _SHA256)
     if "library" in teacher.value:

@@ -30,6 +30,7 @@ def cache(
     skip_broken: options.SkipBroken = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
     download: options.Download = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Stage one: run the teacher once over a dataset."""
     from dataclasses import replace
@@ -98,6 +99,7 @@ def verify(
     ] = None,
     recipe: options.Recipe = None,
     settings: options.Settings = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Check every byte of a cache, and repair it."""
     from tspipe.cache import open_cache

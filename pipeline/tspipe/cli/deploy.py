@@ -40,6 +40,7 @@ def export(
         Path | None, typer.Option(help="Photos without labels to check the file on, where the cache is not at hand.")
     ] = None,
     force: options.Force = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Export a student to a file that needs no tspipe, and check it."""
     from tspipe.deploy import export as stage
@@ -94,6 +95,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Images classified at once.")] = 64,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Classify images; the exit code is 1 if some cannot be classified."""
     from tspipe.deploy.classifier import find_images, predict_each
@@ -146,6 +148,7 @@ def eval_(
     data: options.Data = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long to measure each latency.")] = 1,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Compare students and exports with their teacher."""
     from dataclasses import asdict

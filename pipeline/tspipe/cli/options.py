@@ -58,6 +58,24 @@ Download = Annotated[
     bool, typer.Option("--download", help="Download the dataset and pretrained weights if they are missing.")
 ]
 RECIPES = _completion(_recipe_names)
+
+
+def _trust_remote_code(value: bool) -> bool:
+    if value:
+        from tspipe.models import networks
+
+        networks.trust_remote_code()
+    return value
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Fetch and run the code of networks hub:OWNER/REPO@COMMIT:NAME.",
+        callback=_trust_remote_code,
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(help="A recipe's name or TOML file (default: the dataset's).", autocompletion=RECIPES),

@@ -61,7 +61,7 @@ def list_(
 
     packages = {package.rpartition(".")[2]: package for package in plugins.KINDS}
     if what in packages:
-        libraries = [f"{prefix}NAME" for prefix in plugins.LIBRARIES] if what == "networks" else []
+        libraries = ["timm:NAME", "torchvision:NAME"] if what == "networks" else []
         print(*plugins.names(packages[what]), *libraries, sep="\n")
     elif what == "recipes":
         from tspipe.recipes.load import names

@@ -40,6 +40,7 @@ def student(
     trust_data: Annotated[
         bool, typer.Option("--trust-data", help="Do not compare the images with the cache's; the run records it.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Stage two: train students against a cache."""
     from tspipe.cache import open_cache
@@ -125,6 +126,7 @@ def bench(
         float, typer.Option(min=1, help="About how long to measure; longer if one step takes seconds.")
     ] = 120,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure what a cache saves on this machine."""
     import json

@@ -22,6 +22,7 @@ def teacher(
     settings: options.Settings = None,
     force: Annotated[bool, typer.Option("--force", help="Replace weights of other settings.")] = False,
     download: options.Download = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Train or fine-tune a teacher."""
     from dataclasses import replace

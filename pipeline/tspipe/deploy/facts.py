@@ -9,6 +9,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 
 _MAX_SIDE = 2048  # pixels; a file may claim any size, and a probe of that size is run when it is loaded
+_NETWORK = r"^([\w.+-]+(:[\w.+-]+)?|hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+)$"  # a name, never a path
 _Channels = Annotated[int, Field(ge=1, le=1024)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
@@ -31,7 +32,9 @@ class Facts(BaseModel):
     classes: Json[Annotated[list[str], Field(min_length=1)]]
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
-    network: Annotated[str, Field(pattern=r"^[\w.+-]+(:[\w.+-]+)?$")]  # a name, never a path
+    network: Annotated[
+        str, Field(pattern=r"^([\w.+-]+(:[\w.+-]+)?|hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+)$")
+    ]  # a name, no path
     options: Json[dict[str, JsonValue]]
 
     @model_validator(mode="after")

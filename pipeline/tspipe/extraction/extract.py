@@ -53,7 +53,7 @@ class ExtractConfig:
 
 def cache_path(dataset: str, teacher: str, default_teacher: str) -> Path:
     """Return `cache/<dataset>.h5` for the recipe's default teacher, `cache/<dataset>-<teacher>.h5` for another."""
-    suffix = "" if teacher == default_teacher else f"-{networks.recorded_name(teacher).replace(':', '-')}"
+    suffix = "" if teacher == default_teacher else f"-{networks.file_stem(teacher)}"
     return Path("cache") / f"{stem(dataset)}{suffix}.h5"
 
 

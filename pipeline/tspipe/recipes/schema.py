@@ -60,7 +60,8 @@ class Teacher(Optimisation):
     """The teacher: its network, and how `tspipe teacher` trains it."""
 
     network: str = Field(
-        "resnet56", description="A network's name, torchvision:NAME, timm:NAME, or the path of a Python file."
+        "resnet56",
+        description="A network's name, torchvision:NAME, timm:NAME, hub:OWNER/REPO@COMMIT:NAME, or a Python file.",
     )
     options: dict[str, Any] = Field({}, description="The options of the network.")
     weights_key: str | None = Field(

@@ -66,4 +66,4 @@ class LearnerSpec:
 def learner_name(student: str, arm: str, loss: str, seed: int) -> str:
     """Return the learner's name in file names."""
     suffix = "" if arm in UNTAUGHT or loss == "ts" else f"-{loss}"
-    return f"{networks.recorded_name(student)}-{re.sub('[^a-z]+', '-', arm)}{suffix}-seed{seed}".replace(":", "-")
+    return f"{networks.file_stem(student)}-{re.sub('[^a-z]+', '-', arm)}{suffix}-seed{seed}".replace(":", "-")

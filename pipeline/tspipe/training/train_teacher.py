@@ -66,7 +66,7 @@ class TrainedTeacher(NamedTuple):
 
 def checkpoint_path(dataset: str, network: str) -> Path:
     """Return `checkpoints/<dataset>-<network>.safetensors`; a network file `./mine.py` is `mine`."""
-    return Path("checkpoints") / f"{stem(dataset)}-{networks.recorded_name(network).replace(':', '-')}.safetensors"
+    return Path("checkpoints") / f"{stem(dataset)}-{networks.file_stem(network)}.safetensors"
 
 
 def metrics_path(weights: Path) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 from tspipe.errors import TspipeError
 
 KINDS = {"data.datasets": "dataset", "models.networks": "network", "losses": "loss"}
-LIBRARIES = ("timm:", "torchvision:")  # prefixes of networks that come from a library
+LIBRARIES = ("hub:", "timm:", "torchvision:")  # prefixes of networks that come from a library
 
 
 def names(folder: str) -> list[str]:

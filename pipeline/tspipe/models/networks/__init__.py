@@ -18,7 +18,8 @@ A file may also define:
 A module with a method `losses(images, labels) -> dict[str, Tensor]` is trained as a teacher with the sum of these
 scalars instead of the cross-entropy of its logits. Labels are (n,) int64.
 
-`torchvision:NAME` is any image classifier of torchvision, `timm:NAME` any of timm.
+`torchvision:NAME` is any image classifier of torchvision, `timm:NAME` any of timm, and `hub:OWNER/REPO@COMMIT:NAME` an
+entry point of torch.hub, whose code runs only after `trust_remote_code()`.
 """
 
 import difflib
@@ -31,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from tspipe.errors import NetworkError
-from tspipe.models.networks import _timm
+from tspipe.models.networks import _hub, _timm
+from tspipe.models.networks._hub import trust_remote_code as trust_remote_code
 from tspipe.models.probe import probe_images, run_probe
 from tspipe.utils import plugins
 
@@ -49,13 +51,18 @@ def names() -> list[str]:
 
 
 def is_from_library(name: str) -> bool:
-    """Return whether a name is `torchvision:NAME` or `timm:NAME`."""
+    """Return whether a name is `torchvision:NAME`, `timm:NAME` or `hub:OWNER/REPO@COMMIT:NAME`."""
     return name.startswith(plugins.LIBRARIES)
 
 
 def recorded_name(name: str) -> str:
     """Return the name that a cache or a checkpoint records: `mine` for a user's `./mine.py`, else the name itself."""
     return plugins.recorded_name("models.networks", name)
+
+
+def file_stem(name: str) -> str:
+    """Return a network's recorded name as it is written in the names of files: `timm-resnet18` for `timm:resnet18`."""
+    return plugins.plain(recorded_name(name).replace(":", "-"))
 
 
 def check_exists(name: str) -> None:
@@ -76,7 +83,7 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
     return a classifier. On the meta device the module is not run.
     """
     recorded_name(name)  # refuses a file whose name is one of tspipe's networks
-    if is_from_library(name) and input_shape[0] != 3:
+    if is_from_library(name) and not name.startswith(_hub.PREFIX) and input_shape[0] != 3:
         raise NetworkError(
             f"{name} takes images of 3 channels, these have {input_shape[0]}. {_REPEATED * (input_shape[0] == 1)}"
             f"tspipe's own networks take any number: {', '.join(names())}."
@@ -85,6 +92,8 @@ def build(name: str, num_classes: int, input_shape: tuple[int, int, int], option
         module = _build_torchvision(name, num_classes, input_shape, options)
     elif name.startswith(_timm.PREFIX):
         module = _timm.build(name, num_classes, input_shape, options)
+    elif name.startswith(_hub.PREFIX):
+        module = _hub.build(name, num_classes, options)
     else:
         function, fixed = _attribute(name, "build"), dict((_attribute(name, "VARIANTS") or {}).get(name, {}))
         parameters = inspect.signature(function).parameters
