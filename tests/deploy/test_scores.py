@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, f1_score, recall_score, top_k_accuracy_score
 
 from tspipe.deploy.scores import calibration_error, macro_f1, score, worst_classes
 
@@ -11,6 +12,22 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     labels, predicted = (torch.randint(0, classes, (200,), generator=generator) for classes in (7, 6))
     assert macro_f1(predicted, labels, 9) == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.randn(300, 8, generator=generator, dtype=torch.float64).softmax(1)
+    labels = torch.randint(0, 8, (300,), generator=generator)
+    scores, predicted = score(probabilities, labels, labels), probabilities.argmax(1)
+    assert scores.top1 == scores.agreement == pytest.approx(accuracy_score(labels, predicted))
+    assert scores.top5 == pytest.approx(top_k_accuracy_score(labels, probabilities, k=5))
+    recalls = recall_score(labels, predicted, average=None)
+    assert scores.worst_classes == [(i, pytest.approx(recalls[i])) for i in recalls.argsort(stable=True)[:3]]
+    confidence, correct = probabilities.max(1).values, predicted == labels
+    accuracies, means = calibration_curve(correct, confidence, n_bins=15)
+    counts = torch.histc(confidence, 15, 0, 1)
+    expected = (counts[counts > 0] / 300 * (torch.tensor(accuracies) - torch.tensor(means)).abs()).sum()
+    assert scores.calibration_error == pytest.approx(float(expected))
 
 
 def test_the_calibration_error_is_the_gap_of_each_bin() -> None:

@@ -16,8 +16,8 @@ from tspipe.experiments.figures import Drawing
 from tspipe.experiments.results import read
 from tspipe.training.run_folder import RunFolder
 
-FIGURES = [f"{name}.{kind}" for name in ("accuracy", "increase", "curves") for kind in ("png", "svg")]
-VOID = {"meta", "br"}
+FIGURES = [f"{name}.{kind}" for name in ("accuracy", "increase", "curves", "pareto") for kind in ("png", "svg")]
+VOID = {"meta", "br", "img"}
 HOSTILE = "<script>alert('it\"s')</script>\x1b[31m"
 
 
@@ -121,8 +121,8 @@ def test_runs_of_one_name_do_not_overwrite_each_others_figures(tmp_path: Path, m
     monkeypatch.setattr(report.figures, "draw", lambda _, name: Drawing(name, "", "", "<svg></svg>", b""))
     folder = report.write(runs, tmp_path / "out").parent
     assert sorted(path.name for path in folder.glob("*.svg")) == [
-        "run-1-accuracy.svg", "run-1-curves.svg", "run-2-accuracy.svg", "run-2-curves.svg",
-        "third-accuracy.svg", "third-curves.svg",
+        "run-1-accuracy.svg", "run-1-curves.svg", "run-1-pareto.svg", "run-2-accuracy.svg", "run-2-curves.svg",
+        "run-2-pareto.svg", "third-accuracy.svg", "third-curves.svg", "third-pareto.svg",
     ]  # fmt: skip
 
 

@@ -139,36 +139,42 @@ def predict(
 def eval_(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="STUDENT", help="Run folders, students' files, or exports."),
+        typer.Argument(metavar="STUDENT|EXPORT|CACHE", help="Run folders, students' files, exports, or caches."),
     ],
     student: Name = None,
     last: Last = False,
     network: Network = None,
     cache: CacheFile = None,
     data: options.Data = None,
-    seconds: Annotated[float, typer.Option(min=0, help="How long to measure each latency.")] = 1,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long to measure each latency; 0: neither latency nor memory.")
+    ] = 0.5,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plot, confusions and mistakes.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Compare students and exports with their teacher."""
-    from dataclasses import asdict
-
+    """Compare students, exports and the teachers of caches."""
     from tspipe.cache import open_cache
     from tspipe.cli.render import show_evaluations
-    from tspipe.deploy.evaluate import evaluate
+    from tspipe.deploy.evaluate import as_json, evaluate
     from tspipe.deploy.exported import load_classifier
     from tspipe.deploy.labelled_images import find_cache, open_labelled_images
+    from tspipe.experiments import evaluation, figures
 
-    classifiers = [load_classifier(source, student, network, last=last) for source in sources]
-    opened = open_cache(cache) if cache else find_cache(classifiers[0].facts.cache)
-    evaluations = evaluate(classifiers, open_labelled_images(opened, data), seconds)
+    if html:
+        figures.check()
+    caches = [open_cache(file) for file in dict.fromkeys([cache, *sources]) if file and file.suffix == ".h5"]
+    classifiers = [load_classifier(source, student, network, last=last) for source in sources if source.suffix != ".h5"]
+    caches = caches or [find_cache(classifiers[0].facts.cache)]
+    tests = [open_labelled_images(opened, data) for opened in caches]
+    evaluations = evaluate(tests, classifiers, seconds, network)
     if json_:
-        results: list[dict[str, Any]] = []
-        for one in evaluations:
-            worst = {opened.classes[label]: value for label, value in one.scores.worst_classes}
-            scores = {**one.scores._asdict(), "worst_classes": worst}
-            latency = {size: measured._asdict() for size, measured in one.latency.items()}
-            results.append({**asdict(one), "scores": scores, "latency": latency})
-        print(json.dumps({"cache": opened.id, "images": len(opened.test), "results": results}, indent=2))
+        results = [as_json(one, caches[0].classes) for one in evaluations]
+        ids = [opened.id for opened in caches]
+        print(json.dumps({"caches": ids, "images": len(tests[0].labels), "results": results}, indent=2))
     else:
-        show_evaluations(evaluations, opened)
+        show_evaluations(evaluation.tables(evaluations), evaluation.notes(evaluations, tests[0]))
+    if html:
+        evaluation.write(html, evaluations, tests)
+        if not json_:
+            echo(f"Page: {html}")

@@ -11,11 +11,11 @@ from tspipe.cache import SPLITS, Cache, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
 from tspipe.cache.layout import DTYPE_NAMES
 from tspipe.errors import CacheError
-from tspipe.utils.console import format_bytes, format_count, plain_table, printable, stdout_console
+from tspipe.utils.console import format_bytes, plain_table, printable, stdout_console
 
 if TYPE_CHECKING:
     from tspipe.cache.peek import Peek  # imported only where a command reads a URL
-    from tspipe.deploy.evaluate import Evaluation
+    from tspipe.experiments.tables import Table
 
 _NAME = 60  # characters shown of a class's name
 
@@ -113,32 +113,18 @@ def show_bench(result: dict[str, Any]) -> None:
     out.print(Text(f"\n{printable(result['sentence'])}"))
 
 
-def show_evaluations(evaluations: "Sequence[Evaluation]", cache: Cache) -> None:
-    """Print the table of `tspipe eval`."""
-    table = plain_table(("",), ("top-1", "top-5", "F1", "ECE", "agree", "weights", "size", "ms", "ms/32"))
-    table.padding = (0, 1, 0, 0)
-    for one in evaluations:
-        scores = one.scores
-        fractions = scores.top1, scores.top5, scores.macro_f1, scores.calibration_error, scores.agreement
-        texts = ["" if value is None else f"{100 * value:.1f}" for value in fractions]
-        texts.append("" if one.parameters is None else format_count(one.parameters))
-        texts.append("" if one.size is None else format_bytes(one.size).replace(" bytes", " B"))
-        texts += [f"{one.latency[size].median:.3g}" if size in one.latency else "" for size in (1, 32)]
-        table.add_row(Text(printable(one.name, 40)), *texts)
+def show_evaluations(tables: "Sequence[Table]", notes: Sequence[str]) -> None:
+    """Print the tables of `tspipe eval`, and what they show."""
     out = stdout_console()
-    out.print(table)
-    out.print()
-    for one in evaluations:
-        worst = ", ".join(
-            f"{printable(cache.classes[label], _NAME)} {value:.0%}" for label, value in one.scores.worst_classes
-        )
-        out.print(Text(f"worst classes of {printable(one.name, 40)}: {worst}"))
-    legend = (
-        f"\n{len(cache.test):,} test images of {printable(cache.name, _NAME)}. In percent: top-1 and top-5 accuracy, "
-        "macro F1, expected calibration error (ECE), agreement with the teacher. weights: after folding. ms: median "
-        "milliseconds from pixels to probabilities, for one image and for 32."
-    )
-    out.print(Text(legend))
+    for content in tables:
+        table = plain_table(("",), content.headings[1:])
+        table.padding = (0, 1, 0, 0)
+        for name, *cells in content.rows:
+            table.add_row(Text(printable(name, 40)), *cells)
+        out.print(table)
+        out.print()
+    for note in notes:
+        out.print(Text(printable(note)))
 
 
 def _ratio(value: float) -> str:

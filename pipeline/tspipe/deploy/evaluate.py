@@ -1,27 +1,37 @@
-"""Students and exports side by side with their teacher: how good they are, how large and how fast."""
+"""Students, exports and the teachers of caches side by side: how good they are, how large and how fast."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tspipe.cache import Cache
-from tspipe.deploy import latency
+from tspipe.cache import Cache, open_cache
+from tspipe.cache.read import read_keys
+from tspipe.data.preprocess import Preprocess
+from tspipe.deploy import latency, memory
 from tspipe.deploy.classifier import Classifier
-from tspipe.deploy.fold import count_parameters, fold
+from tspipe.deploy.counts import Counts, count_module, count_onnx
+from tspipe.deploy.exported import OnnxExport, load_classifier
+from tspipe.deploy.fold import fold
 from tspipe.deploy.labelled_images import CPU, LabelledImages
-from tspipe.deploy.latency import Latency
+from tspipe.deploy.latency import Latency, Run, Subject
+from tspipe.deploy.memory import Peaks
+from tspipe.deploy.rebuilt import RebuiltExport
 from tspipe.deploy.scores import Scores, score
 from tspipe.deploy.student import Student
 from tspipe.errors import CacheMismatch, TspipeError
+from tspipe.models.inference import channels_last
+from tspipe.models.probe import probe_images
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.utils.progress import progress
+from tspipe.utils.threads import available_cores
 
-BATCH_SIZES = (1, 32)
 _BATCH = 64
-Run = Callable[[Tensor], Tensor]  # images (n, C, H, W) uint8 to probabilities (n, c)
 
 
 @dataclass(frozen=True)
@@ -30,79 +40,172 @@ class Evaluation:
 
     Attributes:
         name: of the student's or the export's file; the teacher's network.
-        parameters: number of weights, of a student after folding; None if unknown, as an export's.
+        predicted: the predicted classes (n,) int64 of the test images, and `confidence` (n,), their probabilities.
+        parameters: number of weights, of a student after folding; None if unknown.
+        multiply_adds: for one image; None if unknown.
         size: of the file in bytes; of a teacher, of its weights in the cache.
-        latency: by batch size; empty for a teacher that cannot be run.
+        latency: empty if not measured, and for a teacher that cannot be run.
+        memory: peaks in bytes by batch size; empty like `latency`, and where the system does not tell them.
     """
 
     name: str
     scores: Scores
+    predicted: Tensor
+    confidence: Tensor
     parameters: int | None
+    multiply_adds: int | None
     size: int | None
-    latency: dict[int, Latency]
+    latency: list[Latency] = field(default_factory=list)
+    memory: Peaks = field(default_factory=dict)
 
 
-def evaluate(classifiers: Sequence[Classifier], test: LabelledImages, seconds: float = 1.0) -> list[Evaluation]:
-    """Compare classifiers with the teacher of a cache, which comes first, on the test images of the cache.
+@dataclass(frozen=True)
+class _Entry:
+    """A classifier or a cache's teacher, and how it is run; `subject` is None for a teacher that cannot be built."""
 
-    Students are folded first, as an export is. Latency is measured for about `seconds` for each batch size. Raises
-    CacheMismatch for a classifier of other classes or another preprocessing than the cache's.
+    name: str
+    path: Path
+    images: LabelledImages
+    subject: Subject | None
+    counts: Counts
+    size: int | None
+    probabilities: Tensor | None = None  # (n, c), of a teacher
+
+
+def evaluate(
+    tests: Sequence[LabelledImages], classifiers: Sequence[Classifier], seconds: float = 0.5, network: str | None = None
+) -> list[Evaluation]:
+    """Compare classifiers with each other and with the teachers of caches, which come first, on their test images.
+
+    Args:
+        tests: the test images of the caches. The agreement is that with the teacher of the first one.
+        classifiers: each is tested on the images of the first cache that has its preprocessing.
+        seconds: how long to measure each latency; 0 to measure neither latency nor memory.
+        network: the path of the network's file, if the classifiers' is a user's.
+
+    Raises CacheMismatch if the caches differ in their test images, or a classifier has other classes or another
+    preprocessing than they.
     """
-    for classifier in classifiers:
-        _check(classifier, test.cache)
-    teacher_logits = torch.from_numpy(test.cache.test.logits.load())
-    teacher_labels = teacher_logits.argmax(1)
-    prepared = [_prepare(classifier) for classifier in classifiers]
-    runs = [run for run, _ in prepared]
-    probabilities = [teacher_logits.softmax(1), *_probabilities(runs, test)]
-    teacher_run, teacher_parameters = _teacher(test)
-    timed = [teacher_run, *runs] if teacher_run else runs
-    shape = test.images.shape
-    measured = [latency.measure(timed, shape, batch_size, seconds) for batch_size in BATCH_SIZES]
-    latencies = [dict(zip(BATCH_SIZES, each, strict=True)) for each in zip(*measured, strict=True)]
-    latencies = latencies if teacher_run else [{}, *latencies]
-    manifest = test.cache.manifest
-    names = [f"teacher {manifest['teacher']['network']}", *(classifier.name for classifier in classifiers)]
-    parameters = [teacher_parameters, *(count for _, count in prepared)]
-    sizes = [test.cache.dimensions.weights_bytes or None, *(one.path.stat().st_size for one in classifiers)]
-    scores = [score(each, test.labels, teacher_labels) for each in probabilities]
-    return [Evaluation(*fields) for fields in zip(names, scores, parameters, sizes, latencies, strict=True)]
+    _check_same(tests)
+    entries = [_teacher_entry(test, several=len(tests) > 1) for test in tests]
+    entries += [_entry(classifier, _images_for(classifier, tests)) for classifier in classifiers]
+    probabilities = _probabilities(entries)
+    measured = [i for i, entry in enumerate(entries) if entry.subject and seconds]
+    latencies = latency.measure([subject for i in measured if (subject := entries[i].subject)], seconds)
+    peaks = memory.measure([(entries[i].path, network) for i in measured])
+    costs = dict(zip(measured, zip(latencies, peaks, strict=True), strict=True))
+    labels, teacher_labels = tests[0].labels, probabilities[0].argmax(1)
+    evaluations = []
+    for i, (entry, rows) in enumerate(zip(entries, probabilities, strict=True)):
+        confidence, predicted = rows.max(1)
+        scores = score(rows, labels, teacher_labels)
+        cost = costs.get(i, ([], {}))
+        evaluations.append(Evaluation(entry.name, scores, predicted, confidence, *entry.counts, entry.size, *cost))
+    return evaluations
 
 
-def _check(classifier: Classifier, cache: Cache) -> None:
-    if classifier.facts.classes != cache.classes:
-        raise CacheMismatch(f"{classifier.name} has other classes than {cache.name}.")
-    if classifier.facts.preprocess.as_dict() != cache.manifest["preprocess"]:
-        raise CacheMismatch(f"{classifier.name} has another preprocessing than {cache.name}.")
+def as_json(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
+    """Return an evaluation for `json.dumps`, without the predictions."""
+    worst = {classes[label]: value for label, value in evaluation.scores.worst_classes}
+    fields = {name: getattr(evaluation, name) for name in ("parameters", "multiply_adds", "size", "memory")}
+    return {
+        "name": evaluation.name,
+        "scores": {**evaluation.scores._asdict(), "worst_classes": worst},
+        **fields,
+        "latency": [each._asdict() for each in evaluation.latency],
+    }
 
 
-def _prepare(classifier: Classifier) -> tuple[Run, int | None]:
-    """Return a function from pixels to probabilities, and the number of weights that it uses, if known."""
-    if not isinstance(classifier, Student):
-        return classifier.probabilities, None
-    module, preprocess = fold(classifier), classifier.preprocess
-    run = torch.inference_mode()(lambda pixels: module(preprocess.normalise(pixels)).softmax(1))
-    return run, count_parameters(module)
+def open_subject(path: Path, network: str | None) -> Subject:
+    """Return what `evaluate` measures of a classifier's file, or of a cache."""
+    if path.suffix != ".h5":
+        return _subject(load_classifier(path, network=network))[0]
+    subject, _ = _teacher(open_cache(path))
+    if subject is None:
+        raise CacheMismatch(f"The teacher of {path} cannot be built.")
+    return subject
 
 
-def _probabilities(runs: Sequence[Run], test: LabelledImages) -> list[Tensor]:
-    """Return the probabilities (n, c) of all test images by each function."""
-    parts: list[list[Tensor]] = [[] for _ in runs]
-    with progress("evaluating", len(test.labels), "images") as advance:
-        for pixels, _ in test.batches(_BATCH):
-            for run, rows in zip(runs, parts, strict=True):
-                rows.append(run(pixels))
-            advance(len(pixels), "evaluating")
-    return [torch.cat(rows) for rows in parts]
+def _check_same(tests: Sequence[LabelledImages]) -> None:
+    first = tests[0].cache
+    for other in (test.cache for test in tests[1:]):
+        same = other.classes == first.classes and np.array_equal(other.test.labels, first.test.labels)
+        if not same or read_keys(other.test) != read_keys(first.test):
+            raise CacheMismatch(f"{other.name} has other test images than {first.name}. Evaluate them one at a time.")
 
 
-def _teacher(test: LabelledImages) -> tuple[Run | None, int | None]:
-    """Return the cache's teacher, to measure its latency, and its number of weights; None if it cannot be built."""
+def _images_for(classifier: Classifier, tests: Sequence[LabelledImages]) -> LabelledImages:
+    """Return the images with the classifier's preprocessing."""
+    names = " and ".join(test.cache.name for test in tests)
+    if classifier.facts.classes != tests[0].cache.classes:
+        raise CacheMismatch(f"{classifier.name} has other classes than {names}.")
+    for test in tests:
+        if classifier.facts.preprocess.as_dict() == test.cache.manifest["preprocess"]:
+            return test
+    raise CacheMismatch(
+        f"{classifier.name} has another preprocessing than {names}. Name its cache, too: tspipe eval … FILE.h5"
+    )
+
+
+def _entry(classifier: Classifier, images: LabelledImages) -> _Entry:
+    subject, counts = _subject(classifier)
+    return _Entry(classifier.name, classifier.path, images, subject, counts, classifier.path.stat().st_size)
+
+
+def _subject(classifier: Classifier) -> tuple[Subject, Counts]:
+    facts = classifier.facts
+    image = probe_images(facts.input_shape)[:1]
+    if isinstance(classifier, OnnxExport):
+        path = classifier.path
+        return Subject(lambda threads: OnnxExport(path, threads).probabilities, facts.input_shape), count_onnx(path)
+    if isinstance(classifier, RebuiltExport):
+        image = (255 * image).byte().permute(0, 2, 3, 1) if classifier.uint8 else image
+        counts = count_module(channels_last(classifier.module), image)
+        return Subject(lambda _: classifier.probabilities, facts.input_shape), counts
+    if isinstance(classifier, Student):
+        module = channels_last(fold(classifier))
+        return Subject(lambda _: _run(module, facts.preprocess), facts.input_shape), count_module(module, image)
+    return Subject(lambda _: classifier.probabilities, facts.input_shape), (None, None)
+
+
+def _run(logits: Run, preprocess: Preprocess) -> Run:
+    """Return a function from pixels to probabilities, of one from normalised images to logits."""
+    return torch.inference_mode()(lambda pixels: logits(preprocess.normalise(pixels)).softmax(1))
+
+
+def _teacher_entry(test: LabelledImages, *, several: bool) -> _Entry:
     cache = test.cache
+    name = f"teacher {cache.manifest['teacher']['network']}" + (f" ({cache.path.stem})" if several else "")
+    subject, counts = _teacher(cache)
+    probabilities = torch.from_numpy(cache.test.logits.load()).softmax(1)
+    return _Entry(name, cache.path, test, subject, counts, cache.dimensions.weights_bytes or None, probabilities)
+
+
+def _teacher(cache: Cache) -> tuple[Subject | None, Counts]:
+    """Return the cache's teacher; None if it cannot be built."""
     try:
         recipe, _ = recipe_for_cache(cache.name, cache.manifest, None, None, {})
-        network = load_teacher(cache, recipe, test.images.shape, CPU)
+        shape = tuple(cache.manifest["teacher"]["options"]["input_shape"])
+        network = load_teacher(cache, recipe, shape, CPU)
     except TspipeError:  # a cache may lack its teacher, and a user's network needs its file
-        return None, None
-    run = torch.inference_mode()(lambda pixels: network(test.preprocess.normalise(pixels)).logits.softmax(1))
-    return run, count_parameters(network)
+        return None, (None, None)
+    run = _run(lambda images: network(images).logits, Preprocess.from_dict(cache.manifest["preprocess"]))
+    return Subject(lambda _: run, shape), count_module(network, probe_images(shape)[:1])
+
+
+def _probabilities(entries: Sequence[_Entry]) -> list[Tensor]:
+    """Return the probabilities (n, c) of all test images by each entry."""
+    parts: list[list[Tensor]] = [[] for _ in entries]
+    todo = [(entry, rows) for entry, rows in zip(entries, parts, strict=True) if entry.probabilities is None]
+    tests = {id(entry.images): entry.images for entry, _ in todo}
+    with progress("evaluating", sum(len(test.labels) for test in tests.values()), "images") as advance:
+        for test in tests.values():
+            runs = [(e.subject.load(available_cores()), rows) for e, rows in todo if e.images is test and e.subject]
+            for pixels, _ in test.batches(_BATCH):
+                for run, rows in runs:
+                    rows.append(run(pixels))
+                advance(len(pixels), "evaluating")
+    return [
+        torch.cat(rows) if entry.probabilities is None else entry.probabilities
+        for entry, rows in zip(entries, parts, strict=True)
+    ]

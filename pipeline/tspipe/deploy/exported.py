@@ -5,13 +5,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tspipe.deploy import executorch
 from tspipe.deploy.classifier import Classifier
 from tspipe.deploy.facts import ExportFacts, parse
-from tspipe.deploy.formats import INPUT, check_installed
+from tspipe.deploy.formats import INPUT, check_installed, quiet
 from tspipe.deploy.rebuilt import RebuiltExport, is_export
 from tspipe.deploy.student import find_students, load_student
 from tspipe.errors import NetworkError
 from tspipe.utils.progress import warn
+from tspipe.utils.reading import read_file
 
 
 class OnnxExport:
@@ -20,14 +22,16 @@ class OnnxExport:
     Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if onnxruntime is missing.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int = 0):
         check_installed("onnx")
         import onnxruntime
 
         if not path.is_file():
             raise NetworkError(f"There is no file {path}.")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: all
         try:
-            self._session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has many types of errors, without a common base
             raise NetworkError(f"{path} is damaged, or not an ONNX file.") from error
         self.facts = parse(ExportFacts, self._session.get_modelmeta().custom_metadata_map, str(path))
@@ -41,16 +45,44 @@ class OnnxExport:
         return output if uint8 else output.softmax(1)
 
 
+class ExecutorchExport:
+    """A `.pte` program that `tspipe export` wrote, run image by image by ExecuTorch. It holds a graph and no code.
+
+    Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if ExecuTorch is missing.
+    """
+
+    def __init__(self, path: Path):
+        check_installed("executorch")
+        if not path.is_file():
+            raise NetworkError(f"There is no file {path}.")
+        try:
+            with quiet():
+                self._run, metadata = executorch.load(read_file(path))
+        except Exception as error:  # ExecuTorch has many types of errors, without a common base
+            raise NetworkError(f"{path} is damaged, or not an export of tspipe's to ExecuTorch.") from error
+        self.facts = parse(ExportFacts, metadata, str(path))
+        self.path, self.name = path, path.name
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Return the probabilities (n, c) of images (n, C, H, W) uint8 after resize and crop."""
+        uint8 = self.facts.output == "probabilities"
+        images = pixels.permute(0, 2, 3, 1) if uint8 else self.facts.preprocess.normalise(pixels)
+        output = torch.from_numpy(self._run(images.contiguous().numpy()))
+        return output if uint8 else output.softmax(1)
+
+
 def load_classifier(
     path: Path, student: str | None = None, network: str | None = None, *, last: bool = False
 ) -> Classifier:
     """Return the export in a file, else the student, as `load_student`; of a run folder, say which one it is.
 
     Args:
-        network: the path of the network's file, if it is a user's. ONNX files need none.
+        network: the path of the network's file, if it is a user's. `.onnx` and `.pte` files need none.
     """
     if path.suffix == ".onnx":
         return OnnxExport(path)
+    if path.suffix == ".pte":
+        return ExecutorchExport(path)
     if path.suffix == ".pt2" or (path.suffix == ".safetensors" and is_export(path)):
         return RebuiltExport(path, network)
     loaded = load_student(path, student=student, network=network, last=last)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tspipe.errors import ReportError
+from tspipe.experiments.pareto import Point, pareto
 from tspipe.experiments.results import Comparison, Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
 from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
@@ -77,7 +78,7 @@ def check() -> None:
 
 def draw(findings: Findings, name: str) -> Drawing:
     """Draw one of `names`; the same run gives the same bytes. Raises ReportError without matplotlib."""
-    return _render(name, lambda figure: _FIGURES[name](figure, findings))
+    return render(name, lambda figure: _FIGURES[name](figure, findings))
 
 
 def draw_teacher(metrics: Sequence[Row], network: str, dataset: str) -> Drawing:
@@ -99,10 +100,10 @@ def draw_teacher(metrics: Sequence[Row], network: str, dataset: str) -> Drawing:
             f"Lines of accuracy from the first epoch to the last, in %: {'; '.join(ends)}.",
         )
 
-    return _render("curves", plot)
+    return render("curves", plot)
 
 
-def _render(name: str, plot: Callable[["Figure"], tuple[str, str]]) -> Drawing:
+def render(name: str, plot: Callable[["Figure"], tuple[str, str]]) -> Drawing:
     """Return the figure that a function plots, which returns the caption and the words."""
     check()
     import matplotlib
@@ -207,10 +208,22 @@ def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
     )
 
 
+def _pareto(figure: "Figure", findings: Findings) -> tuple[str, str]:
+    """Test accuracy against the number of parameters: a run does not measure latency, `tspipe eval` does."""
+    teacher = findings.summary.teacher
+    points = [
+        Point(f"{r.student}, {r.name}", r.deployed or r.parameters, r.accuracy["last"].mean) for r in findings.results
+    ]
+    if teacher.parameters is not None:
+        points.insert(0, Point(f"teacher {teacher.network}", teacher.parameters, teacher.test_accuracy))
+    return pareto(figure, points, "parameters as exported", findings.summary.dataset)
+
+
 _FIGURES: dict[str, Callable[["Figure", Findings], tuple[str, str]]] = {
     "accuracy": _accuracy,
     "increase": _increase,
     "curves": _curves,
+    "pareto": _pareto,
 }
 
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page that loads nothing: style, figures and text are inside, and there are no scripts.
+"""HTML pages that load nothing: style, figures and text are inside, and there are no scripts.
 
 The template escapes all text of a run folder; figures are SVG by matplotlib, which escapes text itself.
 """
@@ -6,6 +6,7 @@ The template escapes all text of a run folder; figures are SVG by matplotlib, wh
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -19,6 +20,15 @@ from tspipe.utils.console import printable
 
 def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
     """Return the HTML of these findings and figures; the same input gives the same text."""
+    runs = [
+        (findings, [(svg(drawing, number), drawing.caption) for drawing in drawings])
+        for number, (findings, drawings) in enumerate(reports, 1)
+    ]
+    return render("report.html.jinja", runs=runs, tables=tables, flatten=_flatten)
+
+
+def render(template: str, **fields: Any) -> str:
+    """Return the HTML that a template of this package makes of these fields, whose text is escaped."""
     environment = Environment(
         loader=PackageLoader("tspipe", "experiments"),
         autoescape=True,
@@ -28,21 +38,16 @@ def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["printable"] = printable
-    runs = [
-        (findings, [(_svg(drawing, number), drawing.caption) for drawing in drawings])
-        for number, (findings, drawings) in enumerate(reports, 1)
-    ]
     style = Markup((resources.files("tspipe.experiments") / "report.css").read_text(encoding="utf-8"))
-    template = environment.get_template("report.html.jinja")
-    return template.render(runs=runs, style=style, tables=tables, flatten=_flatten)
+    return environment.get_template(template).render(style=style, **fields)
 
 
-def _svg(drawing: Drawing, number: int) -> Markup:
+def svg(drawing: Drawing, number: int) -> Markup:
     """Return a figure in the page's colours; its ids are made unique in the page."""
-    svg = drawing.svg[drawing.svg.index("<svg") :]
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{drawing.name}-{number}-", svg)
-    svg = svg.replace(INK, "currentColor").replace(GROUND, "var(--ground)")
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable(drawing.words))}"', 1))
+    text = drawing.svg[drawing.svg.index("<svg") :]
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{drawing.name}-{number}-", text)
+    text = text.replace(INK, "currentColor").replace(GROUND, "var(--ground)")
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(printable(drawing.words))}"', 1))
 
 
 def _flatten(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections import Counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,6 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tspipe.models.feature_net import FeatureNet, split
 from tspipe.models.probe import eval_mode, probe_images
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> FeatureNet:
@@ -20,10 +23,15 @@ def freeze(module: nn.Module, name: str, input_shape: tuple[int, int, int], devi
     probe = probe_images(input_shape)
     network = split(module.eval().requires_grad_(False), name, probe)
     network = FeatureNet(fold_if_equal(network.backbone, probe), network.head).eval()
-    for tensor in (*network.to(device).parameters(), *network.buffers()):
+    return channels_last(network.to(device))
+
+
+def channels_last(module: AnyModule) -> AnyModule:
+    """Return the module after its convolutions have been made to run channels-last."""
+    for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4:  # Module.to would refuse one of five dimensions, as Swin's masks have
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return network
+    return module
 
 
 def fold_if_equal(module: nn.Module, probe: Tensor) -> nn.Module:
