@@ -32,9 +32,7 @@ class Facts(BaseModel):
     classes: Json[Annotated[list[str], Field(min_length=1)]]
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
-    network: Annotated[
-        str, Field(pattern=r"^([\w.+-]+(:[\w.+-]+)?|hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+)$")
-    ]  # a name, no path
+    network: Annotated[str, Field(pattern=_NETWORK)]
     options: Json[dict[str, JsonValue]]
 
     @model_validator(mode="after")
