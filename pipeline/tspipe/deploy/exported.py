@@ -89,5 +89,7 @@ def load_classifier(
     if path.is_dir():
         count = len(find_students(path, student, last=last))
         which = f", the best of {count} students in {path} (choose: --student NAME)" if count > 1 else ""
-        warn(f"{loaded.name}{which}: {loaded.facts.describe_epoch()}" + (" (the last: --last)" if not last else ""))
+        warn(
+            f"{loaded.name}{which}: {loaded.facts.describe_epoch()}" + (" (--last: the last epoch)" if not last else "")
+        )
     return loaded
