@@ -42,6 +42,7 @@ OWN = ["--teacher", "./my nets/net.py"]
         ("--dataset folder:photos/pets --recipe './my recipe.toml'", "--data photos/pets --recipe './my recipe.toml'"),
         ("--dataset ./data.py --recipe folder", "--recipe folder --set dataset=./data.py"),
         ("--dataset ./data.py --recipe folder --images", "--recipe folder"),
+        ("--dataset folder:photos/pets --images --portable-teacher --teacher './my nets/net.py'", ""),
         (
             "--dataset folder:photos/pets --teacher './my nets/net.py'",
             "--data photos/pets --teacher './my nets/net.py'",

@@ -26,7 +26,7 @@ from tspipe.errors import CacheDamaged, CacheIncomplete, NotACache
 
 _LAYOUTS = {h5py.h5d.COMPACT: "compact", h5py.h5d.CHUNKED: "chunked", h5py.h5d.VIRTUAL: "virtual"}
 MAX_NAME_BYTES = 4096  # bytes of a key or a class name
-_LOADED_AT_ONCE = ("classes", "labels", "keys", "digests", "views", "candidates", "checksums")
+_LOADED_AT_ONCE = ("classes", "labels", "keys", "digests", "views", "candidates", "checksums", "program")
 _MAX_LOADED_BYTES = 2**30  # bytes of each of these: a sparse file of a few kilobytes can be of any size
 # h5py raises any of these for an error in HDF5, so a damaged or hostile file may raise them anywhere.
 _HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
@@ -218,6 +218,9 @@ def _dimensions(manifest: Manifest, columns: dict[str, Column]) -> Dimensions:
     images, weights = columns.get("train_images"), columns.get("teacher_weights")
     if images is not None and manifest["views"] and manifest["preprocess"]["crop"]:
         raise NotACache("its images are cropped, and so cannot be used for its views.")
+    program = columns.get("teacher_program")
+    if (program is None) != ("program_sha256" not in manifest["teacher"]) or (program and not weights):
+        raise NotACache("its teacher's program has no SHA-256 or no weights, or is missing.")
     return Dimensions(
         rows={split: manifest["dataset"]["rows"][split] for split in SPLITS},
         width=manifest["features"]["width"],
@@ -230,6 +233,7 @@ def _dimensions(manifest: Manifest, columns: dict[str, Column]) -> Dimensions:
         views=manifest["views"] and manifest["views"]["count"],
         image_shape=images.shape[1:] if images is not None and len(images.shape) == 4 else None,
         random_rows=manifest["random"] and manifest["random"]["rows"],
+        program_bytes=0 if program is None else program.nbytes,
         balanced="rounds" in (manifest["random"] or {}),
     )
 

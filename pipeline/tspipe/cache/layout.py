@@ -43,6 +43,7 @@ class Dimensions:
     views: int | None = None  # V, replayable views per training image
     image_shape: tuple[int, int, int] | None = None  # (H, W, C) of stored pixels
     random_rows: int | None = None  # P, the random pool
+    program_bytes: int = 0  # 0: the teacher's program is not in the file
     balanced: bool = False  # the pool has the numbers of its images among the candidates
 
     @property
@@ -108,6 +109,8 @@ class Dimensions:
             yield "random_checksums", "u1", (self.blocks("random"), len(self.columns("random")), CHECKSUM_BYTES)
         if self.weights_bytes:
             yield "teacher_weights", "u1", (self.weights_bytes,)
+        if self.program_bytes:
+            yield "teacher_program", "u1", (self.program_bytes,)
 
 
 def digest(image: NDArray[np.uint8]) -> bytes:

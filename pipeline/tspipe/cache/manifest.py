@@ -152,7 +152,11 @@ def _check(manifest: Any, finished: bool) -> None:
         _check_pool(top.section("random", "generator", "rows", "seed", *options))
 
     fields = "correct", "file_sha256", "network", "options", "weights_sha256"
-    teacher = top.section("teacher", *fields, optional=("library",))
+    teacher = top.section("teacher", *fields, optional=("library", "program_sha256"))
+    if "library" in teacher.value:
+        teacher.text("library", r"timm [0-9][A-Za-z0-9.+-]{0,40}")
+    if "program_sha256" in teacher.value:
+        teacher.text("program_sha256", _SHA256)
     if finished or teacher.value["correct"] is not None:
         correct = teacher.section("correct", *SPLITS)
         for split in ("test", "train"):
@@ -163,8 +167,6 @@ def _check(manifest: Any, finished: bool) -> None:
     teacher.text("network", f"((torchvision|timm):)?{_NAME}|{_HUB}")
     teacher.require("options", _are_options(teacher.value["options"]))
     teacher.text("weights_sha256", _SHA256)
-    if "library" in teacher.value:
-        teacher.text("library", r"timm [0-9][A-Za-z0-9.+-]{0,40}")
 
     if manifest["views"] is not None:
         views = top.section("views", "count", "flip", "seed", "shift")

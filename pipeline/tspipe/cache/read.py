@@ -71,6 +71,7 @@ class Cache:
     test: Split
     random: Pool | None = None
     _weights: Column | None = None
+    _program: Column | None = None
     identified: bool = True  # opening checks the id
 
     def __repr__(self) -> str:
@@ -109,6 +110,18 @@ class Cache:
     def has_teacher(self) -> bool:
         """Whether the file contains the teacher's weights."""
         return self._weights is not None
+
+    def teacher_program(self) -> bytes | None:
+        """Return the teacher's program (see `tspipe.models.program`), or None if the file has none.
+
+        Raises CacheDamaged if its SHA-256 is not the manifest's.
+        """
+        if self._program is None:
+            return None
+        data = self._program.load().tobytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest["teacher"]["program_sha256"]:
+            raise CacheDamaged(f"{self.path}: the teacher's program is not that of the manifest. Get the file again.")
+        return data
 
     def teacher_weights(self) -> bytes:
         """Return the teacher's weights as safetensors bytes, checked against the manifest's SHA-256."""
@@ -151,4 +164,5 @@ def assemble(structure: Structure) -> Cache:
         test=Split.of(columns, "test"),
         random=Pool(**pool) if pool else None,
         _weights=columns.get("teacher_weights"),
+        _program=columns.get("teacher_program"),
     )

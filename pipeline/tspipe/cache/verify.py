@@ -161,6 +161,9 @@ class _Verification:
         weights = self.columns.get("teacher_weights")
         if weights is not None and sha256_of(weights).hex() != self.manifest["teacher"]["weights_sha256"]:
             yield Damage("teacher_weights", range(len(weights)))
+        program = self.columns.get("teacher_program")
+        if program is not None and sha256_of(program).hex() != self.manifest["teacher"]["program_sha256"]:
+            yield Damage("teacher_program", range(len(program)), "does not match its SHA-256")
         described = {f"{split}_{column}" for split in SPLITS for column in ("labels", "keys", "digests")}
         classes = self.columns["classes"].load()
         wrong = fingerprint(classes.tobytes(), self.columns) != self.manifest["dataset"]["fingerprint"]

@@ -57,11 +57,12 @@ class CacheWriter:
         classes: Sequence[str],
         weights: bytes = b"",
         rank: int = 0,
+        program: bytes = b"",
     ):
         self.path, self.plan, self.dimensions, self._rank = path, plan, dimensions, rank
         self.part = path.with_name(path.name + (f".part-{rank}" if rank else ".part"))
         names = np.array([name.encode() for name in classes], f"S{dimensions.class_bytes}")
-        self._constants = {"classes": names.tobytes(), "teacher_weights": weights}
+        self._constants = {"classes": names.tobytes(), "teacher_weights": weights, "teacher_program": program}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:

@@ -28,6 +28,7 @@ def cache(
     views: options.StoredViews = None,
     train_teacher: options.TrainTeacher = False,
     skip_broken: options.SkipBroken = False,
+    portable_teacher: options.PortableTeacher = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another cache of the same name.")] = False,
     download: options.Download = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -66,7 +67,7 @@ def cache(
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:
             teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name, weights)
-        flags_of_stage = force, download, images, random_pool or 0, skip_broken
+        flags_of_stage = force, download, images, random_pool or 0, skip_broken, portable_teacher
         extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, *flags_of_stage)
         finished = extract.extract(extraction, group)
     if finished is not None:
@@ -165,8 +166,10 @@ def _student_command(extraction: "ExtractConfig", recipe: str | None) -> list[st
         words += ["--recipe", recipe]
     if plugins.is_file(dataset) and not extraction.images:
         words += ["--set", f"dataset={dataset}"]
-    if plugins.is_file(network):
+    if plugins.is_file(network) and not extraction.portable_teacher:
         words += ["--teacher", network]
+    if network.startswith("hub:") and not (extraction.portable_teacher or extraction.random_pool):
+        words += ["--trust-remote-code"]
     if extraction.random_pool:
         words += ["--set", "random_source=pool"]
     return words

@@ -98,6 +98,10 @@ CacheOut = Annotated[
         "cache/<dataset>-<network>.h5)."
     ),
 ]
+PortableTeacher = Annotated[
+    bool,
+    typer.Option("--portable-teacher", help="Store the teacher's operations, so that it runs without its Python file."),
+]
 StoreImages = Annotated[
     bool, typer.Option("--images", help="Store the pixels too, so that stage two needs no dataset.")
 ]

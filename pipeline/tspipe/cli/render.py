@@ -37,7 +37,8 @@ def show_cache(cache: "Cache | Peek") -> None:
         "licence": printable(dataset["license"], 400) or "not stated",
         "preprocess": _preprocess(manifest["preprocess"]),
         "teacher": f"{teacher['network']}, weights {teacher['weights_sha256'][:12]}"
-        + (" (in the file)" if cache.has_teacher else " (not in the file)"),
+        + (" (in the file" if cache.has_teacher else " (not in the file")
+        + (", with its operations)" if "program_sha256" in teacher else ")"),
         "accuracy": ", ".join(f"{_accuracy(manifest, split):.2f} % {split}" for split in SPLITS),
         "features": f"{features['width']} × {DTYPE_NAMES[features['dtype']]}, logits {dataset['classes']} × float32",
         **_pool(manifest["random"]),

@@ -22,6 +22,7 @@ from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, T
 from tspipe.extraction import broken, forward
 from tspipe.extraction.blocks import Block, split_blocks
 from tspipe.extraction.pool_blocks import PoolBlocks, pool_section
+from tspipe.extraction.portable import check_program, export_program
 from tspipe.models import loading, networks, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
@@ -49,6 +50,7 @@ class ExtractConfig:
     images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
     random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
     skip_broken: bool = False  # leave out images that cannot be decoded
+    portable_teacher: bool = False  # store the teacher's program, so that its network's file is not needed
 
 
 def cache_path(dataset: str, teacher: str, default_teacher: str) -> Path:
@@ -83,13 +85,14 @@ class Job:
     dataset: Dataset
     teacher: FeatureNet
     weights: bytes  # the teacher's
+    program: bytes  # the teacher's, or empty
     plan: Manifest
     dimensions: Dimensions
 
     def writer(self, rank: int = 0) -> CacheWriter:
         """Return the writer of the cache, or of another rank's part file."""
         classes = self.dataset.train.classes
-        return CacheWriter(self.config.out, self.plan, self.dimensions, classes, self.weights, rank)
+        return CacheWriter(self.config.out, self.plan, self.dimensions, classes, self.weights, rank, self.program)
 
 
 def _prepare(config: ExtractConfig, group: Group = ALONE) -> Job:
@@ -124,8 +127,12 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
     spec = loading.NetworkSpec(name, len(dataset.train.classes), shape, recipe.teacher.options)
     module, options = loading.load_network(spec, config.weights.tensors, config.weights.source)
     stored = weights.canonical_bytes(module)
+    program = export_program(module, name, shape) if config.portable_teacher else b""
     teacher = freeze(module, name, shape, device)
+    if program:
+        check_program(program, stored, teacher, dataset.train, recipe.preprocess)
     plan = _plan(config, dataset, teacher, {**options, "input_shape": list(shape)}, hashlib.sha256(stored).hexdigest())
+    plan["teacher"] |= {"program_sha256": hashlib.sha256(program).hexdigest()} if program else {}
     dimensions = Dimensions(
         rows=plan["dataset"]["rows"],
         width=teacher.width,
@@ -138,9 +145,10 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
         views=plan["views"] and plan["views"]["count"],
         image_shape=(height, width, channels) if config.images else None,
         random_rows=config.random_pool or None,
+        program_bytes=len(program),
         balanced=config.random_pool > 0 and recipe.random_balanced,
     )
-    return Job(config, dataset, teacher, stored, plan, dimensions)
+    return Job(config, dataset, teacher, stored, program, plan, dimensions)
 
 
 def _longest(texts: Sequence[str]) -> int:

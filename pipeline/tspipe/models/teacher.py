@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tspipe.cache import Cache
 from tspipe.errors import CacheMismatch, NetworkError
-from tspipe.models import chance, networks, weights
+from tspipe.models import chance, networks, program, weights
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.inference import freeze
 from tspipe.models.loading import NetworkSpec, load_network
@@ -62,9 +62,12 @@ def build_teacher(
     cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int], data: bytes | None = None
 ) -> tuple[nn.Module, str]:
     """Return the network of a cache's teacher with its weights, on the CPU, and its name; see `load_teacher`."""
-    spec = teacher_spec(cache, recipe, input_shape)
     check_input_shape(cache, input_shape)
     source = f"the teacher's weights in {cache.path.name}"
+    if runs_program(cache, recipe) and (stored := cache.teacher_program()):
+        tensors, name = weights.parse(data or cache.teacher_weights(), source), cache.manifest["teacher"]["network"]
+        return program.load(stored, tensors, input_shape, f"The teacher's program in {cache.path.name}"), name
+    spec = teacher_spec(cache, recipe, input_shape)
     count, size = spec.count_parameters(), cache.dimensions.weights_bytes
     # Checked before the weights are read: a sparse file may claim any size.
     if size > _MAX_BYTES_PER_PARAMETER * count + 2**20:
@@ -73,10 +76,18 @@ def build_teacher(
     return load_network(spec, tensors, source)[0], spec.name
 
 
+def runs_program(cache: Cache, recipe: Recipe) -> bool:
+    """Return whether the teacher is built from the program in the file: its code is somebody's own, and not given."""
+    name = cache.manifest["teacher"]["network"]
+    installed = name in networks.names() or (networks.is_from_library(name) and not name.startswith("hub:"))
+    given = plugins.is_file(recipe.teacher.network)
+    return not installed and not given and "program_sha256" in cache.manifest["teacher"]
+
+
 def lacks_teacher(cache: Cache, recipe: Recipe) -> bool:
     """Return whether a cache's teacher cannot be built: it is not in the file, or its network's file is not given."""
     try:
-        return not cache.has_teacher or not teacher_spec(cache, recipe, (1, 1, 1))
+        return not cache.has_teacher or not (runs_program(cache, recipe) or teacher_spec(cache, recipe, (1, 1, 1)))
     except NetworkError:
         return True
 
