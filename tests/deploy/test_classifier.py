@@ -1,6 +1,7 @@
 """Classifying files and folders on the command line, with students and exports."""
 
 import csv
+import importlib.util
 import io
 import json
 import zipfile
@@ -69,6 +70,8 @@ def test_exports_predict_as_their_student(
     """Of a `.pt2` archive and a `.safetensors` export only tensors are read; no code in or beside them is run."""
     student = library.load_student(student_file)
     files = {"onnx": "x.onnx", "torch": "x.pt2", "safetensors": "x.safetensors"}
+    if importlib.util.find_spec("executorch"):
+        files["executorch"] = "x.pte"
     for name, file in files.items():
         export(student, ExportConfig(name, tmp_path / file, uint8=name != "safetensors"), None)
     monkeypatch.setattr("torch.export.load", None)

@@ -55,9 +55,10 @@ class ExecutorchExport:
         check_installed("executorch")
         if not path.is_file():
             raise NetworkError(f"There is no file {path}.")
+        self._data = read_file(path)  # ExecuTorch reads it as long as the program runs, and does not copy it
         try:
             with quiet():
-                self._run, metadata = executorch.load(read_file(path))
+                self._run, metadata = executorch.load(self._data)
         except Exception as error:  # ExecuTorch has many types of errors, without a common base
             raise NetworkError(f"{path} is damaged, or not an export of tspipe's to ExecuTorch.") from error
         self.facts = parse(ExportFacts, metadata, str(path))

@@ -47,7 +47,7 @@ def pareto(figure: "Figure", points: Sequence[Point], cost: str, dataset: str) -
         filled = colour if point in best else "none"
         label = f"{number}  {printable(point.name, _LONGEST)}"
         axes.plot(*place, "o", color=colour, markerfacecolor=filled, markersize=7, label=label)
-        axes.annotate(str(number), place, (5, 4), textcoords="offset points")
+        axes.annotate(str(number), place, (5, 4 if number % 2 else -10), textcoords="offset points")
     axes.margins(0.12, 0.15)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: _label(value))
