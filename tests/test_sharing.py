@@ -118,9 +118,9 @@ def test_batch_norm_is_not_split_on_the_cpu(zygote: Zygote, digits: Cache, tmp_p
     result = train(zygote, digits, tmp_path / "run", "--student=resnet20", ranks=2)
     assert result.code == 1
     sentence = (
-        "A student with batch norm cannot be split between processes on the CPU: its statistics are of the whole "
-        "batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train as many students, "
-        "arms counted, as there are processes."
+        "A student or a loss with batch norm cannot be split between processes on the CPU: its statistics are of the "
+        "whole batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train as many "
+        "students, arms counted, as there are processes."
     )
     assert sentence in result.error
 

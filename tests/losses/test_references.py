@@ -124,7 +124,7 @@ def rkd(batch: Batch, loss: Any) -> Terms:
 
 
 def nd(batch: Batch, loss: Any) -> Terms:
-    ((features, labels),) = STATISTICS._blocks()
+    ((features, labels),) = STATISTICS.blocks()
     means = [features.double().numpy()[labels.numpy() == y].mean(axis=0) for y in range(C)]
     terms = [
         1 - s @ means[y] / np.linalg.norm(means[y]) / max(np.linalg.norm(s), np.linalg.norm(f))
@@ -135,7 +135,7 @@ def nd(batch: Batch, loss: Any) -> Terms:
 
 
 def projector(batch: Batch, loss: Any) -> Terms:
-    ((features, _),) = STATISTICS._blocks()
+    ((features, _),) = STATISTICS.blocks()
     cached = features.double().numpy()
     weight, bias = (p.detach().numpy() for p in loss.projector[0].parameters())
     projected = batch.s @ weight.T + bias

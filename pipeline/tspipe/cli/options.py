@@ -117,6 +117,18 @@ Students = Annotated[
     list[str] | None,
     typer.Option("--student", help="A network; repeatable (default: the recipe's).", autocompletion=NETWORKS),
 ]
+Losses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--loss",
+        help="A loss (see tspipe list losses), all, or a file ./mine.py; repeatable.",
+        autocompletion=LOSSES,
+    ),
+]
+Match = Annotated[
+    str | None,
+    typer.Option(metavar="HOW", help="Students keep their own width of features: linear, autoencoder or none."),
+]
 CacheToTrainOn = Annotated[str, typer.Option("--cache", help="The feature cache.", metavar="FILE|URL")]
 File = Annotated[Path, typer.Argument(help="A feature cache.")]
 FileOrUrl = Annotated[str, typer.Argument(metavar="FILE|URL", help="A feature cache.")]

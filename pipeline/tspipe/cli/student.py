@@ -12,12 +12,8 @@ from tspipe.cli.share import local_path
 def student(
     cache: options.CacheToTrainOn,
     student: options.Students = None,
-    loss: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A loss (see tspipe list losses), all, or a file ./mine.py; repeatable.", autocompletion=options.LOSSES
-        ),
-    ] = None,
+    loss: options.Losses = None,
+    match: options.Match = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
     ] = False,
@@ -54,7 +50,7 @@ def student(
     from tspipe.utils.progress import warn
 
     flags: dict[str, Any] = {"student": student or None, "loss": loss or None, "epochs": epochs, "seeds": seeds}
-    flags |= {"random_images": random_images, "teacher.network": teacher, "init": init}
+    flags |= {"random_images": random_images, "teacher.network": teacher, "init": init, "match": match}
     with distributed.group() as group:
         with group.rank_zero_first():
             opened = open_cache(local_path(cache))

@@ -22,6 +22,7 @@ class Facts(BaseModel):
         cache: the id of the cache that the student was trained from, 64 hex digits.
         classes: the class names.
         input_shape: (C, H, W) of an image after `preprocess`.
+        own_width: whether the student keeps its network's last layers, without g(x).
         network: the network's name; `mine` for a user's `./mine.py`.
         options: the network's own options.
     """
@@ -32,6 +33,7 @@ class Facts(BaseModel):
     classes: Json[Annotated[list[str], Field(min_length=1)]]
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
+    own_width: Json[bool] = False
     network: Annotated[str, Field(pattern=_NETWORK)]
     options: Json[dict[str, JsonValue]]
 
@@ -55,7 +57,7 @@ class StudentFacts(Facts):
         epoch, epochs: the epoch of its weights, from 1, and how many it was trained for.
         selected: why this epoch: the last one, or the best on held-back images (validation) or on the test split.
         test_accuracy, val_accuracy: its accuracy on the test split and on held-back training images.
-        width: the number of the teacher's features.
+        width: the number of its features, by default the teacher's.
     """
 
     arm: str

@@ -28,9 +28,10 @@ def fold_network(student: FeatureNet, input_shape: tuple[int, int, int], source:
     NetworkError if the logits of a probe change by more than 1e-4, max|Δ| / max|logit|.
     """
     network = copy.deepcopy(student).eval()
-    (backbone, projection), head = cast(nn.Sequential, network.backbone), network.head
+    (backbone, *projection), head = cast(nn.Sequential, network.backbone), network.head
     probe = probe_images(input_shape).to(head.weight.device)
-    folded = nn.Sequential(fold_if_equal(backbone, probe), merge(cast(nn.Linear, projection), head)).eval()
+    classifier = merge(cast(nn.Linear, projection[0]), head) if projection else head
+    folded = nn.Sequential(fold_if_equal(backbone, probe), classifier).eval()
     with eval_mode(student):
         expected = student(probe).logits
     with eval_mode(folded):

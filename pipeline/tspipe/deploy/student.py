@@ -160,7 +160,8 @@ def build(facts: Facts, stored: int, width: int, network: str | None, path: Path
     if spec.count_parameters() > 16 * stored + _SPARE_PARAMETERS:
         raise NetworkError(f"{path} is damaged: it has {stored:,} numbers, far too few for its network {name}.")
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
-        return student_of(spec.build(), name, width, classes, probe_images(facts.input_shape))
+        projected = None if facts.own_width else width
+        return student_of(spec.build(), name, projected, classes, probe_images(facts.input_shape))
 
 
 def _load(facts: StudentFacts, tensors: Mapping[str, Tensor], network: str | None, path: Path) -> FeatureNet:

@@ -294,4 +294,4 @@ def _first_epoch(group: list[_Row], result: Result) -> dict[str, object]:
     """Return a result's first epoch as a row with the loss terms' means over the seeds."""
     values = {term: [getattr(row, term) for row in group if row.epoch == 1] for term in ("mse", "kl", "vid", "xent")}
     means = {term: statistics.fmean(terms) for term, terms in values.items() if None not in terms}
-    return {"student": result.student, "arm": result.name, "loss": result.loss, "epoch": 1, **means}
+    return {"student": result.student, "arm": result.arm, "loss": result.loss, "epoch": 1, **means}

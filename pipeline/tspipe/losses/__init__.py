@@ -21,6 +21,7 @@ Two more members are optional:
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -143,7 +144,8 @@ def _check_needs(loss: nn.Module, name: str) -> Collection[str]:
 def _check_terms(loss: nn.Module, name: str, needs: Collection[str], sizes: Sizes) -> list[str]:
     d, c, w = sizes
     buffers = [buffer.clone() for buffer in loss.buffers()]
-    with torch.random.fork_rng(devices=[]):  # training must not depend on the numbers that the check draws
+    # Training must not depend on the numbers that the check draws; PyTorch warns of widths that differ.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(0)
         output = Output(*(torch.rand(2, size, requires_grad=True) for size in (w, c)))
         features = torch.rand(2, d if "features" in needs else 0)

@@ -1,5 +1,6 @@
 """What a cache says of its teacher: what a loss's constructor may ask for by the names of its parameters."""
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class TeacherStatistics:
     """Statistics of a cache's training rows, each computed when it is first used; all are on the CPU, float32.
 
     Args:
-        blocks: iterates over the rows, as features (n, d) of any floating-point type and labels (n,) int64.
+        blocks: yields the rows in blocks, as features (n, d) of any floating-point type and labels (n,) int64.
         load_classifier: loads the teacher's last layer, nn.Linear(d, c).
         shape: (c, d).
     """
@@ -40,7 +41,7 @@ class TeacherStatistics:
         load_classifier: Callable[[], nn.Linear],
         shape: tuple[int, int],
     ):
-        self._blocks, self._load_classifier, self._shape = blocks, load_classifier, shape
+        self.blocks, self._load_classifier, self._shape = blocks, load_classifier, shape
 
     @classmethod
     def made_up(cls, feature_dim: int, num_classes: int) -> "TeacherStatistics":
@@ -52,9 +53,13 @@ class TeacherStatistics:
             lambda: [(features, labels)], lambda: nn.Linear(feature_dim, num_classes), (num_classes, feature_dim)
         )
 
-    @cached_property
+    @property
     def classifier(self) -> nn.Linear:
-        """The teacher's last layer, which maps features (n, d) to logits (n, c); it is not trained."""
+        """A copy of the teacher's last layer, which maps features (n, d) to logits (n, c); it is not trained."""
+        return copy.deepcopy(self._classifier)
+
+    @cached_property
+    def _classifier(self) -> nn.Linear:
         return self._load_classifier().requires_grad_(False)
 
     @property
@@ -80,14 +85,14 @@ class TeacherStatistics:
     @cached_property
     def is_nonnegative(self) -> bool:
         """Whether no feature is below 0, as after a ReLU."""
-        return all(bool(features.min() >= 0) for features, _ in self._blocks())
+        return all(bool(features.min() >= 0) for features, _ in self.blocks())
 
     @cached_property
     def memory(self) -> Memory:
         """All rows or, of more than 65,536, as many at equal distances."""
         step = -(-int(self._sums.rows.sum()) // _MEMORY_ROWS)
         first, parts = 0, list[Memory]()
-        for features, labels in self._blocks():
+        for features, labels in self.blocks():
             chosen = slice(-first % step, None, step)
             parts.append(Memory(features[chosen], labels[chosen]))
             first += len(labels)
@@ -102,7 +107,7 @@ class TeacherStatistics:
         sums = _Sums(
             *(torch.zeros(shape, dtype=torch.float64) for shape in (self._shape, self._shape[1], self._shape[0]))
         )
-        for features, labels in self._blocks():
+        for features, labels in self.blocks():
             values = features.double()
             sums.features.index_add_(0, labels, values)
             sums.squares.add_((values**2).sum(0))
@@ -110,5 +115,5 @@ class TeacherStatistics:
         return sums
 
 
-# The names of the statistics; a loss's constructor asks for them by these names.
-NAMES = frozenset(name for name in vars(TeacherStatistics) if not name.startswith("_")) - {"made_up"}
+# A loss's constructor asks for statistics by these names.
+NAMES = frozenset({"class_means", "classifier", "feature_mean", "feature_std", "is_nonnegative", "memory"})

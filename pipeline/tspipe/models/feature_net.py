@@ -70,7 +70,7 @@ def split(module: nn.Module, name: str, probe: Tensor) -> FeatureNet:
     return network
 
 
-def student_of(module: nn.Module, name: str, width: int, num_classes: int, probe: Tensor) -> FeatureNet:
+def student_of(module: nn.Module, name: str, width: int | None, num_classes: int, probe: Tensor) -> FeatureNet:
     """Give a classifier the teacher's feature width: backbone, then g(x) = Linear(native, d), then Linear(d, c).
 
     No activation follows g, so both Linears fold into one when the student is exported. Where a hidden Linear feeds
@@ -80,11 +80,14 @@ def student_of(module: nn.Module, name: str, width: int, num_classes: int, probe
     Args:
         module: a classifier that maps images to logits and ends in a Linear.
         name: the network's name in an error.
-        width: d, the number of the teacher's features.
+        width: d, the number of the teacher's features; None leaves the classifier its own last layers.
         num_classes: c.
         probe: a small batch of images.
     """
     check_trainable(module, name, probe)
+    if width is None:
+        network = split(module, name, probe)
+        return FeatureNet(nn.Sequential(network.backbone), network.head)
     path, _ = last_linear(module, name, probe)
     parent_path, _, last = path.rpartition(".")
     parent = module.get_submodule(parent_path)

@@ -17,6 +17,7 @@ from tspipe.utils.plugins import names as plugin_names
 
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Match = Literal["project", "linear", "autoencoder", "none"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["step", "cosine"]
 Positive = Annotated[float, Field(gt=0)]
@@ -150,6 +151,11 @@ class Recipe(Optimisation):
     loss: list[str] = Field(
         ["ts"], min_length=1, description="The losses of the taught arms: names, or Python files; all is every loss."
     )
+    match: Match = Field(
+        "project",
+        description="How a student's width of features meets the teacher's: project gives it the teacher's, linear and "
+        "autoencoder match them during training, none leaves that to the loss.",
+    )
     losses: dict[str, dict[str, Any]] = Field({}, description="The options of a loss, by its name.")
     label_smoothing: Fraction = Field(
         0.0, description="The label smoothing of the student alone, that is of the loss xent."
@@ -200,6 +206,11 @@ class Recipe(Optimisation):
     @classmethod
     def _single_name(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _none_is_a_name(cls, value: Any) -> Any:
+        return "none" if value is None else value  # --set match=none is read as null
 
     @field_validator("loss")
     @classmethod

@@ -4,14 +4,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from tspipe import losses
 from tspipe.errors import RecipeError, TrainingError
-from tspipe.losses import Target
+from tspipe.losses import BuiltLoss, Target
 from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models import feature_net, initial, networks
 from tspipe.models.feature_net import FeatureNet
@@ -23,6 +23,7 @@ from tspipe.training.arms import OWN, RANDOM, LearnerSpec
 from tspipe.training.batches import Batch
 from tspipe.training.best_epoch import BestEpoch
 from tspipe.training.checkpoint import load_training_state, prefixed, training_state, without_prefix
+from tspipe.training.matching import match_widths, sizes_and_statistics
 from tspipe.training.metrics import EpochMetrics
 from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
 from tspipe.utils.distributed import Group
@@ -114,11 +115,7 @@ class Learner:
         self.optimization = recipe.optimisation(spec.student, alone=spec.arm == OWN)
         student = _build_student(spec, recipe, shape, device, start)
         set_batch_norm_momentum(student, self.optimization)
-        sizes = losses.Sizes(shape.feature_dim, shape.num_classes, student.width)
-        seed_torch(spec.seed, "loss weights")
-        loss = losses.build(spec.loss, sizes, recipe.loss_options(spec.loss), shape.statistics)
-        if head := getattr(loss.module, "student_head", None):
-            student.head.requires_grad_(False).load_state_dict(head.state_dict())
+        loss = _build_loss(spec, recipe, shape, student)
         separate = recipe.random_forward == "separate"
         self.model = StudentWithLoss(student, loss.module.to(device), separate, recipe.random_weight)
         if recipe.compile:
@@ -147,10 +144,10 @@ class Learner:
     @property
     def parameter_counts(self) -> tuple[int, int]:
         """How many weights the network has, in training and when g(x) and the classifier are one layer."""
-        backbone, head = self.network.backbone, self.network.head
-        native = backbone.get_parameter("1.weight").shape[1]  # g(x) is a Linear of the native width to the teacher's
+        (backbone, *projection), head = cast(nn.Sequential, self.network.backbone), self.network.head
+        native = cast(nn.Linear, projection[0] if projection else head).in_features
         trained = sum(parameter.numel() for parameter in self.network.parameters())
-        without = sum(parameter.numel() for parameter in backbone.get_submodule("0").parameters())
+        without = sum(parameter.numel() for parameter in backbone.parameters())
         return trained, without + (native + 1) * head.out_features
 
     def start_epoch(self, epoch: int, *, resumed: bool = False) -> None:
@@ -259,9 +256,26 @@ def _build_student(
     options = start.options if start else recipe.student_options(spec.student)
     module = networks.build(spec.student, shape.num_classes, shape.input_shape, options)
     keys, probe = set(module.state_dict()), probe_images(shape.input_shape)
-    network = feature_net.student_of(module, spec.student, shape.feature_dim, shape.num_classes, probe)
+    width = shape.feature_dim if recipe.match == "project" else None
+    network = feature_net.student_of(module, spec.student, width, shape.num_classes, probe)
     if start:
         initial.load_backbone(network.get_submodule("backbone.0"), keys, start, spec.student)
     network.precision = getattr(torch, recipe.precision)
     # Channels-last, as the image loader yields batches: 5 to 30 % faster for all of the paper's students.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _build_loss(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, student: FeatureNet) -> BuiltLoss:
+    """Build the loss with what makes the student's width meet the teacher's; give the student the loss's classifier."""
+    seed_torch(spec.seed, "loss weights")
+    sizes = losses.Sizes(shape.feature_dim, shape.num_classes, student.width)
+    compared = sizes_and_statistics(recipe.match, sizes, shape.statistics)
+    loss = losses.build(spec.loss, compared[0], recipe.loss_options(spec.loss), compared[1])
+    if head := getattr(loss.module, "student_head", None):
+        if head.in_features != student.width:
+            raise RecipeError(
+                f"The loss {spec.loss_name} gives the student a classifier of {head.in_features} features, and "
+                f"{spec.student} has {student.width}. Use --match project."
+            )
+        student.head.requires_grad_(False).load_state_dict(head.state_dict())
+    return loss._replace(module=match_widths(loss.module, recipe.match, sizes, shape.statistics))

@@ -101,7 +101,9 @@ def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:
         hint: whether mse_weight=auto has not been tried yet.
     """
     for row in rows:
-        learner = f"{printable(row['student'])}, {printable(row['arm'])}, epoch {row['epoch']}"
+        loss = row.get("loss", "ts")
+        names = [row["student"], row["arm"], *([] if loss in ("ts", "xent") else [loss])]
+        learner = f"{', '.join(map(printable, names))}, epoch {row['epoch']}"
         for term in ("mse", "kl", "vid"):
             if isinstance(row.get(term), float) and row.get("xent"):
                 ratio = row[term] / row["xent"]

@@ -216,7 +216,8 @@ class Trainer:
         rows = self.folder.rows() if self.partition.is_writer else []
         for spec in learner_specs(self.config, seed) if self.partition.is_writer else []:
             results, last, best = spec.rows(rows), f"{spec.name}/module/network.", f"{spec.name}/best/"
-            metadata = student_metadata(self.config, self.batches.data, spec)
+            width = states[f"{last}head.weight"].shape[1]
+            metadata = student_metadata(self.config, self.batches.data, spec, width)
             metadata["results_sha256"] = results_sha256(results)
             for selected, file in spec.files(validation=self.batches.data.validation_count > 0).items():
                 is_last = selected == "last"
@@ -259,15 +260,16 @@ def initial_weights(config: StudentConfig) -> Iterator[str]:
             )
 
 
-def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec) -> dict[str, str]:
-    """Return how to build a student and what it takes, as safetensors metadata."""
+def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec, width: int) -> dict[str, str]:
+    """Return how to build a student of this width of features and what it takes, as safetensors metadata."""
     return {
         "cache": config.cache.id,
         "classes": json.dumps(config.cache.classes),
         "input_shape": json.dumps(data.train.shape),
         "options": json.dumps(config.student_options(spec.student), sort_keys=True),
         "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
-        "width": str(config.cache.dimensions.width),
+        **({} if config.recipe.match == "project" else {"own_width": "true"}),
+        "width": str(width),
     }
 
 

@@ -68,9 +68,9 @@ class Group:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module, gpus)
         elif norms:
             raise RecipeError(
-                "A student with batch norm cannot be split between processes on the CPU: its statistics are of the "
-                "whole batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train as many "
-                "students, arms counted, as there are processes."
+                "A student or a loss with batch norm cannot be split between processes on the CPU: its statistics are "
+                "of the whole batch, and PyTorch exchanges them between GPUs only. Train it in one process, or train "
+                "as many students, arms counted, as there are processes."
             )
         return nn.parallel.DistributedDataParallel(module, process_group=gpus)
 
