@@ -104,6 +104,7 @@ def test_push_and_pull(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     )
     assert result.out == (
         f"Pushed to {team}/digits.h5: id {digits.id[:12]}\n{carried}"
+        "  Training needs the dataset digits, whose images are not in the file.\n"
         f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {team}/digits.h5\n"
     )
     if shutil.which("sha256sum"):
@@ -112,6 +113,7 @@ def test_push_and_pull(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out == (
         f"Pulled cache/digits.h5: id {digits.id[:12]}, its SHA-256 matches\n{carried}"
+        "  Training needs the dataset digits, whose images are not in the file.\n"
         "Next: tspipe student --cache cache/digits.h5\n"
     )
     assert Path("cache/digits.h5").read_bytes() == digits.path.read_bytes()
@@ -258,6 +260,29 @@ def test_a_cache_with_its_images_needs_no_dataset(tspipe: Tspipe, photos: Path) 
         "cache/with.h5 is another cache: images is True, not False. Move it away, replace it (tspipe cache "
         "--force) or write another (--out)."
     )
+
+
+def test_the_command_that_push_prints_works_at_the_receiver(
+    tspipe: Tspipe, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is a user's own network, whose file the receiver does not have; nor has he the photos."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("home").absolute()))
+    Path("mine.py").write_text("from tspipe.models.networks.lenet5 import build\n")
+    command = (
+        "cache --dataset folder:photos --teacher ./mine.py --weights w.safetensors --images --views 0 --out with.h5"
+    )
+    sizes = ("--set=preprocess.resize=[16,16]", "--set=preprocess.crop=none")
+    assert tspipe(*command.split(), *sizes).code == 0
+    pushed = tspipe("push", "with.h5", f"file://{Path('team').absolute()}")
+    assert "Training needs no dataset: the pixels are in the file." in pushed.out
+    assert "Random images need the teacher's file (--teacher ./mine.py), and are left out without it." in pushed.out
+    words = pushed.out.splitlines()[-1].partition("Next: tspipe ")[2].split()
+    Path("receiver").mkdir()
+    monkeypatch.chdir("receiver")
+    result = tspipe(*words, "--student", "lenet5", "--seeds", "1", "--epochs", "1", "--set=batch_size=4")
+    assert (result.code, result.error) == (0, "")
+    (run,) = Path("runs").iterdir()
+    assert weights_of(run)
 
 
 def weights_of(run: Path) -> dict:

@@ -1,7 +1,11 @@
 """Addresses of remote files: what is one, how it is shown without secrets, and the local name for its file."""
 
 import re
+from pathlib import Path
 from urllib.parse import unquote
+
+CACHE_SUFFIX = ".h5"
+SUFFIXES = (CACHE_SUFFIX, ".safetensors", ".onnx", ".pt2", ".pte", ".py")  # of files that are transferred
 
 _ADDRESS = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?:[^/?#]*@)?"  # user and password
@@ -48,11 +52,23 @@ def without_secrets(url: str) -> str:
 
 
 def file_name(url: str) -> str:
-    """Return the local name for the file at an address; never a path, always an `.h5`.
+    """Return the local name for the file at an address; never a path, an `.h5` unless it has another of `SUFFIXES`.
 
     >>> file_name("https://host/a%2F..%2Fmy%20pets.h5?token=1")
     'my_pets.h5'
     """
     last = unquote(without_secrets(url)).replace("\\", "/").rstrip("/").rpartition("/")[2]
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", last).lstrip(".+-").removesuffix(".h5")
-    return f"{plain[:150] or 'unnamed'}.h5"
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", last).lstrip(".+-")
+    suffix = next((suffix for suffix in SUFFIXES if plain.endswith(suffix)), CACHE_SUFFIX)
+    return f"{plain.removesuffix(suffix)[:150] or 'unnamed'}{suffix}"
+
+
+def beside(url: str, suffix: str) -> str:
+    """Return the address or path of the file beside another, whose name differs in its suffix alone.
+
+    >>> beside("https://host/net.safetensors?token=1", ".py")
+    'https://host/net.py?token=1'
+    """
+    name = without_secrets(url) if is_url(url) else url
+    before, old, after = url.rpartition(Path(name).suffix)
+    return f"{before}{suffix}{after}" if old else url

@@ -1,6 +1,6 @@
-"""Transfers caches to and from a mounted folder, a bucket, a hub, or a web server (pull only).
+"""Transfers caches, students and exports to and from a mounted folder, a bucket, a hub, or a web server (pull only).
 
-Beside each file is a `NAME.h5.sha256` in the format of `sha256sum -c`. Transferred bytes are compared with it, and at
+Beside each file is a `NAME.sha256` in the format of `sha256sum -c`. Transferred bytes are compared with it, and at
 both ends a file appears under its name only when it is complete and verified.
 """
 
@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tspipe.cache.address import file_name, without_secrets
+from tspipe.cache.address import CACHE_SUFFIX, file_name, without_secrets
 from tspipe.cache.object_headers import SUPERBLOCK_BYTES, recorded_size
 from tspipe.cache.read import Cache, open_cache
 from tspipe.cache.remote import Advance, Remote, RemoteError, open_remote
@@ -30,7 +30,7 @@ _AGAIN = "Run the same command again; if that does not help, push the file again
 
 @dataclass(frozen=True)
 class Pushed:
-    """A cache at `address` (without secrets); `new` is False if it was there before."""
+    """A file at `address` (without secrets); `new` is False if it was there before."""
 
     address: str
     sha256: str
@@ -39,9 +39,9 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """A cache at `path`; `new` is False if it was there before.
+    """A file at `path`; `new` is False if it was there before.
 
-    If `published` is False, no SHA-256 was beside the file, and it was verified with the checksums inside.
+    If `published` is False, no SHA-256 was beside the file. A cache was then verified with the checksums inside.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The local copy of a remote cache.
+    """The local copy of a remote file.
 
     `status` is `fetched`, `unchanged` or `unreachable`; `problem` then says why the remote could not be reached.
     """
@@ -69,11 +69,11 @@ def remote_size(url: str) -> int | None:
 
 
 def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Pushed:
-    """Publish a cache with its SHA-256 beside it. It is read back before it gets its name.
+    """Publish a file with its SHA-256 beside it. It is read back before it gets its name.
 
     Args:
-        path: the cache, which the caller has opened and thereby checked.
-        url: an address or path, of the file if it ends in `.h5`, else of its folder.
+        path: the file, which the caller has opened and thereby checked.
+        url: an address or path, of the file if it ends as `path` does (`.h5`), else of its folder.
         advance: called with the bytes moved, in total twice the file's size.
         force: replace another file of that name.
 
@@ -100,7 +100,7 @@ def push(path: Path, url: str, advance: Advance, *, force: bool = False) -> Push
 
 
 def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pulled:
-    """Download a cache and verify it. An interrupted pull of the same bytes resumes.
+    """Download a file and verify it; a cache is one whose name ends in `.h5`. An interrupted pull resumes.
 
     Args:
         url: the address or path of the file.
@@ -116,6 +116,8 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path, CacheBusy):
             size, published = remote.info().get("size"), remote.published_sha256()
+            if size is None and path.suffix != CACHE_SUFFIX:  # a cache's first bytes tell its size
+                raise CacheError(f"{remote.address}: its server does not say how large it is. Download it yourself.")
             if path.exists():
                 if published and path.stat().st_size == size and _sha256(path) == published:
                     return Pulled(path, published, new=False, published=True)
@@ -124,7 +126,7 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
             part = _part(path, published)
             try:
                 sha256 = _download(remote, part, size, advance)
-                _verify(part, sha256, published, remote.address)
+                _verify(part, sha256, published, remote.address, is_cache=path.suffix == CACHE_SUFFIX)
             except BaseException:
                 if not published or (part.is_file() and not part.stat().st_size):  # it cannot be resumed
                     part.unlink(missing_ok=True)
@@ -135,7 +137,7 @@ def pull(url: str, path: Path, advance: Advance, *, force: bool = False) -> Pull
 
 
 def fetch(url: str, advance: Advance, home: Path | None = None) -> Fetched:
-    """Return the local copy of a remote cache, updated if the remote can be reached.
+    """Return the local copy of a remote file, updated if the remote can be reached.
 
     `home` is the folder of all copies, by default `$XDG_CACHE_HOME/tspipe`. Raises as `pull`, except that an existing
     copy is returned if the remote cannot be reached.
@@ -197,7 +199,7 @@ def _target(path: Path, url: str) -> Remote:
             f"{target.address}: a web server does not accept files. Push to a mounted folder, s3://, gs:// or hf://."
         )
     is_folder = (target.info_if_present() or {}).get("type") == "directory"
-    return target if target.address.endswith(".h5") and not is_folder else target.child(path.name)
+    return target if target.address.endswith(path.suffix) and not is_folder else target.child(path.name)
 
 
 def _same(path: Path, target: Remote, size: int | None) -> Pushed | None:
@@ -287,14 +289,16 @@ def _check_space(remote: Remote, folder: Path, left: int) -> None:
         raise CacheError(f"{folder}: {more}. Free some space, then run the same command again.")
 
 
-def _verify(part: Path, sha256: str, published: str | None, address: str) -> None:
-    """Raise, and delete the part file, if it is not what was pushed or not a valid cache."""
+def _verify(part: Path, sha256: str, published: str | None, address: str, *, is_cache: bool) -> None:
+    """Raise, and delete the part file, if it is not what was pushed, or is to be a cache and is none."""
     try:
         if published and sha256 != published:
             raise CacheDamaged(
                 f"{address} arrived with SHA-256 {sha256[:12]}, not {published[:12]}: it is damaged, or was replaced "
                 f"meanwhile. {_AGAIN}"
             )
+        if not is_cache:
+            return
         with renamed_errors(part, address):
             open_cache(part)
             if not published and (damage := find_damage(part)):

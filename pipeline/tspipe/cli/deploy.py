@@ -4,15 +4,22 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tspipe.cli import options
+from tspipe.cli.share import local_path
 from tspipe.errors import NetworkError
 from tspipe.utils.console import echo, format_bytes
 
-Source = Annotated[Path, typer.Argument(metavar="STUDENT", help="A run folder, or a file student-*.safetensors.")]
+if TYPE_CHECKING:
+    from tspipe.deploy.export import Export
+    from tspipe.deploy.student import Student
+
+Source = Annotated[
+    str, typer.Argument(metavar="STUDENT", help="A run folder, or a file student-*.safetensors, or its URL.")
+]
 Name = Annotated[
     str | None, typer.Option("--student", help="Which student of a run: a name or a pattern (default: the best).")
 ]
@@ -43,6 +50,7 @@ def export(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Export a student to a file that needs no tspipe, and check it."""
+    from tspipe.cache.address import is_url
     from tspipe.deploy import export as stage
     from tspipe.deploy.exported import load_classifier
     from tspipe.deploy.folder_images import FolderImages
@@ -52,12 +60,12 @@ def export(
 
     if format_ not in FORMATS:
         raise typer.BadParameter(f"{format_!r}: choose from {', '.join(FORMATS)}", param_hint="--format")
-    loaded = load_classifier(source, student, network, last=last)
+    loaded = load_classifier(local_path(source), student, network, last=last)
     if not isinstance(loaded, Student):
         raise NetworkError(f"{source} is an export already. Name the student that it was made of.")
     name = loaded.name + "-uint8" * uint8 + "-int8" * int8
     suffix = FORMATS[format_].suffix
-    out = out or loaded.path.with_name(name + suffix)
+    out = out or (Path() if is_url(source) else loaded.path.parent) / (name + suffix)
     if out.suffix != suffix:
         raise typer.BadParameter(f"{str(out)!r}: a file of the format {format_} ends in {suffix}", param_hint="--out")
     for existing in (out, out.with_suffix(".py")) if format_ == "safetensors" else (out,):
@@ -70,23 +78,29 @@ def export(
         raise NetworkError(f"--int8 takes its scales from images. {test}, or photos: --images FOLDER")
     config = stage.ExportConfig(format_, out, uint8, int8)
     exported = stage.export(loaded, config, None if isinstance(test, str) else test)
+    _show_export(exported, loaded, config.output, "images" if images else "test images")
+    if isinstance(test, str):
+        echo(f"It was not run on real images: {test}")
+
+
+def _show_export(exported: "Export", student: "Student", output: str, kind: str) -> None:
     compared = exported.comparison
-    trained = sum(parameter.numel() for parameter in loaded.parameters())
+    trained = sum(parameter.numel() for parameter in student.parameters())
     echo(f"{exported.path}: {format_bytes(exported.size)}, {exported.parameters:,} weights of {trained:,}")
-    kind = "images of random pixels" if not compared.real else "images" if images else "test images"
+    kind = kind if compared.real else "images of random pixels"
     difference = f"differ from the student's by up to {compared.difference:.1g}"
-    echo(f"Its {config.output} for {compared.images:,} {kind} {difference}.")
+    echo(f"Its {output} for {compared.images:,} {kind} {difference}.")
     if compared.accuracy is not None:
         accuracies = f"{compared.accuracy:.2%}, the student's {compared.student_accuracy:.2%}"
         echo(f"Its test accuracy is {accuracies}; they agree on {compared.agreement:.2%} of the images.")
     else:
         echo(f"They predict the same class for {compared.agreement:.2%} of the images.")
-    if isinstance(test, str):
-        echo(f"It was not run on real images: {test}")
 
 
 def predict(
-    source: Annotated[Path, typer.Argument(metavar="STUDENT", help="A run folder, a student's file, or an export.")],
+    source: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="A run folder, a student's file, an export, or its URL.")
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
     student: Name = None,
@@ -105,7 +119,7 @@ def predict(
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv exclude each other")
-    files, classifier = find_images(images), load_classifier(source, student, network, last=last)
+    files, classifier = find_images(images), load_classifier(local_path(source), student, network, last=last)
     classes, problems = classifier.facts.classes, 0
     records: list[dict[str, Any]] = []
     top = min(top, len(classes))

@@ -15,41 +15,127 @@ if TYPE_CHECKING:
 
 
 def push(
-    file: options.File,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A cache, a student, an export, or a run folder.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="A folder, or an address: s3://, gs://, hf://.")],
+    student: Annotated[
+        str | None, typer.Option(help="Which student of a run folder: a name or a pattern (default: the best).")
+    ] = None,
     force: options.Force = False,
 ) -> None:
-    """Publish a cache for a team, with its SHA-256 beside it."""
+    """Publish a cache, a student or an export, with its SHA-256 beside it."""
     from tspipe.cache import open_cache, transfer
     from tspipe.utils.progress import byte_progress
 
+    if file.suffix != ".h5":
+        _push_model(file, url, student, force)
+        return
     opened = open_cache(file)
     check_intact(file)
     with byte_progress(f"pushing {file.name}", lambda: 2 * opened.size) as moved:  # written, and read back
         pushed = transfer.push(file, url, moved, force=force)
     echo(f"{'Pushed to' if pushed.new else 'Already at'} {pushed.address}: id {opened.id[:12]}")
     _print_contents(opened)
-    echo(f"Its SHA-256 is in a file beside it. Next: tspipe student --cache {quote(pushed.address)}")
+    needs, command = _receiver(opened, pushed.address)
+    for line in needs:
+        echo(f"  {line}")
+    echo(f"Its SHA-256 is in a file beside it. Next: {command}")
+
+
+def _push_model(source: Path, url: str, student: str | None, force: bool) -> None:
+    from tspipe.deploy import publish
+    from tspipe.deploy.student import find_students
+    from tspipe.utils.progress import byte_progress
+
+    file = find_students(source, student)[0] if source.is_dir() else source
+    facts = publish.read_facts(file)
+    files = publish.files_of(file, facts)
+    size = 2 * sum(path.stat().st_size for path in files)
+    with byte_progress(f"pushing {file.name}", lambda: size) as moved:
+        pushed = publish.push_files(files, url, moved, force=force)
+    echo(f"{'Pushed to' if pushed.new else 'Already at'} {pushed.address}: SHA-256 {pushed.sha256[:12]}")
+    echo(f"  The receiver needs {', '.join(publish.needs(file, facts))}.")
+    if card := publish.push_card(facts, pushed, force=force):
+        echo(f"  {card}")
+    echo(f"Its SHA-256 is in a file beside it. Next: {publish.command(pushed.address, file, facts)}")
 
 
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The address of a cache.")],
-    out: Annotated[Path | None, typer.Option(help="A file or folder (default: cache/).")] = None,
+    url: Annotated[str, typer.Argument(metavar="URL", help="The address of a cache, a student or an export.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A file or folder (default: cache/, or this folder for models).")
+    ] = None,
     force: options.Force = False,
 ) -> None:
-    """Download a cache and check it; an interrupted pull resumes."""
+    """Download a cache, a student or an export and check it; an interrupted pull resumes."""
     from tspipe.cache import address, open_cache, transfer
     from tspipe.utils.progress import byte_progress
 
-    out = out or Path("cache")
-    out = out / address.file_name(url) if out.suffix != ".h5" or out.is_dir() else out
+    name = address.file_name(url)
+    is_cache = name.endswith(address.CACHE_SUFFIX)
+    out = out or Path("cache" if is_cache else ".")
+    out = out / name if out.suffix != Path(name).suffix or out.is_dir() else out
     with byte_progress(f"pulling {out.name}", lambda: transfer.remote_size(url)) as moved:
         pulled = transfer.pull(url, out, moved, force=force)
+    done = "Pulled" if pulled.new else "Already have"
+    if not is_cache:
+        _show_pulled_model(url, out, f"{done} {out}", pulled.published, force)
+        return
     opened = open_cache(out)
     checked = "its SHA-256 matches" if pulled.published else "no SHA-256 is published; its own checksums match"
-    echo(f"{'Pulled' if pulled.new else 'Already have'} {out}: id {opened.id[:12]}, {checked}")
+    echo(f"{done} {out}: id {opened.id[:12]}, {checked}")
     _print_contents(opened)
-    echo(f"Next: tspipe student --cache {quote(out)}")
+    needs, command = _receiver(opened, str(out))
+    for line in needs:
+        echo(f"  {line}")
+    echo(f"Next: {command}")
+
+
+def _show_pulled_model(url: str, out: Path, done: str, published: bool, force: bool) -> None:
+    """Pull the Python file of a standalone export, too, and print what the model needs. Nothing of it is run."""
+    from tspipe.cache import address, transfer
+    from tspipe.deploy import publish
+    from tspipe.deploy.facts import ExportFacts
+
+    echo(f"{done}: {'its SHA-256 matches' if published else 'no SHA-256 is published'}")
+    facts = publish.read_facts(out)
+    if out.suffix == ".safetensors" and isinstance(facts, ExportFacts):
+        source = out.with_suffix(".py")
+        transfer.pull(address.beside(url, ".py"), source, lambda count: None, force=force)
+        echo(f"Pulled {source}, which is code: read it before you run it")
+    echo(f"  You need {', '.join(publish.needs(out, facts))}.")
+    echo(f"Next: {publish.command(str(out), out, facts)}")
+
+
+def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:
+    """Return what training from a cache needs besides the file, a line each, and the command that trains from it."""
+    from tspipe.data import datasets
+    from tspipe.models import networks
+
+    name, network = opened.manifest["dataset"]["name"], opened.manifest["teacher"]["network"]
+    lines, words = [], ["tspipe", "student", "--cache", address]
+    own_dataset = name.partition(":")[0] not in datasets.names()
+    own_network = networks.is_own(network)
+    if opened.has_images:
+        lines.append("Training needs no dataset: the pixels are in the file.")
+    else:
+        lines.append(f"Training needs the dataset {name}, whose images are not in the file.")
+        words += ["--data", "FOLDER"] if own_dataset or name.startswith("folder") else []
+        words += ["--set", f"dataset=./{name}.py"] if own_dataset else []
+    if own_dataset:
+        words += ["--recipe", "folder"]
+    if opened.manifest["random"]:
+        lines.append("Random images come from the pool in the file, without the teacher.")
+        words += ["--set", "random_source=pool"]
+    elif own_network:
+        lines.append(f"Random images need the teacher's file (--teacher ./{network}.py), and are left out without it.")
+        words += ["--random-images", "0"]
+    elif not opened.has_teacher:
+        lines.append("Random images need the teacher's weights, which are not in the file, and are left out.")
+        words += ["--random-images", "0"]
+    elif networks.is_from_library(network):
+        library = opened.manifest["teacher"].get("library", network.partition(":")[0])  # `timm 1.0.31`
+        lines.append(f"Random images need {library}, for the teacher {network}.")
+    return lines, " ".join(word if word == "FOLDER" else quote(word) for word in words)
 
 
 def list_(
@@ -117,7 +203,7 @@ def recipe(
 
 
 def local_path(cache: str) -> Path:
-    """Return the path of a cache; one at a URL is downloaded once, and kept while the remote file is unchanged."""
+    """Return the path of a cache or a model; one at a URL is downloaded once, and kept while it is unchanged there."""
     from tspipe.cache import address, transfer
     from tspipe.utils.progress import byte_progress
 

@@ -191,6 +191,9 @@ def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
         **{name: json.dumps(value, sort_keys=True) for name, value in facts.items()},
         "arm": student.facts.arm,
         "cache": student.facts.cache,
+        "dataset": student.facts.dataset,
+        "dataset_license": student.facts.dataset_license,
+        "teacher": student.facts.teacher,
         "network": student.facts.network,
         "name": student.name,
         "input": f"({batch}, H, W, C) uint8, resized and cropped"

@@ -21,16 +21,22 @@ class Facts(BaseModel):
     Attributes:
         cache: the id of the cache that the student was trained from, 64 hex digits.
         classes: the class names.
+        dataset, dataset_license, teacher: names for people; empty in files of older versions.
         input_shape: (C, H, W) of an image after `preprocess`.
         own_width: whether the student keeps its network's last layers, without g(x).
         network: the network's name; `mine` for a user's `./mine.py`.
         options: the network's own options.
+        test_accuracy: the student's.
     """
 
     model_config = ConfigDict(frozen=True)
 
     cache: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     classes: Json[Annotated[list[str], Field(min_length=1)]]
+    dataset: str = ""
+    dataset_license: str = ""
+    teacher: str = ""
+    test_accuracy: _Fraction | None = None
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
     own_width: Json[bool] = False

@@ -42,7 +42,7 @@ class RebuiltExport:
     def __init__(self, path: Path, network: str | None = None):
         if not path.is_file():
             raise NetworkError(f"There is no file {path}.")
-        tensors, metadata = _read_archive(path) if path.suffix == ".pt2" else weights.read(path)[:2]
+        tensors, metadata = read_archive(path) if path.suffix == ".pt2" else weights.read(path)[:2]
         self.facts = parse(ExportFacts, metadata, str(path))
         self.path, self.name = path, path.name
         self.uint8 = self.facts.output == "probabilities"
@@ -93,7 +93,7 @@ class _Payloads(BaseModel):
     config: dict[str, _Payload]
 
 
-def _read_archive(path: Path) -> Content:
+def read_archive(path: Path) -> Content:
     """Return the tensors and the metadata of a `.pt2` archive, of which nothing is unpickled."""
     try:
         with zipfile.ZipFile(io.BytesIO(read_file(path))) as archive:

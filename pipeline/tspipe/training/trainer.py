@@ -261,14 +261,18 @@ def initial_weights(config: StudentConfig) -> Iterator[str]:
 
 
 def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec, width: int) -> dict[str, str]:
-    """Return how to build a student of this width of features and what it takes, as safetensors metadata."""
+    """Return how to build a student of this width of features, what it takes and where it comes from, as metadata."""
+    dataset = config.cache.manifest["dataset"]
     return {
         "cache": config.cache.id,
         "classes": json.dumps(config.cache.classes),
+        "dataset": dataset["name"],
+        "dataset_license": dataset["license"],
         "input_shape": json.dumps(data.train.shape),
         "options": json.dumps(config.student_options(spec.student), sort_keys=True),
         "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
         **({} if config.recipe.match == "project" else {"own_width": "true"}),
+        "teacher": config.cache.manifest["teacher"]["network"],
         "width": str(width),
     }
 

@@ -55,6 +55,11 @@ def is_from_library(name: str) -> bool:
     return name.startswith(plugins.LIBRARIES)
 
 
+def is_own(name: str) -> bool:
+    """Return whether a recorded name is that of a user's file, neither tspipe's nor a library's."""
+    return not is_from_library(name) and name not in names()
+
+
 def recorded_name(name: str) -> str:
     """Return the name that a cache or a checkpoint records: `mine` for a user's `./mine.py`, else the name itself."""
     return plugins.recorded_name("models.networks", name)

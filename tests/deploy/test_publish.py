@@ -1,0 +1,96 @@
+"""Students and exports that are pushed: what travels, what the receiver is told, and the model card."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+import tspipe as library
+from tspipe.deploy.export import ExportConfig, export
+from tspipe.deploy.student import find_students
+
+NAME = "student-lenet5-taught-seed0.safetensors"
+
+
+class Hub(MemoryFileSystem):
+    """The Hugging Face hub, in memory."""
+
+    protocol = "hf"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    """Yield the contents of an empty hub by path."""
+    find = fsspec.get_filesystem_class
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda name: Hub if name == "hf" else find(name))
+    Hub.store.clear()
+    yield Hub.store
+    Hub.store.clear()
+
+
+def test_a_student_on_the_hub_has_a_card_that_is_kept_once_edited(tspipe: Callable, run: Path, hub: dict) -> None:
+    command = ["push", run, "hf://me/digits", "--student", "*-taught-*"]
+    pushed = tspipe(*command)
+    assert (pushed.code, pushed.err) == (0, "")
+    name = find_students(run, "*-taught-*")[0].name  # of the best epoch
+    sha256 = hashlib.sha256((run / name).read_bytes()).hexdigest()
+    assert pushed.out == (
+        f"Pushed to hf://me/digits/{name}: SHA-256 {sha256[:12]}\n  The receiver needs tspipe.\n"
+        "  Its model card is hf://me/digits/README.md.\n"
+        f"Its SHA-256 is in a file beside it. Next: tspipe predict hf://me/digits/{name} IMAGE\n"
+    )
+    assert {path.rpartition("/")[2] for path in hub} == {name, f"{name}.sha256", "README.md"}
+    (path,) = (path for path in hub if path.endswith("README.md"))
+    card = hub[path].getvalue().decode()
+    assert card.startswith("---\npipeline_tag: image-classification\n")
+    assert "| Data | `digits`; its licence: `CC BY 4.0` |\n| Teacher | `lenet5` |" in card
+    assert f"| SHA-256 | `{sha256}` |" in card
+    assert f"| Cache | tspipe cache `{library.load_student(run / name).facts.cache[:12]}` |" in card
+
+    assert "Its model card is" in tspipe(*command).out  # not edited, so written again
+    Hub().pipe(path, card.replace("`digits`", "handwritten digits").encode())
+    again = tspipe(*command).out
+    assert "hf://me/digits/README.md is not a card of tspipe's, or was edited, and is kept. Replace it: --fo" in again
+    assert "handwritten" in hub[path].getvalue().decode()
+    assert "Its model card is" in tspipe(*command, "--force").out
+    assert hub[path].getvalue().decode() == card
+
+
+def test_a_standalone_export_travels_with_its_python_file(tspipe: Callable, run: Path, tmp_path: Path) -> None:
+    student = library.load_student(run / NAME)
+    export(student, ExportConfig("safetensors", tmp_path / "out" / "net.safetensors"), None)
+    assert tspipe("push", "out/net.safetensors", "team/best.safetensors").code == 0
+    pulled = tspipe("pull", "team/best.safetensors")
+    assert pulled.out == (
+        "Pulled best.safetensors: its SHA-256 matches\nPulled best.py, which is code: read it before you run it\n"
+        "  You need PyTorch and the Python file beside it.\nNext: tspipe predict best.safetensors IMAGE\n"
+    )
+    for suffix in (".py", ".safetensors"):
+        expected = Path("out/net").with_suffix(suffix).read_bytes()
+        assert Path("best").with_suffix(suffix).read_bytes() == expected
+    Path("out/net.py").unlink()
+    assert tspipe("push", "out/net.safetensors", "team").says("out/net.py, which runs out/net.safetensors, is not …")
+
+
+def test_a_student_at_a_url_classifies(
+    tspipe: Callable, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    shutil.copy(run / NAME, tmp_path / NAME)
+    result = tspipe("predict", f"file://{tmp_path}/{NAME}", "black.png")
+    assert (result.code, result.error) == (0, "")
+    assert result.out.splitlines()[-1].startswith("black.png: ")
+    data = bytearray((tmp_path / NAME).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / NAME).write_bytes(data)
+    assert "its weights have changed since tspipe wrote them" in tspipe("push", NAME, "team").error
+    assert not (tmp_path / "team").exists()
