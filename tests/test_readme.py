@@ -19,6 +19,7 @@ from shared import make_folder
 from tspipe.cache import Cache
 from tspipe.cli.app import app
 from tspipe.data import datasets
+from tspipe.data.random_images.score import label_shares
 from tspipe.experiments import tables
 from tspipe.experiments.results import open_run, read
 from tspipe.extraction.extract import ExtractConfig, extract
@@ -27,7 +28,6 @@ from tspipe.recipes import load
 from tspipe.recipes.settings import settings_markdown
 from tspipe.training.arms import ALONE
 from tspipe.training.config import StudentConfig
-from tspipe.training.metrics_log import label_shares
 from tspipe.training.trainer import train_students
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ from pets import plan, write
 from tspipe.cache import open_cache
 from tspipe.cache.manifest import decode_manifest, encode_manifest
 from tspipe.cli.render import show_cache
+from tspipe.data.random_images.score import label_shares
 from tspipe.errors import NotACache
-from tspipe.training.metrics_log import label_shares
 from tspipe.utils.console import printable
 
 

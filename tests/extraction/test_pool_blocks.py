@@ -16,8 +16,10 @@ from tspipe.cache import Cache
 from tspipe.cache.manifest import decode_manifest, encode_manifest
 from tspipe.data.datasets import open_dataset
 from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import KINDS
+from tspipe.data.random_images.score import score
 from tspipe.errors import CacheMismatch, NotACache
-from tspipe.extraction import forward
+from tspipe.extraction import forward, score_kinds
 from tspipe.extraction.extract import extract
 from tspipe.models.teacher import load_teacher, run_teacher
 from tspipe.recipes import load
@@ -55,7 +57,7 @@ def test_the_example_of_the_specification_draws_a_mixture(teacher: Path, tmp_pat
     images = []
     for i in range(POOL_ROWS):
         names: dict[str, Any] = {"photos": photos}
-        exec(example.replace("0, 256, 2, False, 5", f"0, 16, 2, True, {i}"), names)
+        exec(example.replace("0, 2, False, 256, 5", f"0, 2, True, 16, {i}"), names)
         images.append(names["image"].astype(np.uint8))
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     network = load_teacher(cache, load.load("digits"), (1, 16, 16), torch.device("cpu"))
@@ -67,7 +69,12 @@ def test_the_example_of_the_specification_draws_a_mixture(teacher: Path, tmp_pat
 
 
 def test_a_balanced_pool_has_even_labels_and_costs_passes(
-    balanced: Cache, pool: Cache, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    balanced: Cache,
+    pool: Cache,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert balanced.random is not None
     assert pool.random is not None
@@ -81,6 +88,13 @@ def test_a_balanced_pool_has_even_labels_and_costs_passes(
     monkeypatch.setattr(forward, "run_teacher_on_blocks", lambda *a: passes.append(a[-2:]) or taught(*a))
     again = extract(pool_config(teacher, tmp_path / "digits.h5", *BALANCED))
     assert again.path.read_bytes() == balanced.path.read_bytes()
+    printed = capsys.readouterr().err
+    rows = 16 * sum(name == "random candidates" and block < 2 for name, block in passes)
+    rows += 8 * passes.count(("random candidates", 2))
+    assert (
+        f"random images before balancing, {rows / POOL_ROWS + 1:.1f} passes of the teacher for each that is" in printed
+    )
+    assert "The teacher's labels for the balanced pool: " in printed
     assert passes.count(("random", 0)) == 1
     assert 1 < passes.count(("random candidates", 0)) <= 8
 
@@ -105,6 +119,17 @@ def test_stage_two_trains_on_a_balanced_pool(tspipe: Tspipe, balanced: Cache) ->
     assert "random pool  40 images, mixed, mt19937, seed 0, balanced" in tspipe("info", balanced.path).out
     refused = tspipe("student", "--cache", balanced.path, *settings, "--set=random_kind=cutmix")
     assert "was made with random_kind = mixed, not cutmix" in refused.error
+
+
+def test_every_kind_is_scored_by_the_teacher(tspipe: Tspipe, balanced: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_kinds, "IMAGES", 40)
+    result = tspipe("list", "random-kinds", "--cache", balanced.path)
+    rows = {line[:16].strip(): line.split() for line in result.out.splitlines()[1:]}
+    assert ["training images", "random pool", *KINDS] == list(rows)[:6]
+    assert balanced.random is not None
+    pooled = score(balanced.random.logits.load())
+    assert f"{pooled.deviation:.4f}" == rows["random pool"][-1]
+    assert tspipe("list", "random-kinds").out.split() == list(KINDS)
 
 
 @pytest.mark.parametrize(

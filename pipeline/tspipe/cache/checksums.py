@@ -4,13 +4,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 from tspipe.cache.column import Column
-from tspipe.cache.layout import SPLITS, Dimensions
+from tspipe.cache.layout import SPLITS, UNLABELLED, Dimensions
 
 
 def checksum_names(names: Iterable[str]) -> list[str]:
     """Return those of `names` that are checksum datasets, in file order."""
     names = set(names)
-    return [name for name in (f"{split}_checksums" for split in (*SPLITS, "random")) if name in names]
+    return [name for name in (f"{split}_checksums" for split in (*SPLITS, UNLABELLED, "random")) if name in names]
 
 
 def identify(manifest: bytes, checksums: Iterable[bytes]) -> bytes:

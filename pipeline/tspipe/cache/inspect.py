@@ -19,7 +19,7 @@ import numpy as np
 from tspipe.cache.address import is_url
 from tspipe.cache.checksums import checksum_names, identify
 from tspipe.cache.column import Column, OpenFile
-from tspipe.cache.layout import FORMAT, ID_BYTES, MANIFEST_BYTES, SPLITS, VERSION, Dimensions
+from tspipe.cache.layout import FORMAT, ID_BYTES, MANIFEST_BYTES, VERSION, Dimensions
 from tspipe.cache.manifest import Manifest, decode_manifest
 from tspipe.cache.object_headers import DAMAGED, SUPERBLOCK_BYTES, check_superblock
 from tspipe.errors import CacheDamaged, CacheIncomplete, NotACache
@@ -213,7 +213,8 @@ def _check_offsets(columns: dict[str, Column], size: int) -> None:
 
 def _dimensions(manifest: Manifest, columns: dict[str, Column]) -> Dimensions:
     """Return the sizes in the manifest, with those that only the datasets have."""
-    for name in ("classes", *(f"{split}_keys" for split in SPLITS)):
+    rows = manifest["dataset"]["rows"]
+    for name in ("classes", *(f"{split}_keys" for split in rows)):
         _require(columns, name)
     images, weights = columns.get("train_images"), columns.get("teacher_weights")
     if images is not None and manifest["views"] and manifest["preprocess"]["crop"]:
@@ -222,13 +223,13 @@ def _dimensions(manifest: Manifest, columns: dict[str, Column]) -> Dimensions:
     if (program is None) != ("program_sha256" not in manifest["teacher"]) or (program and not weights):
         raise NotACache("its teacher's program has no SHA-256 or no weights, or is missing.")
     return Dimensions(
-        rows={split: manifest["dataset"]["rows"][split] for split in SPLITS},
+        rows=rows,
         width=manifest["features"]["width"],
         classes=manifest["dataset"]["classes"],
         feature_dtype=manifest["features"]["dtype"],
         block_rows=manifest["block_rows"],
         class_bytes=columns["classes"].dtype.itemsize,
-        key_bytes={split: columns[f"{split}_keys"].dtype.itemsize for split in SPLITS},
+        key_bytes={split: columns[f"{split}_keys"].dtype.itemsize for split in rows},
         weights_bytes=0 if weights is None else weights.nbytes,
         views=manifest["views"] and manifest["views"]["count"],
         image_shape=images.shape[1:] if images is not None and len(images.shape) == 4 else None,

@@ -20,6 +20,8 @@ VERSION = 1
 MANIFEST_BYTES = 65536
 ID_BYTES = 64
 SPLITS = ("train", "test")
+NO_LABEL = -100  # the label of an image without one; PyTorch's cross-entropy ignores it
+UNLABELLED = "unlabelled"  # a split without labels, which not every file has
 CHECKSUM_BYTES = 32
 DIGEST_BYTES = 8
 COLUMNS = ("features", "logits", "labels", "keys", "digests", "views", "images")  # in this order in the file
@@ -32,7 +34,7 @@ DTYPE_NAMES = {code: name for name, code in FEATURE_DTYPES.items()}
 class Dimensions:
     """The sizes that determine the shapes of all datasets."""
 
-    rows: Mapping[str, int]  # images per split
+    rows: Mapping[str, int]  # images per split, those without labels included
     width: int  # d, of the penultimate features
     classes: int  # c
     feature_dtype: str  # "<f2" or "<f4"
@@ -49,7 +51,12 @@ class Dimensions:
     @property
     def sections(self) -> tuple[str, ...]:
         """Return the sections in file order: the splits and the `random` pool, if any."""
-        return SPLITS if self.random_rows is None else (*SPLITS, "random")
+        return self.splits if self.random_rows is None else (*self.splits, "random")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Return the splits in file order: `train`, `test` and, if the file has one, `unlabelled`."""
+        return tuple(split for split in (*SPLITS, UNLABELLED) if split in self.rows)
 
     def images(self, split: str) -> int:
         """Return the number of images in a split or in the `random` pool."""
@@ -72,7 +79,11 @@ class Dimensions:
         """Return the columns of a split that have checksums, in checksum order."""
         if split == "random":
             return ["features", "logits", *(["candidates"] if self.balanced else [])]
-        absent = {"views": self.views is None or split != "train", "images": self.image_shape is None}
+        absent = {
+            "labels": split == UNLABELLED,
+            "views": self.views is None or split != "train",
+            "images": self.image_shape is None,
+        }
         return [column for column in COLUMNS if not absent.get(column)]
 
     def column_rows(self, split: str, column: str, images: range) -> slice:
@@ -88,12 +99,13 @@ class Dimensions:
         yield "manifest", "u1", (MANIFEST_BYTES,)
         yield "id", "u1", (ID_BYTES,)
         yield "classes", f"S{self.class_bytes}", (self.classes,)
-        for split in SPLITS:
+        for split in self.splits:
             n = self.rows[split]
             view_rows = n * self.views_of(split)
             yield f"{split}_features", self.feature_dtype, (view_rows, self.width)
             yield f"{split}_logits", "<f4", (view_rows, self.classes)
-            yield f"{split}_labels", "<i8", (n,)
+            if "labels" in self.columns(split):
+                yield f"{split}_labels", "<i8", (n,)
             yield f"{split}_keys", f"S{self.key_bytes[split]}", (n,)
             yield f"{split}_digests", "u1", (n, DIGEST_BYTES)
             if "views" in self.columns(split):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from tspipe.cache.layout import MANIFEST_BYTES, SPLITS
+from tspipe.cache.layout import MANIFEST_BYTES, SPLITS, UNLABELLED
 from tspipe.errors import CacheError, NotACache
 
 Manifest = dict[str, Any]
@@ -135,8 +135,8 @@ def _check(manifest: Any, finished: bool) -> None:
         dataset.text("fingerprint", _SHA256)
     dataset.text("license", "(?s).{0,1000}")
     dataset.text("name", f"(folder:)?{_NAME}")
-    rows = dataset.section("rows", *SPLITS)
-    rows.integers(1, _LARGEST, "test", "train")
+    rows = dataset.section("rows", *SPLITS, optional=(UNLABELLED,))
+    rows.integers(1, _LARGEST, *rows.value)
     if "split" in dataset.value:
         held = dataset.section("split", "fraction", "seed")
         held.require("fraction", isinstance(held.value["fraction"], float) and 0 < held.value["fraction"] < 1)
@@ -148,8 +148,7 @@ def _check(manifest: Any, finished: bool) -> None:
     _check_preprocess(top.section("preprocess", "crop", "interpolation", "mean", "resize", "std"))
 
     if manifest["random"] is not None:
-        options = _POOL_OPTIONS.intersection(top.value["random"] if isinstance(top.value["random"], dict) else ())
-        _check_pool(top.section("random", "generator", "rows", "seed", *options))
+        _check_pool(top.section("random", "generator", "rows", "seed", optional=_POOL_OPTIONS))
 
     fields = "correct", "file_sha256", "network", "options", "weights_sha256"
     teacher = top.section("teacher", *fields, optional=("library", "program_sha256"))

@@ -17,7 +17,6 @@ import numpy as np
 from tspipe.cache.checksums import block_checksums
 from tspipe.cache.column import Column
 from tspipe.cache.inspect import inspect
-from tspipe.cache.layout import SPLITS
 from tspipe.cache.manifest import as_plan, without_rows
 from tspipe.cache.match import LocalSplit
 from tspipe.cache.write import CacheWriter
@@ -67,7 +66,7 @@ def _take(writer: CacheWriter, path: Path, local: Callable[[str], LocalSplit] | 
             images, names = sizes.block(split, block), sizes.columns(split)
             if images != writer.dimensions.block(split, block):
                 continue
-            if local and split in SPLITS and not _same_images(columns, split, images, local(split)):
+            if local and split != "random" and not _same_images(columns, split, images, local(split)):
                 continue
             if stored[block].tobytes() == block_checksums(columns, sizes, split, block):
                 rows = {name: columns[f"{split}_{name}"][sizes.column_rows(split, name, images)] for name in names}
@@ -77,5 +76,6 @@ def _take(writer: CacheWriter, path: Path, local: Callable[[str], LocalSplit] | 
 def _same_images(columns: Mapping[str, Column], split: str, images: range, local: LocalSplit) -> bool:
     """Return whether these rows have the keys and labels of the local images of the same indices."""
     rows = slice(images.start, images.stop)
-    same_labels = bool((columns[f"{split}_labels"][rows] == local.labels[rows]).all())
+    labels = columns.get(f"{split}_labels")  # those without labels have none
+    same_labels = labels is None or bool((labels[rows] == local.labels[rows]).all())
     return same_labels and columns[f"{split}_keys"][rows].tolist() == [key.encode() for key in local.keys[rows]]

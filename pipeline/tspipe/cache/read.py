@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from tspipe.cache.column import Column
 from tspipe.cache.inspect import Structure, inspect
-from tspipe.cache.layout import SPLITS, Dimensions
+from tspipe.cache.layout import NO_LABEL, SPLITS, UNLABELLED, Dimensions
 from tspipe.cache.manifest import Manifest
 from tspipe.errors import CacheDamaged, CacheError
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The columns of a split: n images, V views of each (1 in `test`), and a row of features and logits per view."""
+    """The columns of a split: n images, V views of each (1 but in `train`), and features and logits of each view."""
 
     features: Column  # (n·V, d) float16 or float32
     logits: Column  # (n·V, c) float32
-    labels: NDArray[np.int64]  # (n,), checked to be valid classes
+    labels: NDArray[np.int64]  # (n,), checked to be valid classes; -100 in a split without labels
     keys: Column  # (n,) bytes
     digests: Column  # (n, 8) uint8
     checksums: Column  # (blocks, columns, 32) uint8
@@ -34,7 +34,8 @@ class Split:
     def of(cls, columns: Mapping[str, Column], split: str) -> "Split":
         """Return the split made of the columns `<split>_…`."""
         parts = {name.removeprefix(f"{split}_"): part for name, part in columns.items() if name.startswith(f"{split}_")}
-        return cls(labels=parts.pop("labels").load(), **parts)
+        labels = parts.pop("labels").load() if "labels" in parts else np.full(len(parts["keys"]), NO_LABEL)
+        return cls(labels=labels, **parts)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,6 +71,7 @@ class Cache:
     train: Split
     test: Split
     random: Pool | None = None
+    unlabelled: Split | None = None
     _weights: Column | None = None
     _program: Column | None = None
     identified: bool = True  # opening checks the id
@@ -98,8 +100,11 @@ class Cache:
         return self.path.stat().st_size
 
     def split(self, name: str) -> Split:
-        """Return the split `train` or `test`."""
-        return self.train if name == "train" else self.test
+        """Return the split `train`, `test` or, of a file that has one, `unlabelled`."""
+        splits = {"train": self.train, "test": self.test, UNLABELLED: self.unlabelled}
+        split = splits[name]
+        assert split is not None
+        return split
 
     @property
     def has_images(self) -> bool:
@@ -163,6 +168,7 @@ def assemble(structure: Structure) -> Cache:
         train=Split.of(columns, "train"),
         test=Split.of(columns, "test"),
         random=Pool(**pool) if pool else None,
+        unlabelled=Split.of(columns, UNLABELLED) if UNLABELLED in structure.dimensions.rows else None,
         _weights=columns.get("teacher_weights"),
         _program=columns.get("teacher_program"),
     )

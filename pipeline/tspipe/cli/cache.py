@@ -11,6 +11,7 @@ from tspipe.errors import CacheDamaged
 from tspipe.utils.console import echo, format_bytes, quote
 
 if TYPE_CHECKING:
+    from tspipe.cache import Cache
     from tspipe.extraction.extract import ExtractConfig
 
 
@@ -25,6 +26,7 @@ def cache(
     settings: options.Settings = None,
     images: options.StoreImages = False,
     random_pool: options.RandomPool = None,
+    unlabelled: options.Unlabelled = None,
     views: options.StoredViews = None,
     train_teacher: options.TrainTeacher = False,
     skip_broken: options.SkipBroken = False,
@@ -67,12 +69,21 @@ def cache(
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:
             teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name, weights)
-        flags_of_stage = force, download, images, random_pool or 0, skip_broken, portable_teacher
+        flags_of_stage = force, download, images, random_pool or 0, unlabelled, skip_broken, portable_teacher
         extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, *flags_of_stage)
         finished = extract.extract(extraction, group)
     if finished is not None:
-        info(str(finished.path))
-        echo("Next: " + " ".join(map(quote, _student_command(extraction, recipe))))
+        _show_finished(finished, _student_command(extraction, recipe))
+
+
+def _show_finished(finished: "Cache", next_command: list[str]) -> None:
+    info(str(finished.path))
+    if finished.random is not None:
+        from tspipe.cli.render import show_scores
+        from tspipe.extraction.score_kinds import stored_scores
+
+        show_scores(stored_scores(finished), finished.classes)
+    echo("Next: " + " ".join(map(quote, next_command)))
 
 
 def info(file: options.FileOrUrl) -> None:
@@ -98,6 +109,7 @@ def verify(
     weights: Annotated[
         Path | None, typer.Option(help="The teacher's weights, if the cache's are missing or damaged.")
     ] = None,
+    unlabelled: options.Unlabelled = None,
     recipe: options.Recipe = None,
     settings: options.Settings = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -119,7 +131,7 @@ def verify(
         manifest = inspect(file, identified=False).manifest
         chosen, default_folder = recipe_for_cache(str(file), manifest, recipe, settings, {})
         given = weight_files.read(weights, chosen.teacher.weights_key) if weights else None
-        config = stage.VerifyConfig(chosen, folder or default_folder, given)
+        config = stage.VerifyConfig(chosen, folder or default_folder, given, unlabelled)
     while damage:
         stage.repair(file, damage, config)
         echo("Repaired: " + "; ".join(part.where for part in damage))
@@ -172,4 +184,7 @@ def _student_command(extraction: "ExtractConfig", recipe: str | None) -> list[st
         words += ["--trust-remote-code"]
     if extraction.random_pool:
         words += ["--set", "random_source=pool"]
+    if extraction.unlabelled:
+        words += [] if extraction.images else ["--unlabelled", str(extraction.unlabelled)]
+        words += ["--set", f"unlabelled_images={extraction.recipe.batch_size}"]
     return words

@@ -76,6 +76,9 @@ TrustRemoteCode = Annotated[
         callback=_trust_remote_code,
     ),
 ]
+Unlabelled = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A folder of more images, which have no labels.")
+]
 Recipe = Annotated[
     str | None,
     typer.Option(help="A recipe's name or TOML file (default: the dataset's).", autocompletion=RECIPES),

@@ -1,6 +1,6 @@
 """What the command line prints: caches, differences, benchmarks, settings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,13 @@ from rich.text import Text
 
 from tspipe.cache import SPLITS, Cache, Manifest, open_cache
 from tspipe.cache.diff import Diff, SplitDiff
-from tspipe.cache.layout import DTYPE_NAMES
+from tspipe.cache.layout import DTYPE_NAMES, UNLABELLED
 from tspipe.errors import CacheError
 from tspipe.utils.console import format_bytes, plain_table, printable, stdout_console
 
 if TYPE_CHECKING:
     from tspipe.cache.peek import Peek  # imported only where a command reads a URL
+    from tspipe.data.random_images.score import Score
     from tspipe.experiments.tables import Table
 
 _NAME = 60  # characters shown of a class's name
@@ -24,13 +25,14 @@ def show_cache(cache: "Cache | Peek") -> None:
     """Print a cache's facts on one screen."""
     manifest = cache.manifest
     dataset, teacher, features = manifest["dataset"], manifest["teacher"], manifest["features"]
+    order = (*SPLITS, UNLABELLED)
     table = plain_table(("", ""))
     table.show_header, table.columns[0].style, table.columns[0].no_wrap = False, "bold", True
     for name, value in {
         "file": f"{cache.name}, {format_bytes(cache.size)}",
         "id": cache.id[:12] + ("" if cache.identified else " (as it states; not checked)"),
         "dataset": f"{dataset['name']}, {dataset['classes']} classes: {_few(cache.classes, dataset['classes'])}",
-        "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in SPLITS)
+        "images": ", ".join(f"{dataset['rows'][split]:,} {split}" for split in sorted(dataset["rows"], key=order.index))
         + (f", split {held['fraction']:g} with seed {held['seed']}" if (held := dataset.get("split")) else "")
         + (" (pixels in the file)" if cache.has_images else ""),
         **_views(manifest["views"]),
@@ -112,6 +114,23 @@ def show_bench(result: dict[str, Any]) -> None:
         + "".join(f", {name} {machine[name]}" for name in packages)
     )
     out.print(Text(f"\n{printable(result['sentence'])}"))
+
+
+def show_scores(scores: "Mapping[str, Score]", classes: Sequence[str]) -> None:
+    """Print how random images score with the teacher."""
+    table = plain_table(("kind",), ("images", "classes", "largest", "entropy", "T. stddev"))
+    for name, one in scores.items():
+        largest = f"{printable(classes[one.largest], 20)} {one.share:.0%}"
+        numbers = f"{one.images:,}", f"{one.classes:.1f}", largest, f"{one.entropy:.2f}", f"{one.deviation:.4f}"
+        table.add_row(Text(name), *map(Text, numbers))
+    out = stdout_console()
+    out.print(table)
+    out.print(
+        f"classes: as many of {len(classes)} as even labels would have. entropy: of the teacher's probabilities, in "
+        "nats. T. stddev: of the teacher's mean probability over 640 images (arXiv 2012.02909). The smaller, the more "
+        "an augmentation is worth to distillation; compare kinds whose labels cover most classes, because images that "
+        "all get one label have a small one, too."
+    )
 
 
 def show_evaluations(tables: "Sequence[Table]", notes: Sequence[str]) -> None:

@@ -139,10 +139,15 @@ def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:
 
 
 def list_(
-    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes|settings|caches")],
+    what: Annotated[str, typer.Argument(metavar="datasets|networks|losses|recipes|settings|random-kinds|caches")],
     folder: Annotated[Path, typer.Argument(help="The folder of the caches.")] = Path("cache"),
+    cache: Annotated[
+        str | None, typer.Option(help="Score each kind of random images with this cache's teacher.")
+    ] = None,
+    data: options.Data = None,
+    settings: options.Settings = None,
 ) -> None:
-    """List datasets, networks, losses, recipes, recipe settings, or the caches in a folder."""
+    """List datasets, networks, losses, recipes, settings, kinds of random images, or the caches in a folder."""
     from tspipe.utils import plugins
 
     packages = {package.rpartition(".")[2]: package for package in plugins.KINDS}
@@ -158,12 +163,16 @@ def list_(
         from tspipe.utils.console import stdout_console
 
         stdout_console().print(settings_table())
+    elif what == "random-kinds":
+        _list_random_kinds(cache, data, settings)
     elif what == "caches":
         from tspipe.cli import render
 
         render.show_caches(folder)
     else:
-        raise typer.BadParameter(f"{what!r}: choose from {', '.join(packages)}, recipes, settings, caches")
+        raise typer.BadParameter(
+            f"{what!r}: choose from {', '.join(packages)}, recipes, settings, random-kinds, caches"
+        )
 
 
 def recipe(
@@ -200,6 +209,23 @@ def recipe(
         print(json.dumps(rows, indent=2))
     else:
         stdout_console().print(recipe_table(chosen, automatic))
+
+
+def _list_random_kinds(cache: str | None, data: Path | None, settings: list[str] | None) -> None:
+    from tspipe.data.random_images import KINDS
+
+    if cache is None:
+        print(*KINDS, sep="\n")
+        return
+    from tspipe.cache import open_cache
+    from tspipe.cli.render import show_scores
+    from tspipe.extraction.score_kinds import score_kinds
+    from tspipe.extraction.verify import VerifyConfig
+    from tspipe.recipes.load import recipe_for_cache
+
+    opened = open_cache(local_path(cache))
+    chosen, default_folder = recipe_for_cache(cache, opened.manifest, None, settings, {})
+    show_scores(score_kinds(opened, VerifyConfig(chosen, data or default_folder)), opened.classes)
 
 
 def local_path(cache: str) -> Path:

@@ -29,6 +29,7 @@ def student(
         ),
     ] = None,
     data: options.Data = None,
+    unlabelled: options.Unlabelled = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: one in runs/).")] = None,
     recipe: options.Recipe = None,
     settings: options.Settings = None,
@@ -60,7 +61,9 @@ def student(
                 if remark and not group.rank:
                     warn(remark)
             arms = select_arms(compare, chosen)
-        config = StudentConfig(chosen, opened, arms, data or default_folder, out, download, trust_data)
+        config = StudentConfig(
+            chosen, opened, arms, data or default_folder, out, download, trust_data, unlabelled=unlabelled
+        )
         run = trainer.train_students(config, group)
     if not group.rank:
         report.show(run)

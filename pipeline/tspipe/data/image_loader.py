@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tspipe.cache import Cache
+from tspipe.cache.layout import UNLABELLED
 from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images
 from tspipe.data.preprocess import Preprocess
@@ -97,7 +98,8 @@ def open_images(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Pr
         assert rows.images is not None
         return Images(rows.labels, read_keys(rows), cache.classes, rows.images.__getitem__, rows.images)
 
-    stored = Dataset(cache.manifest["dataset"]["name"], "", images("train"), images("test"))
+    unlabelled = images(UNLABELLED) if cache.unlabelled else None
+    stored = Dataset(cache.manifest["dataset"]["name"], "", images("train"), images("test"), unlabelled)
     return stored, replace(preprocess, resize=None, crop=None)
 
 

@@ -1,11 +1,15 @@
 """The local images of a cache, which must be those it was made from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from tspipe.cache import SPLITS, Cache, match
+from tspipe.cache.layout import UNLABELLED
 from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images, open_dataset
+from tspipe.data.datasets.folder import load_unlabelled
 from tspipe.data.hold_out import HoldOut
+from tspipe.data.image_loader import input_shape
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.utils.progress import remark_once
@@ -30,6 +34,45 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
             "without their rows."
         )
     return dataset
+
+
+def add_unlabelled(dataset: Dataset, folder: Path, preprocess: Preprocess) -> Dataset:
+    """Return the dataset with the images of a folder that have no labels.
+
+    Raises DatasetError if there are none, or if the first of them has another size than the dataset's after
+    preprocessing.
+    """
+    images = load_unlabelled(folder, preprocess.channels)
+    shapes = [input_shape(split, preprocess) for split in (dataset.train, images)]
+    if shapes[0] != shapes[1]:
+        sides = ["×".join(map(str, shape[1:])) for shape in shapes]
+        raise DatasetError(
+            f"{folder}: {images.keys[0]} is {sides[1]} after preprocessing, the dataset's images are {sides[0]}. Give "
+            f"one size: --set preprocess.resize=[{shapes[0][1]},{shapes[0][2]}]"
+        )
+    return replace(dataset, unlabelled=images)
+
+
+def open_unlabelled(cache: Cache, folder: Path | None, *, trust: bool) -> Images:
+    """Return the images without labels of a cache, from the file or from `folder`, compared with the cache.
+
+    Raises CacheMismatch if the cache has none or `folder` has others, CacheError if a folder is needed.
+    """
+    name, stored = cache.path.name, cache.unlabelled
+    if stored is None:
+        raise CacheMismatch(
+            f"{name} has no images without labels. Make it again with some (tspipe cache --force --unlabelled FOLDER), "
+            "or train without: --set unlabelled_images=0"
+        )
+    if stored.images is not None:
+        return Images(stored.labels, read_keys(stored), [], stored.images.__getitem__, stored.images)
+    if folder is None:
+        raise CacheMismatch(f"{name} does not hold the pixels of its images without labels: --unlabelled FOLDER")
+    images = load_unlabelled(folder, len(cache.manifest["preprocess"]["mean"]))
+    images = images.without(find_left_out(cache, UNLABELLED, images))
+    if not trust or len(images) != len(stored):
+        match.match_split(name, UNLABELLED, stored, images)
+    return images
 
 
 def open_dataset_of(cache: Cache, spec: str, data: Path | None, *, download: bool = False) -> Dataset:

@@ -10,10 +10,10 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from tspipe.data.random_images.score import label_shares
 from tspipe.errors import ReportError
 from tspipe.experiments import figures, html, tables
 from tspipe.experiments.results import Findings, read
-from tspipe.training.metrics_log import label_shares
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.train_teacher import TrainedTeacher, metrics_path
 from tspipe.utils.console import echo, printable, stdout_console

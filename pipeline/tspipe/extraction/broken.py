@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tspipe.cache import SPLITS, Cache
+from tspipe.cache import Cache
 from tspipe.data.datasets import Dataset, Images
 from tspipe.data.image_loader import find_broken
 from tspipe.data.local import find_left_out
@@ -24,9 +24,9 @@ def find(dataset: Dataset, finished: Cache | None, skip: bool) -> dict[str, dict
     train is left.
     """
     if finished is not None:
-        return {split: find_left_out(finished, split, dataset.split(split)) for split in SPLITS} if skip else {}
+        return {split: find_left_out(finished, split, dataset.split(split)) for split in dataset.splits} if skip else {}
     broken = {}
-    for split in SPLITS:
+    for split in dataset.splits:
         images = dataset.split(split)
         if skip and images.array is None:
             images = replace(images, check_header=images.read)

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache import SPLITS, Cache, CacheWriter, Dimensions, Manifest, match, open_cache
-from tspipe.cache.layout import FEATURE_DTYPES
+from tspipe.cache import Cache, CacheWriter, Dimensions, Manifest, match, open_cache
+from tspipe.cache.layout import FEATURE_DTYPES, UNLABELLED
 from tspipe.cache.manifest import as_plan, describe_differences
 from tspipe.cache.merge import absorb
+from tspipe.cache.read import read_keys
 from tspipe.data import views
 from tspipe.data.datasets import Dataset, open_dataset, stem
 from tspipe.data.image_loader import input_shape
+from tspipe.data.local import add_unlabelled
 from tspipe.data.random_images.minstd import period_warning
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
 from tspipe.extraction import broken, forward
@@ -49,6 +51,7 @@ class ExtractConfig:
     download: bool = False
     images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
     random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
+    unlabelled: Path | None = None  # a folder of more images, without labels
     skip_broken: bool = False  # leave out images that cannot be decoded
     portable_teacher: bool = False  # store the teacher's program, so that its network's file is not needed
 
@@ -72,9 +75,23 @@ def extract(config: ExtractConfig, group: Group = ALONE) -> Cache | None:
         _write_part(job, group)
         return None
     cache = _write_cache(job, group)
-    if warning := accuracy_warning(cache):
+    for warning in filter(None, (accuracy_warning(cache), leak_warning(cache))):
         warn(warning)
     return cache
+
+
+def leak_warning(cache: Cache) -> str | None:
+    """Return a warning if images without labels are test images."""
+    if cache.unlabelled is None:
+        return None
+    digests = [cache.split(split).digests.load().copy().view("<u8").ravel() for split in ("test", UNLABELLED)]
+    if not (shared := np.isin(digests[1], digests[0])).any():
+        return None
+    key = read_keys(cache.unlabelled)[int(shared.argmax())]
+    return (
+        f"{shared.sum():,} of the images without labels are test images, the first {key!r}: students that train on "
+        "them know the test set. Remove them from the folder."
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,8 @@ def _prepare(config: ExtractConfig, group: Group = ALONE) -> Job:
     left_out: dict[str, dict[int, str]] = {}
     with group.rank_zero_first():
         dataset = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split)
+        if config.unlabelled:
+            dataset = add_unlabelled(dataset, config.unlabelled, recipe.preprocess)
         if not group.rank:
             finished = open_cache(out) if out.exists() and not config.force else None
             left_out = broken.find(dataset, finished, config.skip_broken)
@@ -140,7 +159,7 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
         feature_dtype=plan["features"]["dtype"],
         block_rows=recipe.compute.block_rows,
         class_bytes=_longest(dataset.train.classes),
-        key_bytes={split: _longest(dataset.split(split).keys) for split in SPLITS},
+        key_bytes={split: _longest(dataset.split(split).keys) for split in dataset.splits},
         weights_bytes=len(stored),
         views=plan["views"] and plan["views"]["count"],
         image_shape=(height, width, channels) if config.images else None,
@@ -168,7 +187,7 @@ def _plan(
             "fingerprint": None,
             "license": dataset.licence,
             "name": dataset.name,
-            "rows": {split: len(dataset.split(split)) for split in SPLITS},
+            "rows": {split: len(dataset.split(split)) for split in dataset.splits},
             **({"split": recipe.split.model_dump()} if recipe.split.fraction else {}),
         },
         "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": teacher.width},
@@ -241,13 +260,15 @@ def _finished_cache(job: Job) -> Cache:
             "or write another (--out)."
         )
     match.match_dataset(str(path), cache, job.dataset.split)
+    if job.dataset.unlabelled:
+        match.match_split(str(path), UNLABELLED, cache.split(UNLABELLED), job.dataset.unlabelled)
     return cache
 
 
 def _absorb(writer: CacheWriter, dataset: Dataset, ranks: int = 1) -> None:
     """Merge what other ranks wrote, and check that all rows now present belong to this dataset."""
     absorb(writer, ranks, dataset.split)
-    for split in SPLITS:
+    for split in dataset.splits:
         rows = writer.written(split)
         match.match_split(str(writer.part), split, writer.split(split), dataset.split(split), rows=rows)
 
@@ -277,6 +298,7 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
     Returns what is wrong with images that cannot be decoded, whose blocks are not written.
     """
     recipe, times, problems = job.config.recipe, TimeBreakdown(), list[str]()
+    pool = PoolBlocks(job.plan, job.dataset.train, recipe.preprocess, job.teacher)
 
     def write(split: str, number: int, block: Block, features: Any, logits: Any) -> None:
         writer.write_block(split, number, {"features": features, "logits": logits, **block.columns})
@@ -286,7 +308,7 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
         for split, numbers in blocks.items():
             ranges = [job.dimensions.block(split, number) for number in numbers]
             if split == "random":
-                decoded = PoolBlocks(job.plan, job.dataset.train, recipe.preprocess, job.teacher).blocks(ranges)
+                decoded = pool.blocks(ranges)
             else:
                 decoded = split_blocks(split, job.dataset, recipe.preprocess, job.plan, ranges)
             for number, block in zip(numbers, times.iterate("decoding", decoded), strict=True):
@@ -300,6 +322,8 @@ def write_rows(writer: CacheWriter, job: Job, blocks: Mapping[str, Sequence[int]
                 _check_features(features, block.keys, recipe)
                 with times.measure("writing"):
                     submit(partial(write, split, number, block, features, logits))
+    for sentence in pool.balance_report():
+        warn(sentence)
     return problems
 
 

@@ -1,5 +1,6 @@
 """The blocks of the random pool: drawn, and in a balanced pool chosen by the teacher's labels."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images.balanced import choose
 from tspipe.data.random_images.base import FROM_PHOTOS
 from tspipe.data.random_images.pool import PoolImages, kind_of
+from tspipe.data.random_images.score import label_shares
 from tspipe.extraction import forward
 from tspipe.extraction.blocks import Block
 from tspipe.models.feature_net import FeatureNet
@@ -55,7 +57,8 @@ class PoolBlocks:
         images: the training images, which some kinds are made from.
         teacher: labels the candidates of a balanced pool; None if `candidates` has them all.
         candidates: (P,) int64, the numbers of the chosen candidates, where a finished file has them.
-        labels: how often the teacher gave each label to the candidates so far.
+        before: how often the teacher gave each label to the candidates so far.
+        after: how often to those that were chosen.
     """
 
     manifest: Manifest
@@ -63,7 +66,8 @@ class PoolBlocks:
     preprocess: Preprocess
     teacher: FeatureNet | None = None
     candidates: NDArray[np.int64] | None = None
-    labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    before: Counter[int] = field(default_factory=Counter)
+    after: Counter[int] = field(default_factory=Counter)
 
     def blocks(self, ranges: list[range]) -> Iterator[Block]:
         """Yield these blocks. They have no keys, so error messages state the numbers of images."""
@@ -85,6 +89,16 @@ class PoolBlocks:
         kind = kind_of(self.manifest, len(self.images), reader(self.images, self.preprocess))
         return PoolImages(kind, self.manifest["random"], self.manifest["block_rows"], self.candidates)
 
+    def balance_report(self) -> list[str]:
+        """Say how the teacher labels the candidates and the chosen images, and what choosing cost, if it did."""
+        classes = self.images.classes
+        counts = [{classes[label]: n for label, n in labels.most_common()} for labels in (self.before, self.after)]
+        if not counts[0]:
+            return []
+        passes = self.before.total() / self.after.total() + 1
+        cost = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
+        return [label_shares(counts[0], cost), label_shares(counts[1], "the balanced pool")]
+
     def _choose(self, pool: PoolImages, indices: range) -> NDArray[np.int64]:
         if self.candidates is not None:
             return self.candidates[indices.start : indices.stop]
@@ -101,5 +115,6 @@ class PoolBlocks:
             return labels
 
         chosen, labels = choose(label, count, classes, self.manifest["random"]["rounds"])
-        self.labels = np.bincount(labels, minlength=classes) + (self.labels if len(self.labels) else 0)
+        self.before.update(labels.tolist())
+        self.after.update(labels[chosen].tolist())
         return chosen

@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tspipe.cache import SPLITS, Cache, match
+from tspipe.cache import Cache, match
+from tspipe.cache.layout import UNLABELLED
 from tspipe.cache.repair import Repair
 from tspipe.cache.verify import Damage, explain
 from tspipe.data.datasets import Dataset
 from tspipe.data.image_loader import input_shape, open_images, read
-from tspipe.data.local import open_dataset_of
+from tspipe.data.local import open_dataset_of, open_unlabelled
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheDamaged, CacheError, CacheMismatch, DatasetError
 from tspipe.extraction import forward
@@ -41,10 +42,14 @@ class VerifyConfig:
     recipe: Recipe
     root: Path | None = None
     weights: Weights | None = None
+    unlabelled: Path | None = None
 
     def dataset(self, cache: Cache) -> Dataset:
         """Open the local dataset of a cache."""
-        return open_dataset_of(cache, self.recipe.dataset, self.root)
+        dataset = open_dataset_of(cache, self.recipe.dataset, self.root)
+        if cache.unlabelled is None or self.unlabelled is None:
+            return dataset
+        return replace(dataset, unlabelled=open_unlabelled(cache, self.unlabelled, trust=True))
 
 
 def match_data(cache: Cache, config: VerifyConfig) -> int:
@@ -52,15 +57,17 @@ def match_data(cache: Cache, config: VerifyConfig) -> int:
 
     Raises CacheMismatch naming the first image that differs.
     """
-    total = sum(len(cache.split(split)) for split in SPLITS)
+    dataset = config.dataset(cache)
+    total = sum(len(cache.split(split)) for split in dataset.splits)
     with progress("comparing", total, "images") as advance:
-        match.match_dataset(
-            cache.path.name,
-            cache,
-            config.dataset(cache).split,
-            sample=None,
-            advance=lambda count: advance(count, "comparing"),
-        )
+
+        def step(count: int) -> None:
+            advance(count, "comparing")
+
+        match.match_dataset(cache.path.name, cache, dataset.split, sample=None, advance=step)
+        if dataset.unlabelled:
+            stored = cache.split(UNLABELLED)
+            match.match_split(cache.path.name, UNLABELLED, stored, dataset.unlabelled, sample=None, advance=step)
     return total
 
 
@@ -99,16 +106,18 @@ class Agreement(NamedTuple):
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
     """Run the teacher again on images chosen at random, with the pixels in the file or else of the local dataset.
 
-    They are chosen from both splits and the random pool. Of an image with views, the first, unchanged one is compared.
+    They are chosen from all splits whose images are at hand, and the random pool. Of an image with views, the first,
+    unchanged one is compared.
     """
     dataset, preprocess = open_images(cache, lambda: config.dataset(cache))
     device = pick_device(config.recipe.device)
-    teacher = _teacher(cache, config, dataset, preprocess, device)
+    teacher = open_teacher(cache, config, dataset, preprocess, device)
     sizes, batch_size = cache.dimensions, cache.manifest["compute"]["batch_size"]
-    ends = np.cumsum([sizes.images(split) for split in sizes.sections]).tolist()
+    sections = [split for split in sizes.sections if split == "random" or split in dataset.splits]
+    ends = np.cumsum([sizes.images(split) for split in sections]).tolist()
     chosen = np.random.default_rng().choice(ends[-1], min(count, ends[-1]), replace=False)
     features, logits, changed = [], [], []
-    for split, first, end in zip(sizes.sections, [0, *ends[:-1]], ends, strict=True):
+    for split, first, end in zip(sections, [0, *ends[:-1]], ends, strict=True):
         indices = np.sort(chosen[(chosen >= first) & (chosen < end)]) - first
         stored = cache.random if split == "random" else cache.split(split)
         assert stored is not None
@@ -214,12 +223,14 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
     teacher = None
     if any(columns & _TEACHER_COLUMNS for columns in blocks.values()):
         use_full_precision()
-        teacher = _teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
+        teacher = open_teacher(cache, config, dataset, preprocess, pick_device(compute["device"]))
     with progress("repairing", len(blocks), "blocks") as advance:
         for split in dict.fromkeys(split for split, _ in blocks):
             numbers = sorted(number for section, number in blocks if section == split)
             ranges = [cache.dimensions.block(split, block) for block in numbers]
-            if split in SPLITS and ranges[-1].stop > len(dataset.split(split)):
+            if split not in (*dataset.splits, "random"):
+                raise CacheError(f"{file.path}: its {split} images are needed. Give their folder: --unlabelled FOLDER")
+            if split != "random" and ranges[-1].stop > len(dataset.split(split)):
                 raise CacheMismatch(f"{file.path} has more {split} images than the dataset, which is another one.")
             if split == "random":
                 lost = any("candidates" in columns for (section, _), columns in blocks.items() if section == split)
@@ -243,17 +254,17 @@ def _repair_blocks(file: Repair, blocks: dict[tuple[str, int], set[str]], config
 
 def _mismatch_message(path: Path, split: str, block: Block, wrong: list[str]) -> str:
     rounding = "this processor or PyTorch rounds differently. Get the file again."
-    why = f"Either the images differ (tspipe verify --data), or {rounding}" if split in SPLITS else f"T{rounding[1:]}"
+    why = f"Either the images differ (tspipe verify --data), or {rounding}" if split != "random" else f"T{rounding[1:]}"
     return (
         f"{path}: {split} images {block.indices.start:,} to {block.indices.stop - 1:,} give other "
         f"{' and '.join(sorted(wrong))} here than were written, so these are left as they are. {why}"
     )
 
 
-def _teacher(
+def open_teacher(
     cache: Cache, config: VerifyConfig, dataset: Dataset, preprocess: Preprocess, device: torch.device
 ) -> FeatureNet:
-    """Load the teacher in the cache, else the one in `--weights`."""
+    """Load the teacher in the cache, else the one in `--weights`, for the images of this dataset."""
     shape = input_shape(dataset.train, preprocess)
     data = None if cache.has_teacher else _given_weights(cache, config)
     return load_teacher(cache, config.recipe, shape, device, data)

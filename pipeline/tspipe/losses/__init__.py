@@ -29,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tspipe.cache.layout import NO_LABEL
 from tspipe.errors import RecipeError
 from tspipe.losses._statistics import NAMES as STATISTICS
 from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models.output import Output
 from tspipe.utils import plugins
-
-NO_LABEL = -100  # the label of an image without one; PyTorch's cross-entropy ignores it
 
 
 class Target(NamedTuple):

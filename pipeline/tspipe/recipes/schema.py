@@ -162,6 +162,12 @@ class Recipe(Optimisation):
     )
     test_batch_size: AtLeastOne = Field(1000, description="The number of images in a batch of testing.")
     random_images: Count = Field(178, description="The number of random images added to every batch.")
+    unlabelled_images: Count = Field(
+        0, description="The number of images without labels added to every batch (tspipe cache --unlabelled)."
+    )
+    labels: Literal["dataset", "teacher"] = Field(
+        "dataset", description="Whose labels students train on: teacher uses no ground truth, except for testing."
+    )
     random_source: Literal["live", "pool"] = Field(
         "live",
         description="Whether random images are labelled during training or in stage one (tspipe cache --random-pool).",

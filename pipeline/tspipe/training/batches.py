@@ -16,14 +16,16 @@ from tspipe.utils.rng import stream
 
 if TYPE_CHECKING:
     from tspipe.training.partition import Partition
+    from tspipe.training.unlabelled import UnlabelledImages
 
 
 class GlobalBatch(NamedTuple):
-    """A batch that several processes split: its images and random images over all processes, and their number."""
+    """A batch that several processes split: its images of each sort over all processes, and their number."""
 
     images: int
     random: int
     processes: int
+    unlabelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,15 @@ class Batch:
     images: Tensor
     target: Target
     random: tuple[Tensor, Target] | None
+    unlabelled: tuple[Tensor, Target] | None = None
     whole: GlobalBatch | None = None
+
+    def photographs(self, *, unlabelled: bool) -> tuple[Tensor, Target]:
+        """Return the images and their targets, followed by those without labels if a student sees them."""
+        if self.unlabelled is None or not unlabelled:
+            return self.images, self.target
+        images, target = self.unlabelled
+        return torch.cat([self.images, images]), Target(*map(torch.cat, zip(self.target, target, strict=True)))
 
 
 def shuffled_batches(seed: int, epoch: int, rows: int, batch_size: int) -> list[Tensor]:
@@ -59,6 +69,7 @@ class BatchSource:
 
     Attributes:
         random: where random images come from; None if this process's learners use none.
+        unlabelled: images without labels that taught students see beside those of the batch; None without them.
         random_from: the first epoch with random images, counted from 0.
     """
 
@@ -68,6 +79,7 @@ class BatchSource:
     partition: "Partition"
     batch_size: int
     random_from: int = 0
+    unlabelled: "UnlabelledImages | None" = None
 
     def epoch(self, seed: int, epoch: int, part: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
         """Yield the batches of an epoch, or a part of them, each with its number."""
@@ -77,11 +89,19 @@ class BatchSource:
         local = [self.partition.local_rows(batch) for batch in order]
         target_rows, views = self.data.views.batches(seed, epoch, local) if self.data.views else (local, None)
         images, random = self.data.train.normalised(local, views), self._random_batches(seed, epoch, numbers)
+        unlabelled = self._unlabelled_batches(seed, epoch, numbers)
         random_count = self.random.spec.count if self.random and epoch >= self.random_from else 0
         for number, batch, target in zip(numbers, order, self.targets.batches(target_rows), strict=True):
             whole = self.partition.global_batch(len(batch), random_count)
+            if whole and self.unlabelled:
+                whole = whole._replace(unlabelled=self.unlabelled.count)
             # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
-            yield number, Batch(next(images), target, next(random), whole)
+            yield number, Batch(next(images), target, next(random), next(unlabelled), whole)
+
+    def _unlabelled_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
+        if self.unlabelled is None:
+            return iter([None] * len(numbers))
+        return self.unlabelled.batches(seed, epoch, numbers, self.partition.local_rows)
 
     def teacher_seconds(self) -> float:
         """Return how long the teacher has worked on random images in the last epoch."""

@@ -35,8 +35,19 @@ IRRELEVANT = {
 _RESOLVED = {"alone", "init", "loss", "losses", "student", "students"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalInputs:
+    """What a run reads on this machine beside the cache and the dataset.
+
+    Attributes:
+        unlabelled: the folder of the cache's images without labels, if the cache does not hold their pixels.
+    """
+
+    unlabelled: Path | None = None
+
+
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(LocalInputs):
     """The configuration of `tspipe student`.
 
     Attributes:

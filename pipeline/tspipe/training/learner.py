@@ -19,7 +19,7 @@ from tspipe.models.initial import InitialWeights
 from tspipe.models.output import Output
 from tspipe.models.probe import probe_images
 from tspipe.recipes.schema import Recipe
-from tspipe.training.arms import OWN, RANDOM, LearnerSpec
+from tspipe.training.arms import OWN, RANDOM, UNTAUGHT, LearnerSpec
 from tspipe.training.batches import Batch
 from tspipe.training.best_epoch import BestEpoch
 from tspipe.training.checkpoint import load_training_state, prefixed, training_state, without_prefix
@@ -170,7 +170,8 @@ class Learner:
         self.times.training.start()
         self.optimizer.zero_grad(set_to_none=True)
         random = batch.random if self.spec.arm == RANDOM else None
-        output, terms = self._parallel_model(batch.images, batch.target, random)
+        taught = self.spec.arm not in UNTAUGHT
+        output, terms = self._parallel_model(*batch.photographs(unlabelled=taught), random)
         values = torch.stack(list(terms.values()))
         count, scale = self._weigh(batch)
         (values.sum() if scale is None else values.sum() * scale).backward()
@@ -189,6 +190,8 @@ class Learner:
         if whole is None:
             return len(batch.images), None
         local, total = float(len(batch.images)), float(whole.images)
+        if batch.unlabelled and self.spec.arm not in UNTAUGHT:
+            local, total = local + len(batch.unlabelled[0]), total + whole.unlabelled
         if self.spec.arm == RANDOM and batch.random is not None:
             weight = self.model.random_weight
             local, total = local + weight * len(batch.random[0]), total + weight * whole.random

@@ -1,13 +1,12 @@
 """What a run reports of its metrics: metrics.csv, TensorBoard, and sentences after the first epoch."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter
-from torch import Tensor
 
+from tspipe.data.random_images.score import label_counts, label_shares
 from tspipe.errors import RecipeError
 from tspipe.training.config import StudentConfig
 from tspipe.training.learner import Learner
@@ -22,7 +21,6 @@ _USUAL = {"mse": (0.1, 10), "kl": (0.1, 400), "vid": (0.1, 10)}
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images, and pixels of them, whose labels are counted
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
-_NAME_LENGTH, _CLASSES = 60, 5  # printed of a class name, and printed of all classes
 
 
 class MetricsLog:
@@ -61,18 +59,13 @@ def record_random_labels(config: StudentConfig, folder: RunFolder, random: Rando
     if random is None or _has_labels(folder):
         return
     sample = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
-    counts = label_counts(sample.labels, config.cache.classes)
+    counts = label_counts(sample.labels.cpu().numpy(), config.cache.classes)
     folder.write_json("random_labels.json", counts)
     if sample.candidates is not None:
         passes = len(sample.candidates) / len(sample.labels)
         candidates = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
-        warn(label_shares(label_counts(sample.candidates, config.cache.classes), candidates))
+        warn(label_shares(label_counts(sample.candidates.numpy(), config.cache.classes), candidates))
     warn(label_shares(counts))
-
-
-def label_counts(labels: Tensor, classes: Sequence[str]) -> dict[str, int]:
-    """Return how often each label (n,) int64 occurs, by class name, the most frequent first."""
-    return {classes[label]: count for label, count in Counter(sorted(labels.tolist())).most_common()}
 
 
 def _has_labels(folder: RunFolder) -> bool:
@@ -85,13 +78,6 @@ def _has_labels(folder: RunFolder) -> bool:
     except (RecipeError, RecursionError, ValueError):
         return False
     return True
-
-
-def label_shares(counts: dict[str, int], what: str = "random images") -> str:
-    """Say how the teacher labels images; classes below half a percent are left out."""
-    total = sum(counts.values())
-    shares = [f"{printable(name, _NAME_LENGTH)} ({n / total:.0%})" for name, n in counts.items() if n >= total / 200]
-    return f"The teacher's labels for {what}: {', '.join(shares[:_CLASSES])}"
 
 
 def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:

@@ -15,6 +15,7 @@ from tspipe.losses._statistics import TeacherStatistics
 from tspipe.training.arms import UNTAUGHT
 from tspipe.training.config import StudentConfig
 from tspipe.training.statistics import cache_statistics
+from tspipe.training.targets import row_labels
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.rng import stream
 
@@ -24,7 +25,8 @@ class RunData:
     """Training and test images with their labels, loaded from memory or decoded as they are needed.
 
     Attributes:
-        train_labels: (N,) int64 on the device; `test_labels` likewise.
+        train_labels: (N,) int64 on the device, the teacher's with `labels=teacher`.
+        test_labels: (N,) int64 on the device, always the dataset's.
         views: which view of each training image an epoch shows; None if the images are used as they are.
         validation_count: how many training images each seed holds back.
         statistics: those of the cache that losses may ask for.
@@ -77,14 +79,14 @@ def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
     validation_count = round(recipe.val_fraction * len(dataset.train))
     _check_counts(config, dataset, validation_count)
     memory = (recipe.memory or memory_limit(device)) // 3
-    train_labels, test_labels = (torch.from_numpy(split.labels).to(device) for split in (cache.train, cache.test))
+    train_labels = row_labels(cache, recipe)[:: cache.dimensions.views_of("train")].to(device)
     train = ImageLoader(dataset.train, remaining_steps, "train", memory, device, views=views is not None)
     return RunData(
         Preprocess.from_dict(cache.manifest["preprocess"]),
         train,
         ImageLoader(dataset.test, remaining_steps, "test", memory, device),
         train_labels,
-        test_labels,
+        torch.from_numpy(cache.test.labels).to(device),
         views,
         validation_count,
         cache_statistics(cache, recipe, train.shape),

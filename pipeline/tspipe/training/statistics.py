@@ -23,7 +23,7 @@ def cache_statistics(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, 
     """
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        labels = row_labels(cache)
+        labels = row_labels(cache, recipe)
         for first, rows in cache.train.features.pieces():
             yield torch.from_numpy(rows), labels[first : first + len(rows)]
 

@@ -120,6 +120,13 @@ def resolve_mse_weight(recipe: Recipe, cache: Cache) -> Recipe:
     return recipe.model_copy(update={"mse_weight": 1 / variance})
 
 
-def row_labels(cache: Cache) -> Tensor:
-    """Return the label of each row of the training targets, (N·V,) int64."""
+def row_labels(cache: Cache, recipe: Recipe) -> Tensor:
+    """Return the label of each row of the training targets, (N·V,) int64: the dataset's or the teacher's."""
+    if recipe.labels == "teacher":
+        return teacher_labels(cache.train.logits)
     return torch.from_numpy(cache.train.labels).repeat_interleave(cache.dimensions.views_of("train"))
+
+
+def teacher_labels(logits: Column) -> Tensor:
+    """Return the teacher's label for each row of logits (n, c), (n,) int64."""
+    return torch.from_numpy(np.concatenate([rows.argmax(1) for _, rows in logits.pieces()]))

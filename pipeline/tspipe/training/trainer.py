@@ -18,7 +18,7 @@ from tspipe.errors import RecipeError
 from tspipe.models import initial, weights
 from tspipe.models.teacher import count_teacher_parameters
 from tspipe.training import random_sources
-from tspipe.training.arms import RANDOM, LearnerSpec, arm_losses
+from tspipe.training.arms import RANDOM, UNTAUGHT, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
 from tspipe.training.config import StudentConfig, identity
@@ -31,6 +31,7 @@ from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run, results_sha256
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
 from tspipe.training.tensorboard import TensorBoard
+from tspipe.training.unlabelled import open_unlabelled_images
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.files import lock
@@ -319,14 +320,15 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     random = random_sources.open_source(config, data, partition) if recipe.random_images and uses_random else None
     needs = frozenset[str]().union(*(learner.needs for learner in cohort))
     columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3
-    targets = TargetLoader(columns, row_labels(config.cache), needs, memory, device)
+    targets = TargetLoader(columns, row_labels(config.cache, recipe), needs, memory, device)
+    unlabelled = open_unlabelled_images(config, needs, device) if set(config.arms) - set(UNTAUGHT) else None
     board = TensorBoard(folder.path / "tensorboard") if recipe.tensorboard and partition.is_writer else None
     return Trainer(
         config,
         folder,
         device,
         partition,
-        BatchSource(data, targets, random, partition, recipe.batch_size, recipe.random_from - 1),
+        BatchSource(data, targets, random, partition, recipe.batch_size, recipe.random_from - 1, unlabelled),
         MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
         Checkpointer(folder.path / "checkpoint.safetensors", recipe.checkpoint_seconds, folder.identity),
         {learner.spec.student: learner.parameter_counts for learner in cohort},

@@ -85,21 +85,29 @@ def from_array(array: Pixels, labels: NDArray[Any], classes: Sequence[str]) -> I
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that has been opened: its name as the cache states it, its licence, and its two splits."""
+    """A dataset that has been opened: its name as the cache states it, its licence, its splits, unlabelled images."""
 
     name: str
     licence: str
     train: Images
     test: Images
+    unlabelled: Images | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of its splits: `train`, `test` and, if it has images without labels, `unlabelled`."""
+        return ("train", "test", *(["unlabelled"] if self.unlabelled else []))
 
     def split(self, name: str) -> Images:
-        """Return the split `train` or `test`."""
-        return self.train if name == "train" else self.test
+        """Return a split by its name."""
+        images: Images = getattr(self, name)
+        return images
 
     def without(self, indices: Mapping[str, Collection[int]]) -> Dataset:
         """Return the dataset without some images of each split."""
         train, test = (self.split(split).without(indices.get(split, ())) for split in ("train", "test"))
-        return replace(self, train=train, test=test)
+        unlabelled = self.unlabelled and self.unlabelled.without(indices.get("unlabelled", ()))
+        return replace(self, train=train, test=test, unlabelled=unlabelled)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from unicodedata import normalize
 
 import numpy as np
 
+from tspipe.cache.layout import NO_LABEL
 from tspipe.data import decode
-from tspipe.data.datasets import Images
+from tspipe.data.datasets import Images, Pixels
 from tspipe.errors import DatasetError
 from tspipe.utils.progress import remark_once
 
@@ -87,6 +88,33 @@ def _images(root: Path, folder: Path, train: Path) -> Images:
         list(number),
         lambda i: decode.decode(folder / files[i], str(root)),
         check_header=lambda i: decode.check_header(folder / files[i]),
+    )
+
+
+def load_unlabelled(root: Path, channels: int) -> Images:
+    """Return all images below a folder, sorted by path; keys are relative paths, and labels are `NO_LABEL`.
+
+    Args:
+        channels: 1 for a dataset of grey images, for which images without colour keep one channel.
+
+    Raises DatasetError: no folder, or no images in it.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"There is no folder {root} of images without labels. Name one that exists: --unlabelled")
+    files, left_out = _files(root, ".", [])
+    if not files:
+        raise DatasetError(f"{root} holds no images that Pillow decodes{_list(left_out)}.")
+
+    def read(index: int) -> Pixels:
+        pixels = decode.decode(root / files[index], str(root))
+        return pixels[:, :, :1] if channels == 1 and (pixels == pixels[:, :, :1]).all() else pixels
+
+    return Images(
+        np.full(len(files), NO_LABEL),
+        [normalize("NFC", _utf8(file.removeprefix("./"))) for file in files],
+        [],
+        read,
+        check_header=lambda i: decode.check_header(root / files[i]),
     )
 
 
