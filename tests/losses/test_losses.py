@@ -260,6 +260,43 @@ def test_the_check_does_not_change_what_training_draws(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", losses.names())
+def test_images_without_labels(name: str) -> None:
+    """No term is undefined where no image has a label, and terms of labels are 0."""
+    loss = losses.build(name, SIZES).module.double()
+    output, target = batch()
+    terms = loss(output, target._replace(labels=torch.full((6,), losses.NO_LABEL)))
+    assert all(term.isfinite() for term in terms.values())
+    assert all(term == 0 for key, term in terms.items() if key in ("xent", "tckd", "nckd") or key == name == "nd")
+
+
+def test_distillation_grows_in_the_first_epochs() -> None:
+    loss = losses.build("dkd", SIZES, {"warmup": 4}).module.double()
+    output, target = batch()
+    complete = loss(output, target)
+    loss.start_epoch(0)
+    first = loss(output, target)
+    assert first["nckd"] == complete["nckd"] / 4
+    assert first["xent"] == complete["xent"]
+    loss.start_epoch(9)
+    assert loss(output, target) == complete
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("dkd", {"temperature": 0}, "temperature=0: it is a number above 0."),
+        ("rkd", {"angle_weight": -1}, "angle_weight=-1: it is a number of 0 or more."),
+        ("pkt", {"weight": math.inf}, "weight=inf: it is a number of 0 or more."),
+        ("projector", {"distance": "l1"}, "distance='l1': it is logsum or mse."),
+    ],
+)
+def test_options_out_of_range(name: str, options: dict[str, object], problem: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        losses.build(name, SIZES, options)
+    assert str(error.value) == f"The loss {name} cannot have {problem}"
+
+
 def test_an_unknown_loss() -> None:
     with pytest.raises(RecipeError) as error:
         losses.build("xnet", SIZES)
