@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tspipe.cache import Cache
 from tspipe.data.preprocess import Preprocess
-from tspipe.data.random_images import Generator, Kind
+from tspipe.data.random_images import Generator, Kind, pool
 from tspipe.models.output import Output
 from tspipe.models.teacher import lacks_teacher
 from tspipe.recipes.schema import Recipe
@@ -72,7 +72,8 @@ def without_live_teacher(recipe: Recipe, cache: Cache) -> tuple[Recipe, str]:
     changes: dict[str, object] = {"random_images": 0}
     consequence = "students train without random images"
     if cache.random is not None and len(cache.random) >= recipe.random_images:
-        changes, consequence = {"random_source": "pool"}, "random images come from the pool in the file"
+        changes = {"random_source": "pool", **pool.facts(cache.manifest)}
+        consequence = "random images come from the pool in the file"
     remedy = f"needs the file of its network (--teacher ./{network}.py)" if cache.has_teacher else "is not in the file"
     return recipe.model_copy(update=changes), f"The teacher of {cache.name} {remedy}, so {consequence}."
 
