@@ -68,7 +68,7 @@ def test_truncated_and_too_long(copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest", "train_checksums", "id"])
 def test_what_the_id_covers_cannot_change(copy: Path, name: str) -> None:
-    data = b"1" if name != "manifest" else b'{"block_rows":255'
+    data = b"g" if name != "manifest" else b'{"block_rows":255'
     overwrite(copy, name, data, at=0)
     assert refusal(copy, CacheDamaged) == "its id does not match its manifest and checksums. Get the file again."
 

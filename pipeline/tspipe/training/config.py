@@ -69,7 +69,7 @@ class StudentConfig(LocalInputs):
     @cached_property
     def initial(self) -> dict[str, InitialWeights]:
         """The weights that students start from, without those that start from random ones."""
-        shape = tuple(self.cache.manifest["teacher"]["options"]["input_shape"])
+        shape = tuple(self.cache.manifest["teacher"]["options"]["input_shape"] or ())  # a forged file may have none
         weights = {}
         for name in self.recipe.student:
             spec = NetworkSpec(name, len(self.cache.classes), shape, self.recipe.student_options(name))
