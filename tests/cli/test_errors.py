@@ -31,7 +31,8 @@ def test_a_usage_error_is_one_line_too(tspipe: Tspipe) -> None:
     result = tspipe("list", "colours")
     assert (result.code, result.out) == (2, "")
     assert result.err == (
-        "Error: Invalid value: 'colours': choose from datasets, networks, losses, recipes, settings, caches\n"
+        "Error: Invalid value: 'colours': choose from datasets, networks, losses, recipes, settings, "
+        "random-kinds, caches\n"
     )
     assert tspipe("nonsense").err == "Error: No such command 'nonsense'.\n"
     assert tspipe().code == 2  # prints the help
