@@ -21,6 +21,8 @@ from tspipe.cache import (
     Manifest,
     open_cache,
 )
+from tspipe.cache.transfer import describe_contents
+from tspipe.cli import share
 
 Tspipe = Callable[..., Result]
 
@@ -120,6 +122,26 @@ def test_push_and_pull(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     assert tspipe("pull", team / "digits.h5").out.startswith("Already have cache/digits.h5")
 
 
+@pytest.mark.parametrize(
+    ("network", "program", "line"),
+    [
+        ("mine", {}, "Random images need the teacher's file (--teacher ./mine.py), and are left out without it."),
+        ("mine", {"program_sha256": "0"}, "Random images need no file of the teacher: the cache has its operations."),
+        ("hub:a/b@c:d", {}, "Random images need the code of hub:a/b@c:d, which runs only with --trust-remote-code."),
+    ],
+)
+def test_what_the_receiver_of_another_network_needs(
+    digits: Cache, network: str, program: dict, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(digits.manifest, "teacher", {**digits.manifest["teacher"], "network": network, **program})
+    lines, command = share._receiver(digits, "x.h5")
+    assert lines[1:] == [line]
+    assert ("--random-images 0" in command) is ("left out" in line)
+    assert describe_contents(digits)[2:] == (
+        ["the teacher's operations, which run without its Python file"] * bool(program)
+    )
+
+
 def test_a_damaged_cache_is_not_pushed(tspipe: Tspipe, digits: Cache, tmp_path: Path) -> None:
     path = Path(shutil.copy(digits.path, tmp_path / "digits.h5"))
     data = bytearray(path.read_bytes())
@@ -151,12 +173,12 @@ def test_a_student_of_a_url(tspipe: Tspipe, digits: Cache, tmp_path: Path, monke
     settings = [f"--set={setting}" for setting in (*TEACHER, "epochs=1", "seeds=1", "random_images=0")]
     command = ["student", "--cache", url, "--student", "lenet5", *settings]
     result = tspipe(*command)
-    assert (result.code, result.error) == (0, "")
+    assert result.code == 0
     (copy,) = (tmp_path / "home" / "tspipe").rglob("digits.h5")
-    assert result.out.splitlines()[0] == f"Fetched {url} to {copy}"
-    assert tspipe(*command).out.splitlines()[0] == f"{url} is unchanged: using the copy {copy}"
+    assert result.err.splitlines()[0] == f"Fetched {url} to {copy}"
+    assert tspipe(*command).err.splitlines()[0] == f"{url} is unchanged: using the copy {copy}"
     (tmp_path / "digits.h5").unlink()
-    assert tspipe(*command).out.splitlines()[0] == (f"Using the copy of {url}: There is no file {url}.")
+    assert tspipe(*command).err.splitlines()[0] == (f"Using the copy of {url}: There is no file {url}.")
 
 
 def test_info_of_a_url_equals_info_of_the_file(tspipe: Tspipe, digits: Cache) -> None:

@@ -22,14 +22,17 @@ from tspipe.deploy.labelled_images import open_labelled_images
 from tspipe.training.run_folder import RunFolder
 
 
-def test_the_command(tspipe: Callable, run: Path, student_file: Path, digits: Cache, tmp_path: Path) -> None:
-    """The cache is found by the first student's id; one that is named is opened."""
+def test_the_command(
+    tspipe: Callable, run: Path, student_file: Path, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is found by the first student's id; one that is named is opened. A student may be at a URL."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     export(library.load_student(student_file), ExportConfig("safetensors", tmp_path / "x.safetensors"), None)
     Path("cache").mkdir()
     Path("cache/digits.h5").symlink_to(digits.path)
-    arguments = ["eval", student_file, "x.safetensors", "--seconds", 0]
-    result = tspipe(*arguments, "--json")
+    result = tspipe("eval", f"file://{student_file}", "x.safetensors", "--seconds", 0, "--json")
     assert result.code == 0, result.err
+    assert result.err.startswith(f"Fetched file://{student_file} to {tmp_path}/home/tspipe/")
     content = json.loads(result.out)
     assert (content["caches"], content["images"]) == ([digits.id], 797)
     teacher, student, exported = content["results"]

@@ -183,6 +183,8 @@ def describe_contents(cache: Cache) -> list[str]:
     if cache.has_teacher:
         weights = f"{teacher['network']}, {teacher['weights_sha256'][:12]}"
         lines.append(f"the teacher's weights ({weights}); their licence is their publisher's")
+    if "program_sha256" in teacher:
+        lines.append("the teacher's operations, which run without its Python file")
     return lines
 
 

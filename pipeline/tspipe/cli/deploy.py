@@ -152,8 +152,10 @@ def predict(
 
 def eval_(
     sources: Annotated[
-        list[Path],
-        typer.Argument(metavar="STUDENT|EXPORT|CACHE", help="Run folders, students' files, exports, or caches."),
+        list[str],
+        typer.Argument(
+            metavar="STUDENT|EXPORT|CACHE", help="Run folders, students' files, exports or caches, or their URLs."
+        ),
     ],
     student: Name = None,
     last: Last = False,
@@ -177,8 +179,9 @@ def eval_(
 
     if html:
         figures.check()
-    caches = [open_cache(file) for file in dict.fromkeys([cache, *sources]) if file and file.suffix == ".h5"]
-    classifiers = [load_classifier(source, student, network, last=last) for source in sources if source.suffix != ".h5"]
+    files = [local_path(source) for source in sources]
+    caches = [open_cache(file) for file in dict.fromkeys([cache, *files]) if file and file.suffix == ".h5"]
+    classifiers = [load_classifier(file, student, network, last=last) for file in files if file.suffix != ".h5"]
     caches = caches or [find_cache(classifiers[0].facts.cache)]
     tests = [open_labelled_images(opened, data) for opened in caches]
     evaluations = evaluate(tests, classifiers, seconds, network)

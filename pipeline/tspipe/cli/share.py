@@ -126,12 +126,16 @@ def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:
     if opened.manifest["random"]:
         lines.append("Random images come from the pool in the file, without the teacher.")
         words += ["--set", "random_source=pool"]
-    elif own_network:
-        lines.append(f"Random images need the teacher's file (--teacher ./{network}.py), and are left out without it.")
-        words += ["--random-images", "0"]
     elif not opened.has_teacher:
         lines.append("Random images need the teacher's weights, which are not in the file, and are left out.")
         words += ["--random-images", "0"]
+    elif "program_sha256" in opened.manifest["teacher"] and (own_network or network.startswith("hub:")):
+        lines.append("Random images need no file of the teacher: the cache has its operations.")
+    elif own_network:
+        lines.append(f"Random images need the teacher's file (--teacher ./{network}.py), and are left out without it.")
+        words += ["--random-images", "0"]
+    elif network.startswith("hub:"):
+        lines.append(f"Random images need the code of {network}, which runs only with --trust-remote-code.")
     elif networks.is_from_library(network):
         library = opened.manifest["teacher"].get("library", network.partition(":")[0])  # `timm 1.0.31`
         lines.append(f"Random images need {library}, for the teacher {network}.")
@@ -231,7 +235,7 @@ def _list_random_kinds(cache: str | None, data: Path | None, settings: list[str]
 def local_path(cache: str) -> Path:
     """Return the path of a cache or a model; one at a URL is downloaded once, and kept while it is unchanged there."""
     from tspipe.cache import address, transfer
-    from tspipe.utils.progress import byte_progress
+    from tspipe.utils.progress import byte_progress, warn
 
     if not address.is_url(cache):
         return Path(cache)
@@ -239,11 +243,11 @@ def local_path(cache: str) -> Path:
     with byte_progress(f"fetching {address.file_name(cache)}", lambda: transfer.remote_size(cache)) as moved:
         fetched = transfer.fetch(cache, moved)
     if fetched.status == "fetched":
-        echo(f"Fetched {name} to {fetched.path}")
+        warn(f"Fetched {name} to {fetched.path}")
     elif fetched.status == "unchanged":
-        echo(f"{name} is unchanged: using the copy {fetched.path}")
+        warn(f"{name} is unchanged: using the copy {fetched.path}")
     else:
-        echo(f"Using the copy of {name}: {fetched.problem.split('. ')[0]}.")
+        warn(f"Using the copy of {name}: {fetched.problem.split('. ')[0]}.")
     return fetched.path
 
 

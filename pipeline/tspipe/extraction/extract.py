@@ -144,7 +144,8 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
     channels, height, width = input_shape(dataset.train, recipe.preprocess)
     shape = channels, height, width
     spec = loading.NetworkSpec(name, len(dataset.train.classes), shape, recipe.teacher.options)
-    module, options = loading.load_network(spec, config.weights.tensors, config.weights.source)
+    given = config.weights
+    module, options = loading.load_network(spec, given.tensors, given.source, given.sha256)
     stored = weights.canonical_bytes(module)
     program = export_program(module, name, shape) if config.portable_teacher else b""
     teacher = freeze(module, name, shape, device)

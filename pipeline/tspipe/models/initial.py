@@ -62,7 +62,7 @@ def find(init: str, spec: NetworkSpec, *, download: bool) -> InitialWeights | No
     tensors, recorded = read.tensors, read.metadata
     if {"network", "width"} <= recorded.keys():  # a student of tspipe's
         tensors = {key.removeprefix(_BACKBONE): value for key, value in tensors.items() if key.startswith(_BACKBONE)}
-    tensors, options = adapt(spec, tensors)
+    tensors, options = adapt(spec, tensors, read.sha256)
     return InitialWeights(tensors, options, Path(read.source).name, read.sha256, _preprocess(recorded))
 
 

@@ -54,16 +54,19 @@ class _WeightsOnMeta(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **on_meta})
 
 
-def adapt(spec: NetworkSpec, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights under the network's keys, and the network's options with those that the weights' keys imply.
+def adapt(
+    spec: NetworkSpec, tensors: Mapping[str, Tensor], sha256: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights under the network's keys, and the network's options with those that the weights imply.
 
     Prefixes of wrappers (DataParallel, torch.compile, Lightning) are replaced by those that the network's keys have.
+    `sha256` of the weights' file tells published weights, whose options are not in their keys.
     """
     if prefix := _wrappers(tensors):
         own_prefix = _wrappers(spec.build_on_meta().state_dict())
         tensors = {own_prefix + key.removeprefix(prefix): value for key, value in tensors.items()}
     state, implied = networks.adapt(spec.name, dict(tensors))
-    return state, {**spec.options, **implied}
+    return state, {**networks.published_options(spec.name, sha256), **spec.options, **implied}
 
 
 def _wrappers(state: Mapping[str, Any]) -> str:
@@ -73,16 +76,19 @@ def _wrappers(state: Mapping[str, Any]) -> str:
     return shortest if all(prefix.startswith(shortest) for prefix in prefixes) else ""
 
 
-def load_network(spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str) -> tuple[nn.Module, dict[str, Any]]:
+def load_network(
+    spec: NetworkSpec, tensors: Mapping[str, Tensor], source: str, sha256: str = ""
+) -> tuple[nn.Module, dict[str, Any]]:
     """Build a network and load its weights; return it with its options, see `adapt`.
 
     Args:
         tensors: the weights, under the keys of the network or of a published checkpoint of it.
         source: the name of the weights in an error.
+        sha256: of the file that they are from.
 
     Raises NetworkError if they do not fit, before memory is allocated for the network.
     """
-    tensors, options = adapt(spec, tensors)
+    tensors, options = adapt(spec, tensors, sha256)
     spec = spec._replace(options=options)
     check_fit(spec.build_on_meta(), tensors, spec.name, source)
     module = spec.build()

@@ -167,7 +167,7 @@ def _build_network(
     settings = config.recipe.teacher
     try:
         spec = loading.NetworkSpec(settings.network, len(dataset.train.classes), shape, settings.options)
-        tensors, options = loading.adapt(spec, start.tensors) if start else ({}, dict(settings.options))
+        tensors, options = loading.adapt(spec, start.tensors, start.sha256) if start else ({}, dict(settings.options))
         seed_torch(teacher_epochs.SEED, "weights")
         network = networks.build(settings.network, spec.num_classes, shape, options)
         if not hasattr(network, "losses"):

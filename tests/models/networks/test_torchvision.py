@@ -54,12 +54,18 @@ def test_teacher_and_student(name: str) -> None:
         assert [part.shape for part in student(probe)] == [(2, 5), (2, 3)]
 
 
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_auxiliary_heads_of_a_checkpoint_are_left_out(name: str) -> None:
+@pytest.mark.parametrize(("name", "sha256"), [("googlenet", "1378be20"), ("inception_v3", "0cc3c7bd")])
+def test_published_weights_with_auxiliary_heads(name: str, sha256: str) -> None:
+    """The heads are left out. torchvision builds the network with `transform_input` for its own weights alone."""
     with torch.device("meta"):
         state = models.get_model(name, weights=None, num_classes=4, aux_logits=True, init_weights=False).state_dict()
     spec = loading.NetworkSpec(f"torchvision:{name}", 4, (3, 75, 75), {})
-    tensors, _ = loading.adapt(spec, state)
+    tensors, options = loading.adapt(spec, state, sha256 + "0" * 56)
+    assert options == {"transform_input": True}
+    assert (
+        loading.adapt(spec._replace(options={"transform_input": False}), state, sha256)[1]["transform_input"] is False
+    )
+    assert loading.adapt(spec, state, "0" * 64)[1] == {}
     loading.check_fit(spec.build_on_meta(), tensors, spec.name, "w.pt")
     assert len(tensors) < len(state)
 

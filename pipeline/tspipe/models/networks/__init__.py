@@ -121,6 +121,20 @@ def adapt(name: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return function(state) if function else (state, {})
 
 
+def published_options(name: str, sha256: str) -> dict[str, Any]:
+    """Return the options that torchvision builds a network with for weights that it publishes, by their SHA-256.
+
+    GoogLeNet's and Inception's come from TensorFlow: with them, the network normalises its input once more.
+    """
+    model = name.removeprefix(_TORCHVISION)
+    if model == name or model not in _AUXILIARY:
+        return {}
+    from torchvision.models import get_model_weights
+
+    digests = [entry.url.rpartition("-")[2].partition(".")[0] for entry in get_model_weights(model)]
+    return {"transform_input": True} if sha256.startswith(tuple(digests)) else {}
+
+
 def complete(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return a checkpoint's `state`, after `adapt`, completed by the initial state dict of the network to be trained.
 
