@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 import tspipe as library
@@ -19,7 +20,28 @@ from tspipe.deploy.classifier import find_images
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.exported import OnnxExport
 from tspipe.deploy.rebuilt import RebuiltExport
+from tspipe.deploy.student import Student
 from tspipe.errors import DatasetError
+from tspipe.models import networks
+from tspipe.models.feature_net import student_of
+from tspipe.models.probe import probe_images
+
+MINE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc = nn.Linear(256, classes)
+        self.register_buffer("shift", torch.ones(1), persistent=False)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1) * torch.tensor(2.0) + self.shift)
+
+def build(num_classes):
+    return Net(num_classes)
+"""
 
 
 @pytest.fixture
@@ -90,6 +112,22 @@ def test_exports_predict_as_their_student(
             for name, data in members.items():
                 archive.writestr(name, data.replace(old, new) if name.endswith("weights_config.json") else data)
         assert reason in error_message(RebuiltExport, tmp_path / "y.pt2")
+
+
+def test_constants_of_a_program_are_not_weights(
+    student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the forward makes, and buffers that are not in the state dict."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    network = student_of(networks.build("./mine.py", 10, (1, 16, 16)), "mine", 4, 10, probe_images((1, 16, 16)))
+    facts = library.load_student(student_file).facts.model_copy(update={"network": "mine"})
+    student = Student(network, facts, tmp_path / "student-mine.safetensors").eval()
+    for name, file in (("safetensors", Path("x.safetensors")), ("torch", Path("x.pt2"))):
+        export(student, ExportConfig(name, file), None)
+        pixels = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+        rebuilt = RebuiltExport(file, "./mine.py").probabilities(pixels)
+        torch.testing.assert_close(rebuilt, student.probabilities(pixels))
 
 
 def test_only_an_export_of_tspipes_is_run(tmp_path: Path) -> None:

@@ -87,10 +87,17 @@ class StudentFacts(Facts):
 
 
 class ExportFacts(Facts):
-    """The metadata of an export; `output` says whether it takes bytes and returns probabilities (`--uint8`)."""
+    """The metadata of an export.
+
+    Attributes:
+        name: the student's.
+        output: probabilities if the file takes bytes (`--uint8`), else logits.
+        constants: the tensors in a safetensors file that are the program's, and not in the network's state dict.
+    """
 
     name: str
     output: Literal["logits", "probabilities"]
+    constants: Json[list[str]] = []
 
 
 _KINDS: dict[type[Facts], str] = {StudentFacts: "a student of tspipe's", ExportFacts: "an export of tspipe's"}

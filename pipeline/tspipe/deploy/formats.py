@@ -149,7 +149,8 @@ def _write_safetensors(
     source = SOURCE
     for field, text in fields.items():
         source = source.replace(f"<{field}>", text)
-    return Files(safetensors.torch.save(copies, dict(metadata)), source)
+    constants = json.dumps([target for target in targets if target in program.constants])
+    return Files(safetensors.torch.save(copies, {**metadata, "constants": constants}), source)
 
 
 def _load_safetensors(files: Files) -> Run:

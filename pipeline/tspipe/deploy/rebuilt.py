@@ -58,6 +58,7 @@ class RebuiltExport:
 
 def _rebuild(facts: ExportFacts, tensors: Mapping[str, Tensor], network: str | None, path: Path) -> nn.Module:
     """Build the network, fold it as `tspipe export` does, and load the tensors."""
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in facts.constants}
     built = build(facts, sum(tensor.numel() for tensor in tensors.values()), len(facts.classes), network, path)
     module = fold_network(built, facts.input_shape, str(path))
     if facts.output == "probabilities":
@@ -68,7 +69,7 @@ def _rebuild(facts: ExportFacts, tensors: Mapping[str, Tensor], network: str | N
             f"{path} cannot be used: its tensors are not those of {facts.network} as this tspipe exports it. "
             "Its program is not run, because it may be anyone's. Use an .onnx export of the student."
         )
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(tensors)
     return module
 
 
