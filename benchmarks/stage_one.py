@@ -126,7 +126,9 @@ def stage_one_job(
     recipe = recipe.model_copy(update={"preprocess": preprocess, "compute": compute, "features": features})
     config = extract.ExtractConfig(recipe, Weights({}, {}, "", ""), out)
     dimensions = replace(cache.dimensions, weights_bytes=0, random_rows=None, views=None)
-    return extract.Job(config, dataset, teacher, b"", {**as_plan(manifest), "random": None, "views": None}, dimensions)
+    return extract.Job(
+        config, dataset, teacher, b"", b"", {**as_plan(manifest), "random": None, "views": None}, dimensions
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms._presets import ImageClassification
 
 import cub200_archive
 from conftest import Result, Zygote
@@ -22,7 +24,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
 from tspipe.recipes import load
-from tspipe.training import checkpoint, metrics_log, teacher_weights, train_teacher
+from tspipe.training import checkpoint, metrics_log, teacher_epochs, teacher_weights, train_teacher
 
 Tspipe = Callable[..., Result]
 SMALL = ["--set=preprocess.resize=[40,40]", "--set=preprocess.crop=32"]  # in place of 600 and 448
@@ -224,6 +226,7 @@ def test_pretrained_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pyt
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "w.pth")
     digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
     entry = SimpleNamespace(url=f"https://example.org/resnet50-{digest[:8]}.pth", meta={"_file_size": 1.0})
+    entry.transforms = partial(ImageClassification, crop_size=224)
     monkeypatch.setattr("torchvision.models.get_weight", lambda name: entry)
     fetched: list[str] = []
 
@@ -315,7 +318,7 @@ def test_random_crops(archive: Path) -> None:
     recipe = load.load("cub200", ["preprocess.resize=[40,41]", "preprocess.crop=32", "teacher.flip=false"])
     y, x = torch.meshgrid(torch.arange(40), torch.arange(41), indexing="ij")
     images = torch.stack([y, x]).to(torch.uint8)[None].repeat(500, 1, 1, 1)
-    crops = train_teacher._augment(images, recipe, epoch=0, batch=0)
+    crops = teacher_epochs._augment(images, recipe, epoch=0, batch=0)
     assert crops.shape == (500, 2, 32, 32)
     corners = {tuple(crop[:, 0, 0].tolist()) for crop in crops}
     assert {y for y, _ in corners} == set(range(9))
@@ -323,5 +326,5 @@ def test_random_crops(archive: Path) -> None:
     for crop in crops:
         top, left = crop[:, 0, 0].tolist()
         assert torch.equal(crop, images[0, :, top : top + 32, left : left + 32])
-    assert torch.equal(train_teacher._augment(images, recipe, epoch=0, batch=0), crops)
-    assert not torch.equal(train_teacher._augment(images, recipe, epoch=1, batch=0), crops)
+    assert torch.equal(teacher_epochs._augment(images, recipe, epoch=0, batch=0), crops)
+    assert not torch.equal(teacher_epochs._augment(images, recipe, epoch=1, batch=0), crops)
