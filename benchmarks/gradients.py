@@ -19,7 +19,7 @@ from tspipe.cache import open_cache
 from tspipe.losses import Target
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.training.arms import RANDOM
-from tspipe.training.config import StudentConfig
+from tspipe.training.config import LocalInputs, StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import open_trainer
 
@@ -37,7 +37,9 @@ def main(file: str, data: str, recipe: str, student: str, *weights: str) -> None
     chosen, _ = recipe_for_cache(file, cache.manifest, recipe, ["random_source=pool"], {"student": [student]})
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(
-            StudentConfig(chosen, cache, (RANDOM,), Path(data)), RunFolder(Path(folder), {}, {}), torch.device("cpu")
+            StudentConfig(chosen, cache, (RANDOM,), LocalInputs(Path(data))),
+            RunFolder(Path(folder), {}, {}),
+            torch.device("cpu"),
         )
     (learner,) = trainer.learners(0)
     for path in weights:

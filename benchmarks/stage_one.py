@@ -31,7 +31,7 @@ from tspipe.models.teacher import load_teacher
 from tspipe.models.weights import Weights
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.recipes.schema import Compute, Features, Recipe
-from tspipe.training.config import StudentConfig
+from tspipe.training.config import LocalInputs, StudentConfig
 from tspipe.training.run_data import open_local_dataset
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.memory import keep_freed_memory
@@ -51,7 +51,7 @@ def measure(path: str, data: str | None, seconds: float) -> dict[str, tuple[list
     """The seconds per image of the floor and of stage one in each turn, by source: decoded images, files."""
     cache = open_cache(path)
     recipe, default_folder = recipe_for_cache(path, cache.manifest, None, None, {})
-    config = StudentConfig(recipe, cache, data=Path(data) if data else default_folder)
+    config = StudentConfig(recipe, cache, inputs=LocalInputs(Path(data) if data else default_folder))
     device = pick_device(recipe.device)
     use_full_precision()
     keep_freed_memory()
@@ -126,9 +126,8 @@ def stage_one_job(
     recipe = recipe.model_copy(update={"preprocess": preprocess, "compute": compute, "features": features})
     config = extract.ExtractConfig(recipe, Weights({}, {}, "", ""), out)
     dimensions = replace(cache.dimensions, weights_bytes=0, random_rows=None, views=None)
-    return extract.Job(
-        config, dataset, teacher, b"", b"", {**as_plan(manifest), "random": None, "views": None}, dimensions
-    )
+    plan = {**as_plan(manifest), "random": None, "views": None}
+    return extract.Job(config, dataset, teacher, b"", b"", plan, dimensions)
 
 
 if __name__ == "__main__":

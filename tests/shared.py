@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tspipe.cache.inspect import inspect
 from tspipe.errors import NetworkError
-from tspipe.extraction.extract import ExtractConfig
+from tspipe.extraction.extract import Contents, ExtractConfig
 from tspipe.models import networks, weights
 from tspipe.recipes import load
 from tspipe.training import batches, learner
@@ -77,7 +77,7 @@ POOL_ROWS = 40  # in blocks of 16, 16 and 8
 def pool_config(teacher: Path, out: Path, *overrides: str, rows: int = POOL_ROWS) -> ExtractConfig:
     """Return the configuration of stage one for the digits with a random pool."""
     settings = [*TEACHER, "compute.block_rows=16", *overrides]
-    return ExtractConfig(load.load("digits", settings), weights.read(teacher), out, random_pool=rows)
+    return ExtractConfig(load.load("digits", settings), weights.read(teacher), out, contents=Contents(random_pool=rows))
 
 
 def pool_image(seed: int, row: int, block_rows: int, shape: tuple[int, ...]) -> np.ndarray:

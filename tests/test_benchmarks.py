@@ -10,7 +10,7 @@ import pytest
 
 from shared import small
 from tspipe.cache import Cache
-from tspipe.extraction.extract import extract
+from tspipe.extraction.extract import Contents, extract
 
 
 def load_benchmark(name: str) -> ModuleType:
@@ -29,7 +29,7 @@ def test_stage_one_is_timed_from_decoded_images_and_from_files(
 ) -> None:
     """Files are decoded also for a cache that holds pixels."""
     folder, stage_one = tmp_path / "shapes", load_benchmark("stage_one")
-    cache = extract(replace(small(folder), images=images))
+    cache = extract(replace(small(folder), contents=Contents(images)))
     assert cache is not None
     capsys.readouterr()
     times = stage_one.measure(str(cache.path), str(folder), 0.1)

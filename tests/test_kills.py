@@ -13,7 +13,7 @@ import safetensors.torch
 from conftest import Zygote
 from shared import TEACHER
 from tspipe.cache import Cache
-from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.extraction.extract import Contents, ExtractConfig, extract
 from tspipe.models import weights
 from tspipe.recipes import load
 from tspipe.training import checkpoint
@@ -28,7 +28,9 @@ def test_stage_one(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
     """
     settings = [*TEACHER, "compute.block_rows=16"]
     arguments = load.load("digits", settings)
-    complete = extract(ExtractConfig(arguments, weights.read(teacher), tmp_path / "whole.h5", random_pool=100))
+    complete = extract(
+        ExtractConfig(arguments, weights.read(teacher), tmp_path / "whole.h5", contents=Contents(random_pool=100))
+    )
     sizes = complete.dimensions
     blocks = {f"{section} {block}" for section in sizes.sections for block in range(sizes.blocks(section))}
     out = tmp_path / "digits.h5"

@@ -149,6 +149,6 @@ def test_memory_that_cannot_be_measured_is_remarked_on(
     ]
     monkeypatch.setattr(memory.subprocess, "run", lambda command, **_: made.pop(0))
     monkeypatch.setattr(memory, "available_cores", lambda: 1)
-    monkeypatch.setattr(memory, "PEAKS", tmp_path)
+    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path)
     assert memory.measure([(Path("x"), None), (Path("y"), None)]) == [{1: 5, 32: 7}, {}]
     assert capsys.readouterr().err == "The memory of y cannot be measured: b\n"

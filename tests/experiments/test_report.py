@@ -86,7 +86,7 @@ def test_a_report_is_one_page_and_figures(run: RunFolder, tmp_path: Path) -> Non
         "Differences from the paper: 1 epoch, not 200.",
         "resnet56, 853,018 parameters: 83.20 % test accuracy.",
         "bird 3 75.0% cat 1 25.0%",
-        "lenet5, taught, epoch 1: mse 2 / xent 2 = 1, as usual",
+        "lenet5, taught, epoch 1: mse 2 / xent 2 = 1, as expected",
         "seeds 3",
         "torch 2.6.0",
         "ab" * 32,
@@ -186,7 +186,7 @@ def test_the_command(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(report.figures, "draw", lambda _, name: Drawing(name, "", "", "<svg></svg>", b""))
     result = CliRunner().invoke(app, ["report", "run", "./run/"], catch_exceptions=False)
     assert " ".join(result.output.split()).endswith("Report: run/report.html (figures beside it)")
-    assert result.output.count("mse 2 / xent 2 = 1, as usual") == 3  # its three taught results, once
+    assert result.output.count("mse 2 / xent 2 = 1, as expected") == 3  # its three taught results, once
     one, two = (make_run(tmp_path / name, {ALONE: [[0.5]]}) for name in "ab")
     folder = report.default_folder([one, two])
     assert folder == report.default_folder([two, one]) != report.default_folder([run, one])

@@ -152,7 +152,7 @@ def test_the_ratio_of_the_losses(tmp_path: Path) -> None:
         "lenet5, taught, epoch 1: mse 46 / xent 2.3 = 20, so the labels hardly count: try --set xent_weight=20"
     ]
     kd = make_run(tmp_path / "kd", {(TAUGHT, "kd"): [[0.5]]}, columns={"kl": 10.0, "xent": 0.626})
-    assert read(kd).ratios == ["lenet5, taught, kd, epoch 1: kl 10 / xent 0.626 = 16, as usual"]
+    assert read(kd).ratios == ["lenet5, taught, kd, epoch 1: kl 10 / xent 0.626 = 16, as expected"]
 
 
 def test_the_table_of_accuracies(tmp_path: Path) -> None:

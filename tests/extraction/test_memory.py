@@ -10,7 +10,7 @@ import torch
 
 from tspipe.cache import Cache
 from tspipe.cache.verify import find_damage
-from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.extraction.extract import Contents, ExtractConfig, extract
 from tspipe.extraction.verify import VerifyConfig, compare_teacher, match_data
 from tspipe.models import networks, weights
 from tspipe.recipes import load
@@ -52,7 +52,9 @@ def config(tmp_path: Path) -> ExtractConfig:
     weights.save(tmp_path / "w.safetensors", network, {})
     settings = [f"dataset={tmp_path}/many.py", f"teacher.network={tmp_path}/wide.py", "compute.block_rows=64"]
     recipe = load.load("digits", [*settings, "preprocess.resize=none"])
-    return ExtractConfig(recipe, weights.read(tmp_path / "w.safetensors"), tmp_path / "many.h5", images=True)
+    return ExtractConfig(
+        recipe, weights.read(tmp_path / "w.safetensors"), tmp_path / "many.h5", contents=Contents(images=True)
+    )
 
 
 def test_no_stage_holds_all_logits(config: ExtractConfig) -> None:

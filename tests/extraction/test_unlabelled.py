@@ -17,13 +17,13 @@ from tspipe.cache.layout import digest
 from tspipe.data.datasets import open_dataset
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.extraction import forward
-from tspipe.extraction.extract import ExtractConfig, extract
+from tspipe.extraction.extract import Contents, ExtractConfig, extract
 from tspipe.models import weights
 from tspipe.recipes import load
 from tspipe.training import learner
 from tspipe.training.arms import ALONE, TAUGHT
 from tspipe.training.batches import Batch
-from tspipe.training.config import StudentConfig
+from tspipe.training.config import LocalInputs, StudentConfig
 from tspipe.training.trainer import train_students
 
 Tspipe = Callable[..., Result]
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage_one(teacher: Path, out: Path, folder: Path, *, images: bool = False) -> ExtractConfig:
     recipe = load.load("digits", [*TEACHER, "compute.block_rows=16"])
-    return ExtractConfig(recipe, weights.read(teacher), out, images=images, unlabelled=folder)
+    return ExtractConfig(recipe, weights.read(teacher), out, contents=Contents(images, unlabelled=folder))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def cache(teacher: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory)
 def stage_two(cache: Cache, folder: Path | None, out: Path, *settings: str, arm: str = TAUGHT) -> StudentConfig:
     facts = {"preprocess": cache.manifest["preprocess"]}
     recipe = load.load("digits", [*SMALL, *settings], facts=facts)
-    return StudentConfig(recipe, cache, (arm,), out=out, unlabelled=folder)
+    return StudentConfig(recipe, cache, (arm,), LocalInputs(unlabelled=folder), out)
 
 
 def test_the_file_holds_them_as_a_split(cache: Cache, digits: Cache, folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tspipe.cache import Cache
 from tspipe.recipes import load
 from tspipe.recipes.schema import Recipe
-from tspipe.training.config import IRRELEVANT, StudentConfig, identity
+from tspipe.training.config import IRRELEVANT, LocalInputs, StudentConfig, identity
 
 
 def config(cache: Cache, *overrides: str) -> StudentConfig:
@@ -52,5 +52,5 @@ def test_settings_that_do_not_change_results_keep_the_identity(digits: Cache, ov
 
 def test_trusting_the_data_changes_the_identity_and_their_path_does_not(digits: Cache) -> None:
     plain = config(digits)
-    assert identity(replace(plain, data=Path("elsewhere"))) == identity(plain)
-    assert identity(replace(plain, trust_data=True)) != identity(plain)
+    assert identity(replace(plain, inputs=LocalInputs(Path("elsewhere")))) == identity(plain)
+    assert identity(replace(plain, inputs=LocalInputs(trust=True))) != identity(plain)

@@ -59,7 +59,7 @@ def test_a_student_keeps_its_own_width(match: str, digits: Cache, tmp_path: Path
     with safetensors.safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["tspipe"])
         assert file.get_tensor("head.weight").shape == (10, 12)
-    assert (facts["width"], facts["own_width"]) == ("12", "true")
+    assert (facts["width"], facts["native_width"]) == ("12", "true")
     student = load_student(path, network=str(tmp_path / "narrow.py"))
     images = torch.rand(3, 1, 16, 16)
     with torch.no_grad():

@@ -272,4 +272,4 @@ def test_escape_sequences_of_a_foreign_run_are_not_printed(copy: Path, capsys: p
 
     row = {"student": "\x1b[31ma", "arm": "\x1b]0;x\x07", "epoch": 1, "mse": 1.0, "xent": 2.0}
     (sentence,) = loss_ratios([row], hint=False)
-    assert sentence == r"\x1b[31ma, \x1b]0;x\x07, epoch 1: mse 1 / xent 2 = 0.5, as usual"
+    assert sentence == r"\x1b[31ma, \x1b]0;x\x07, epoch 1: mse 1 / xent 2 = 0.5, as expected"

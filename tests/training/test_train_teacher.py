@@ -100,14 +100,14 @@ def test_each_epoch_has_a_line_and_a_row(tmp_path: Path, capsys: pytest.CaptureF
     ]
 
 
-def test_the_layers_that_begin_anew_are_named(
+def test_the_layers_that_are_reinitialised_are_named(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = weights.read(teacher)
     other = {key: tensor[:4] if key.startswith("classifier.4") else tensor for key, tensor in start.tensors.items()}
     for tensors, expected in (
         (start.tensors, "every layer is loaded"),
-        (other, "classifier.4 begins anew, every other layer is loaded"),
+        (other, "classifier.4 is reinitialised, every other layer is loaded"),
     ):
         fine_tuned = config(tmp_path / expected[:5], "teacher.epochs=1")
         train_teacher(replace(fine_tuned, start=start._replace(tensors=tensors)))

@@ -25,7 +25,7 @@ from tspipe.experiments import bench
 from tspipe.extraction import blocks as rows
 from tspipe.extraction import extract as stage
 from tspipe.extraction import forward
-from tspipe.extraction.extract import extract
+from tspipe.extraction.extract import Contents, extract
 from tspipe.models.teacher import load_teacher, run_teacher
 from tspipe.recipes import load
 from tspipe.training import batches, learner
@@ -141,7 +141,7 @@ def test_students_see_what_the_teacher_saw(
 ) -> None:
     """Pixels are equal in every arm, and the live teacher's output equals the cached one up to float32 rounding."""
     noted, arms, folder = Noted(monkeypatch), (ALONE, TAUGHT, RANDOM), tmp_path / "shapes"
-    cache = extract(replace(small(folder, *VIEWS, *settings, "compute.batch_size=5"), images=images))
+    cache = extract(replace(small(folder, *VIEWS, *settings, "compute.batch_size=5"), contents=Contents(images)))
     saw = torch.cat(noted.taught)
     assert (saw.shape, saw.dtype) == ((16 * V, 3, 16, 16), torch.uint8)
     if images:  # stage two needs no dataset then
@@ -239,13 +239,15 @@ def test_a_feature_beyond_float16_names_the_image_of_the_view(tmp_path: Path, mo
 
 def test_cropped_pixels_cannot_be_stored_with_views(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
-        extract(replace(small(tmp_path / "shapes", *VIEWS, *CROP), images=True))
+        extract(replace(small(tmp_path / "shapes", *VIEWS, *CROP), contents=Contents(images=True)))
     assert str(refused.value) == (
         "--images keeps pixels that are cropped, and the crop takes away what views need. Leave out --images, the "
         "views (--set views.count=0), or the crop (--set preprocess.crop=none)."
     )
     assert not (tmp_path / "shapes.h5.part").exists()
-    cache = extract(replace(small(tmp_path / "shapes", *VIEWS), images=True))  # somebody else's file may claim it
+    cache = extract(
+        replace(small(tmp_path / "shapes", *VIEWS), contents=Contents(images=True))
+    )  # somebody else's file may claim it
     forge(cache.path, lambda manifest: manifest["preprocess"].update(crop=8))
     assert refusal(cache.path) == "its images are cropped, and so cannot be used for its views."
 

@@ -69,8 +69,8 @@ def cache(
             out = out or extract.cache_path(dataset_name, chosen.teacher.network, default_network)
         if not group.rank:
             teachers.print_teacher(teacher_weights, chosen.teacher.network, dataset_name, weights)
-        flags_of_stage = force, download, images, random_pool or 0, unlabelled, skip_broken, portable_teacher
-        extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, *flags_of_stage)
+        contents = extract.Contents(images, random_pool or 0, unlabelled, portable_teacher)
+        extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, contents, force, download, skip_broken)
         finished = extract.extract(extraction, group)
     if finished is not None:
         _show_finished(finished, _student_command(extraction, recipe))
@@ -169,22 +169,22 @@ def _student_command(extraction: "ExtractConfig", recipe: str | None) -> list[st
     from tspipe.data import datasets
     from tspipe.utils import plugins
 
-    dataset, network = extraction.recipe.dataset, extraction.recipe.teacher.network
+    dataset, network, contents = extraction.recipe.dataset, extraction.recipe.teacher.network, extraction.contents
     folder = extraction.data or datasets.parse(dataset, extraction.data).folder
     words = ["tspipe", "student", "--cache", str(extraction.out)]
-    if folder and not extraction.images:
+    if folder and not contents.images:
         words += ["--data", str(folder)]
     if recipe:
         words += ["--recipe", recipe]
-    if plugins.is_file(dataset) and not extraction.images:
+    if plugins.is_file(dataset) and not contents.images:
         words += ["--set", f"dataset={dataset}"]
-    if plugins.is_file(network) and not extraction.portable_teacher:
+    if plugins.is_file(network) and not contents.portable_teacher:
         words += ["--teacher", network]
-    if network.startswith("hub:") and not (extraction.portable_teacher or extraction.random_pool):
+    if network.startswith("hub:") and not (contents.portable_teacher or contents.random_pool):
         words += ["--trust-remote-code"]
-    if extraction.random_pool:
+    if contents.random_pool:
         words += ["--set", "random_source=pool"]
-    if extraction.unlabelled:
-        words += [] if extraction.images else ["--unlabelled", str(extraction.unlabelled)]
+    if contents.unlabelled:
+        words += [] if contents.images else ["--unlabelled", str(contents.unlabelled)]
         words += ["--set", f"unlabelled_images={extraction.recipe.batch_size}"]
     return words

@@ -211,8 +211,8 @@ def _pool(random: dict[str, Any] | None) -> dict[str, str]:
 def _views(views: dict[str, Any] | None) -> dict[str, str]:
     if not views:
         return {}
-    how = "moved by up to {shift} pixels".format(**views) + (", mirrored" if views["flip"] else "")
-    return {"views": f"{views['count']:,} of each training image, {how}, seed {views['seed']}"}
+    shifts = "moved by up to {shift} pixels".format(**views) + (", mirrored" if views["flip"] else "")
+    return {"views": f"{views['count']:,} of each training image, {shifts}, seed {views['seed']}"}
 
 
 def _preprocess(fields: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:
     name, network = opened.manifest["dataset"]["name"], opened.manifest["teacher"]["network"]
     lines, words = [], ["tspipe", "student", "--cache", address]
     own_dataset = name.partition(":")[0] not in datasets.names()
-    own_network = networks.is_own(network)
+    own_network = networks.is_user_network(network)
     if opened.has_images:
         lines.append("Training needs no dataset: the pixels are in the file.")
     else:

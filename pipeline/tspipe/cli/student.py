@@ -45,7 +45,7 @@ def student(
     from tspipe.recipes.load import recipe_for_cache
     from tspipe.training import trainer
     from tspipe.training.arms import select_arms
-    from tspipe.training.config import StudentConfig
+    from tspipe.training.config import LocalInputs, StudentConfig
     from tspipe.training.random_source import without_live_teacher
     from tspipe.utils import distributed
     from tspipe.utils.progress import warn
@@ -61,10 +61,8 @@ def student(
                 if remark and not group.rank:
                     warn(remark)
             arms = select_arms(compare, chosen)
-        config = StudentConfig(
-            chosen, opened, arms, data or default_folder, out, download, trust_data, unlabelled=unlabelled
-        )
-        run = trainer.train_students(config, group)
+        inputs = LocalInputs(data or default_folder, unlabelled, download, trust_data)
+        run = trainer.train_students(StudentConfig(chosen, opened, arms, inputs, out), group)
     if not group.rank:
         report.show(run)
 
@@ -135,12 +133,13 @@ def bench(
     from tspipe.cli.render import show_bench
     from tspipe.experiments import bench as stage
     from tspipe.recipes.load import recipe_for_cache
-    from tspipe.training.config import StudentConfig
+    from tspipe.training.config import LocalInputs, StudentConfig
 
     opened = open_cache(local_path(cache))
     flags = {"student": student or None, "teacher.network": teacher}
     chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
-    result = asdict(stage.bench(StudentConfig(chosen, opened, data=data or default_folder), seconds))
+    config = StudentConfig(chosen, opened, inputs=LocalInputs(data or default_folder))
+    result = asdict(stage.bench(config, seconds))
     if json_:
         print(json.dumps(result, indent=2))
     else:

@@ -184,7 +184,13 @@ def _trace(module: nn.Module, example: Tensor, name: str, *, single: bool) -> to
 
 
 def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
-    fields = {"classes", "options", "preprocess", "input_shape", *(["own_width"] if student.facts.own_width else [])}
+    fields = {
+        "classes",
+        "options",
+        "preprocess",
+        "input_shape",
+        *(["native_width"] if student.facts.native_width else []),
+    }
     facts = student.facts.model_dump(mode="json", include=fields)
     batch = "1" if FORMATS[config.format].single else "n"
     return {

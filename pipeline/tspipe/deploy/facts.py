@@ -23,7 +23,7 @@ class Facts(BaseModel):
         classes: the class names.
         dataset, dataset_license, teacher: names for people; empty in files of older versions.
         input_shape: (C, H, W) of an image after `preprocess`.
-        own_width: whether the student keeps its network's last layers, without g(x).
+        native_width: whether the student keeps its network's last layers, without g(x).
         network: the network's name; `mine` for a user's `./mine.py`.
         options: the network's own options.
         test_accuracy: the student's.
@@ -39,7 +39,7 @@ class Facts(BaseModel):
     test_accuracy: _Fraction | None = None
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
-    own_width: Json[bool] = False
+    native_width: Json[bool] = False
     network: Annotated[str, Field(pattern=_NETWORK)]
     options: Json[dict[str, JsonValue]]
 

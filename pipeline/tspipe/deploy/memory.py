@@ -17,7 +17,7 @@ from tspipe.utils.memory import release_freed_memory
 from tspipe.utils.progress import progress, warn
 from tspipe.utils.threads import available_cores, prefetch_map
 
-PEAKS = Path("/proc/self/clear_refs")  # of Linux
+CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux; writing 5 resets the peak
 Peaks = dict[int, int]  # bytes by batch size
 
 
@@ -39,7 +39,7 @@ def measure(sources: Sequence[tuple[Path, str | None]]) -> list[Peaks]:
 
 
 def _measure(source: tuple[Path, str | None]) -> Peaks:
-    if not PEAKS.exists():
+    if not CLEAR_REFS.exists():
         return {}
     command = [sys.executable, "-m", __name__, json.dumps([str(source[0]), source[1]])]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,7 +66,7 @@ def _worker(path: Path, network: str | None) -> Peaks:
     for batch_size in BATCH_SIZES:
         pixels = random_pixels(subject.input_shape, batch_size)
         release_freed_memory()
-        PEAKS.write_text("5", encoding="ascii")  # the peak begins anew
+        CLEAR_REFS.write_text("5", encoding="ascii")
         run(pixels)
         peaks[batch_size] = max(0, _status("VmHWM") - before)
     return peaks

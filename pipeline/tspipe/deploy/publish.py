@@ -69,7 +69,7 @@ def push_card(facts: Facts, pushed: Pushed, *, force: bool) -> str:
 def command(location: str, path: Path, facts: Facts) -> str:
     """Return the command that classifies an image with a file at an address or path."""
     words = ["tspipe", "predict", location, "IMAGE"]
-    if path.suffix != ".onnx" and networks.is_own(facts.network):
+    if path.suffix != ".onnx" and networks.is_user_network(facts.network):
         words += ["--network", f"./{facts.network}.py"]
     return " ".join(map(quote, words))
 
@@ -81,6 +81,6 @@ def needs(path: Path, facts: Facts) -> list[str]:
     lines = ["tspipe"]
     if facts.network.startswith("timm:"):
         lines.append("timm (pip install 'tspipe[timm]')")
-    elif networks.is_own(facts.network):
+    elif networks.is_user_network(facts.network):
         lines.append(f"the network's file: --network ./{facts.network}.py (an export needs none)")
     return lines

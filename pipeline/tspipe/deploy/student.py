@@ -160,7 +160,7 @@ def build(facts: Facts, stored: int, width: int, network: str | None, path: Path
     if spec.count_parameters() > 16 * stored + _SPARE_PARAMETERS:
         raise NetworkError(f"{path} is damaged: it has {stored:,} numbers, far too few for its network {name}.")
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
-        projected = None if facts.own_width else width
+        projected = None if facts.native_width else width
         return student_of(spec.build(), name, projected, classes, probe_images(facts.input_shape))
 
 

@@ -12,13 +12,13 @@ from tspipe.cache import Cache, open_cache
 from tspipe.data import datasets
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import RecipeError
-from tspipe.extraction.extract import ExtractConfig, cache_path, extract
+from tspipe.extraction.extract import Contents, ExtractConfig, cache_path, extract
 from tspipe.models import networks
 from tspipe.recipes import load
 from tspipe.recipes.load import recipe_for_cache
 from tspipe.recipes.schema import Overrides, Paper, Recipe
 from tspipe.training import arms, teacher_weights
-from tspipe.training.config import StudentConfig, check_names
+from tspipe.training.config import LocalInputs, StudentConfig, check_names
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.train_teacher import TeacherConfig, find_checkpoint
 from tspipe.training.trainer import train_students
@@ -159,7 +159,8 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
         recipe = load.load(part.recipes, config.settings, flags, teacher_weights.recorded_settings(weights, network))
         if not group.rank:
             teacher_weights.print_teacher(weights, network, dataset, config.weights)
-    extract(ExtractConfig(recipe, weights, path, config.data, download=config.download, random_pool=pool), group)
+    contents = Contents(random_pool=pool)
+    extract(ExtractConfig(recipe, weights, path, config.data, contents, download=config.download), group)
     return path
 
 
@@ -174,7 +175,7 @@ def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
     if recipe.paper:
         recipe = recipe.model_copy(update={"paper": recipe.paper.model_copy(update={"differs": differs})})
     folder = config.data or datasets.parse(part.dataset, config.data).folder or default_folder
-    return StudentConfig(recipe, cache, arms_of(config, recipe), folder, download=config.download)
+    return StudentConfig(recipe, cache, arms_of(config, recipe), LocalInputs(folder, download=config.download))
 
 
 def _differences(config: TableConfig, recipe: Recipe, paper: Recipe, cache: Cache) -> list[str]:

@@ -40,6 +40,23 @@ from tspipe.utils.threads import TimeBreakdown, background_writer
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What the file holds beyond the teacher's output for the dataset, and its weights.
+
+    Attributes:
+        images: the preprocessed pixels, so that stage two needs no dataset.
+        random_pool: the number of labelled random images, so that stage two needs no teacher.
+        unlabelled: the folder of more images, without labels; None for none.
+        portable_teacher: the teacher's program, so that its network's file is not needed.
+    """
+
+    images: bool = False
+    random_pool: int = 0
+    unlabelled: Path | None = None
+    portable_teacher: bool = False
+
+
+@dataclass(frozen=True)
 class ExtractConfig:
     """The settings of `tspipe cache`."""
 
@@ -47,13 +64,10 @@ class ExtractConfig:
     weights: Weights
     out: Path
     data: Path | None = None
+    contents: Contents = Contents()
     force: bool = False
     download: bool = False
-    images: bool = False  # keep the preprocessed pixels, so that stage two needs no dataset
-    random_pool: int = 0  # random images to label, too, so that stage two needs no teacher
-    unlabelled: Path | None = None  # a folder of more images, without labels
     skip_broken: bool = False  # leave out images that cannot be decoded
-    portable_teacher: bool = False  # store the teacher's program, so that its network's file is not needed
 
 
 def cache_path(dataset: str, teacher: str, default_teacher: str) -> Path:
@@ -114,7 +128,7 @@ class Job:
 
 def _prepare(config: ExtractConfig, group: Group = ALONE) -> Job:
     recipe, out = config.recipe, config.out
-    if config.images and recipe.views.count and recipe.preprocess.crop:
+    if config.contents.images and recipe.views.count and recipe.preprocess.crop:
         raise RecipeError(
             "--images keeps pixels that are cropped, and the crop takes away what views need. Leave out --images, the "
             "views (--set views.count=0), or the crop (--set preprocess.crop=none)."
@@ -122,8 +136,8 @@ def _prepare(config: ExtractConfig, group: Group = ALONE) -> Job:
     left_out: dict[str, dict[int, str]] = {}
     with group.rank_zero_first():
         dataset = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split)
-        if config.unlabelled:
-            dataset = add_unlabelled(dataset, config.unlabelled, recipe.preprocess)
+        if config.contents.unlabelled:
+            dataset = add_unlabelled(dataset, config.contents.unlabelled, recipe.preprocess)
         if not group.rank:
             finished = open_cache(out) if out.exists() and not config.force else None
             left_out = broken.find(dataset, finished, config.skip_broken)
@@ -147,7 +161,7 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
     given = config.weights
     module, options = loading.load_network(spec, given.tensors, given.source, given.sha256)
     stored = weights.canonical_bytes(module)
-    program = export_program(module, name, shape) if config.portable_teacher else b""
+    program = export_program(module, name, shape) if config.contents.portable_teacher else b""
     teacher = freeze(module, name, shape, device)
     if program:
         check_program(program, stored, teacher, dataset.train, recipe.preprocess)
@@ -163,10 +177,10 @@ def _job(config: ExtractConfig, dataset: Dataset) -> Job:
         key_bytes={split: _longest(dataset.split(split).keys) for split in dataset.splits},
         weights_bytes=len(stored),
         views=plan["views"] and plan["views"]["count"],
-        image_shape=(height, width, channels) if config.images else None,
-        random_rows=config.random_pool or None,
+        image_shape=(height, width, channels) if config.contents.images else None,
+        random_rows=config.contents.random_pool or None,
         program_bytes=len(program),
-        balanced=config.random_pool > 0 and recipe.random_balanced,
+        balanced=config.contents.random_pool > 0 and recipe.random_balanced,
     )
     return Job(config, dataset, teacher, stored, program, plan, dimensions)
 
@@ -193,7 +207,7 @@ def _plan(
         },
         "features": {"dtype": FEATURE_DTYPES[recipe.features.dtype], "width": teacher.width},
         "preprocess": recipe.preprocess.as_dict(),
-        "random": pool_section(config.random_pool, recipe),
+        "random": pool_section(config.contents.random_pool, recipe),
         "teacher": {
             "correct": None,
             **({"library": library} if (library := networks.library(recipe.teacher.network)) else {}),
@@ -255,7 +269,7 @@ def _finished_cache(job: Job) -> Cache:
     path = job.config.out
     cache = open_cache(path)
     stored = {**as_plan(cache.manifest), "images": cache.has_images}
-    if differences := describe_differences(stored, {**job.plan, "images": job.config.images}):
+    if differences := describe_differences(stored, {**job.plan, "images": job.config.contents.images}):
         raise CacheMismatch(
             f"{path} is another cache: {differences}. Move it away, replace it (tspipe cache --force) "
             "or write another (--out)."

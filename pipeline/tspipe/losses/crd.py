@@ -47,11 +47,10 @@ class Loss(nn.Module):
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
         """Return the terms `crd` and `xent`."""
         drawn = torch.randint(len(self.memory), (self.negatives,), device=self.memory.device)
-        ours = F.normalize(self.embed_student(student.features)) / self.temperature
-        theirs = F.normalize(self.embed_teacher(target.features))
-        others = F.normalize(self.embed_teacher(self.memory[drawn].to(theirs.dtype)))
-        negative = ours @ others.T
-        crd = self._contrast((ours * theirs).sum(1), negative, target.labels[:, None] == self.memory_labels[drawn])
+        s = F.normalize(self.embed_student(student.features)) / self.temperature
+        t = F.normalize(self.embed_teacher(target.features))
+        negatives = F.normalize(self.embed_teacher(self.memory[drawn].to(t.dtype)))
+        crd = self._contrast((s * t).sum(1), s @ negatives.T, target.labels[:, None] == self.memory_labels[drawn])
         return {"crd": self.weight * crd, "xent": cross_entropy(student.logits, target.labels)}
 
     def _contrast(self, positive: Tensor, negative: Tensor, same_class: Tensor) -> Tensor:

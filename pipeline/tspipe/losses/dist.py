@@ -30,10 +30,10 @@ class Loss(nn.Module):
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
         """Return the terms `inter`, `intra` and `xent`."""
-        ours, theirs = ((logits / self.temperature).softmax(1) for logits in (student.logits, target.logits))
+        student_p, teacher_p = ((logits / self.temperature).softmax(1) for logits in (student.logits, target.logits))
         scale = self.temperature**2
         return {
-            "inter": self.beta * scale * (1 - correlation(ours, theirs)),
-            "intra": self.gamma * scale * (1 - correlation(ours.T, theirs.T)),
+            "inter": self.beta * scale * (1 - correlation(student_p, teacher_p)),
+            "intra": self.gamma * scale * (1 - correlation(student_p.T, teacher_p.T)),
             "xent": cross_entropy(student.logits, target.labels),
         }

@@ -32,6 +32,6 @@ class Loss(nn.Module):
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:
         """Return the terms `pkt` and `xent`."""
-        ours, theirs = (neighbour_probabilities(features) for features in (student.features, target.features))
-        pkt = (theirs * ((theirs + _EPSILON) / (ours + _EPSILON)).log()).mean()
+        student_p, teacher_p = (neighbour_probabilities(features) for features in (student.features, target.features))
+        pkt = (teacher_p * ((teacher_p + _EPSILON) / (student_p + _EPSILON)).log()).mean()
         return {"pkt": self.weight * pkt, "xent": cross_entropy(student.logits, target.labels)}

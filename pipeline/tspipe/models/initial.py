@@ -95,9 +95,9 @@ def preprocess_difference(initial: InitialWeights, preprocess: Preprocess, side:
     if (stated := initial.preprocess) is None:
         return ""
     parts = []
-    for field, theirs, ours in (("mean", stated.mean, preprocess.mean), ("std", stated.std, preprocess.std)):
-        if len(theirs) != len(ours) or max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > _TOLERANCE:
-            parts.append(f"{field} {_numbers(theirs)}, the cache's is {_numbers(ours)}")
+    for field, expected, actual in (("mean", stated.mean, preprocess.mean), ("std", stated.std, preprocess.std)):
+        if len(expected) != len(actual) or max(abs(a - b) for a, b in zip(expected, actual, strict=True)) > _TOLERANCE:
+            parts.append(f"{field} {_numbers(expected)}, the cache's is {_numbers(actual)}")
     height = stated.crop or (stated.resize or [side])[0]
     if height != side:
         parts.append(f"images of {height} pixels a side, the cache's have {side}")
@@ -134,19 +134,19 @@ def _from_file(init: str, download: bool) -> Weights:
 
 def _from_url(url: str, download: bool) -> Path:
     """Return the local copy of a file of weights, in PyTorch's download folder."""
-    shown = without_secrets(url)
+    address = without_secrets(url)
     if not url.startswith(("https://", "http://")):
-        raise NetworkError(f"{shown} is not an address of a web server. Download the file, and give its path.")
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{shown.rpartition('/')[2]}"  # many are model.safetensors
+        raise NetworkError(f"{address} is not an address of a web server. Download the file, and give its path.")
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{address.rpartition('/')[2]}"  # many are model.safetensors
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
         if not download:
-            raise AbsentWeights(f"{shown} is not on this machine. Fetch it: --download")
+            raise AbsentWeights(f"{address} is not on this machine. Fetch it: --download")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path))
         except (OSError, RuntimeError, ValueError, HTTPException) as error:
-            raise NetworkError(f"{shown} cannot be fetched: {error}") from error
+            raise NetworkError(f"{address} cannot be fetched: {error}") from error
     return path
 
 

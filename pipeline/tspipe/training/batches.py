@@ -32,14 +32,14 @@ class GlobalBatch(NamedTuple):
 class Batch:
     """Normalised images (m, C, H, W) with their targets, and random images with theirs.
 
-    Where several processes split a batch, this is one process's part of it, and `whole` describes the whole.
+    Where several processes split a batch, this is one process's part of it, and `global_batch` describes all of it.
     """
 
     images: Tensor
     target: Target
     random: tuple[Tensor, Target] | None
     unlabelled: tuple[Tensor, Target] | None = None
-    whole: GlobalBatch | None = None
+    global_batch: GlobalBatch | None = None
 
     def photographs(self, *, unlabelled: bool) -> tuple[Tensor, Target]:
         """Return the images and their targets, followed by those without labels if a student sees them."""
@@ -92,11 +92,11 @@ class BatchSource:
         unlabelled = self._unlabelled_batches(seed, epoch, numbers)
         random_count = self.random.spec.count if self.random and epoch >= self.random_from else 0
         for number, batch, target in zip(numbers, order, self.targets.batches(target_rows), strict=True):
-            whole = self.partition.global_batch(len(batch), random_count)
-            if whole and self.unlabelled:
-                whole = whole._replace(unlabelled=self.unlabelled.count)
+            global_batch = self.partition.global_batch(len(batch), random_count)
+            if global_batch and self.unlabelled:
+                global_batch = global_batch._replace(unlabelled=self.unlabelled.count)
             # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
-            yield number, Batch(next(images), target, next(random), next(unlabelled), whole)
+            yield number, Batch(next(images), target, next(random), next(unlabelled), global_batch)
 
     def _unlabelled_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
         if self.unlabelled is None:

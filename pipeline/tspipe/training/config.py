@@ -35,35 +35,37 @@ IRRELEVANT = {
 _RESOLVED = {"alone", "init", "loss", "losses", "student", "students"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LocalInputs:
-    """What a run reads on this machine beside the cache and the dataset.
+    """Where a run finds its images and weights.
 
     Attributes:
+        data: the folder of the dataset; None for `data/<name>`.
         unlabelled: the folder of the cache's images without labels, if the cache does not hold their pixels.
+        download: whether a missing dataset and missing weights are downloaded.
+        trust: whether images are not compared with the cache's.
     """
 
+    data: Path | None = None
     unlabelled: Path | None = None
+    download: bool = False
+    trust: bool = False
 
 
 @dataclass(frozen=True)
-class StudentConfig(LocalInputs):
+class StudentConfig:
     """The configuration of `tspipe student`.
 
     Attributes:
-        data: where the dataset lies; None for the usual place.
         out: the run folder; None for one in `runs/`.
-        trust_data: whether images are not compared with the cache's.
         progress_offset: images that a larger job trains on before and after this run, for its estimate of time left.
     """
 
     recipe: Recipe
     cache: Cache
     arms: tuple[str, ...] = (RANDOM,)
-    data: Path | None = None
+    inputs: LocalInputs = LocalInputs()
     out: Path | None = None
-    download: bool = False
-    trust_data: bool = False
     progress_offset: tuple[int, int] = (0, 0)
 
     @cached_property
@@ -73,7 +75,7 @@ class StudentConfig(LocalInputs):
         weights = {}
         for name in self.recipe.student:
             spec = NetworkSpec(name, len(self.cache.classes), shape, self.recipe.student_options(name))
-            weights[name] = initial.find(self.recipe.student_init(name), spec, download=self.download)
+            weights[name] = initial.find(self.recipe.student_init(name), spec, download=self.inputs.download)
         return {name: one for name, one in weights.items() if one}
 
     def student_options(self, student: str) -> dict[str, Any]:
@@ -114,6 +116,6 @@ def identity(config: StudentConfig) -> dict[str, Any]:
         "loss": recipe.loss if len(recipe.loss) > 1 else recipe.loss[0],
         "losses": {name: options for name in recipe.loss if (options := recipe.stated_loss_options(name))},
         "alone": recipe.alone.model_dump(exclude_none=True),
-        "trust_data": config.trust_data and not config.cache.has_images,
+        "trust_data": config.inputs.trust and not config.cache.has_images,
         **recipe.model_dump(exclude=IRRELEVANT | _RESOLVED),
     }

@@ -186,7 +186,7 @@ class Learner:
         The loss is a mean over a process's images, and `DistributedDataParallel` averages gradients over processes.
         With this factor the result is the gradient of the mean over the whole batch.
         """
-        whole = batch.whole
+        whole = batch.global_batch
         if whole is None:
             return len(batch.images), None
         local, total = float(len(batch.images)), float(whole.images)

@@ -101,7 +101,7 @@ def _judge(loss: str, ratio: float, usual: tuple[float, float], hint: bool) -> s
     """Return whether a ratio of the teacher's term to the cross-entropy is usual, and what to change if it is not."""
     low, high = usual
     if low <= ratio <= high:
-        return "as usual"
+        return "as expected"
     problem = "so the labels hardly count" if ratio > high else "so the teacher hardly counts"
     remedies = {
         "ts": "mse_weight=auto" if hint else f"xent_weight={ratio:.2g}",

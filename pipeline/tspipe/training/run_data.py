@@ -61,9 +61,8 @@ class RunData:
 
 def open_local_dataset(config: StudentConfig) -> Dataset:
     """Open the local dataset and compare it with the cache."""
-    return open_local(
-        config.cache, config.recipe.dataset, config.data, download=config.download, trust=config.trust_data
-    )
+    inputs = config.inputs
+    return open_local(config.cache, config.recipe.dataset, inputs.data, download=inputs.download, trust=inputs.trust)
 
 
 def open_run_data(config: StudentConfig, device: torch.device) -> RunData:

@@ -194,7 +194,7 @@ def _describe_start(network: str, start: Weights | None, new: list[str]) -> str:
     choice = f"{start.choice}; " if start.choice else ""
     layers = list(dict.fromkeys(key.rpartition(".")[0] for key in new))
     listed = ", ".join([*layers[:3], *([f"{len(layers) - 3} more"] if len(layers) > 3 else [])])
-    loaded = f"{listed} begins anew, every other layer is loaded" if layers else "every layer is loaded"
+    loaded = f"{listed} is reinitialised, every other layer is loaded" if layers else "every layer is loaded"
     return f"Fine-tuning {network} from {start.source} ({choice}SHA-256 {start.sha256[:12]}): {loaded}."
 
 

@@ -158,7 +158,10 @@ class Trainer:
         dropout_seeds = torch_seeds(start.seed, partition.dropout_purpose, start.epoch, start.batch)
         partition.split_metrics(learners)
         for number, batch in batches.epoch(start.seed, start.epoch, slice(start.batch, None)):
-            dropout_seed, images = next(dropout_seeds), batch.whole.images if batch.whole else len(batch.images)
+            dropout_seed, images = (
+                next(dropout_seeds),
+                batch.global_batch.images if batch.global_batch else len(batch.images),
+            )
             for learner in learners:
                 seed_torch_with(dropout_seed)  # the same for every learner, so that arms differ in the loss only
                 learner.step(batch, number)
@@ -272,7 +275,7 @@ def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec, wi
         "input_shape": json.dumps(data.train.shape),
         "options": json.dumps(config.student_options(spec.student), sort_keys=True),
         "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
-        **({} if config.recipe.match == "project" else {"own_width": "true"}),
+        **({} if config.recipe.match == "project" else {"native_width": "true"}),
         "teacher": config.cache.manifest["teacher"]["network"],
         "width": str(width),
     }

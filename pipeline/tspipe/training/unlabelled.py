@@ -53,7 +53,7 @@ def open_unlabelled_images(
     recipe, cache = config.recipe, config.cache
     if not recipe.unlabelled_images:
         return None
-    images = open_unlabelled(cache, config.unlabelled, trust=config.trust_data)
+    images = open_unlabelled(cache, config.inputs.unlabelled, trust=config.inputs.trust)
     stored = cache.split("unlabelled")
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
     remaining = preprocess if stored.images is None else replace(preprocess, resize=None, crop=None)

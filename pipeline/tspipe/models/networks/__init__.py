@@ -55,7 +55,7 @@ def is_from_library(name: str) -> bool:
     return name.startswith(plugins.LIBRARIES)
 
 
-def is_own(name: str) -> bool:
+def is_user_network(name: str) -> bool:
     """Return whether a recorded name is that of a user's file, neither tspipe's nor a library's."""
     return not is_from_library(name) and name not in names()
 
