@@ -1,10 +1,15 @@
-"""A small run whose students the tests of this folder load, export and compare."""
+"""A small run whose students the tests of this folder load, export and compare, and one export to each format."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from tspipe.cache import Cache
+from tspipe.deploy.export import Export, ExportConfig, export
+from tspipe.deploy.formats import FORMATS
+from tspipe.deploy.labelled_images import open_labelled_images
+from tspipe.deploy.student import Student, load_student
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, TAUGHT
 from tspipe.training.config import StudentConfig
@@ -23,3 +28,21 @@ def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student_file(run: Path) -> Path:
     """Return the file of the run's taught student."""
     return run / "student-lenet5-taught-seed0.safetensors"
+
+
+@pytest.fixture(scope="session")
+def student(student_file: Path) -> Student:
+    """Return the run's taught student."""
+    return load_student(student_file)
+
+
+@pytest.fixture(scope="session")
+def exports(student: Student, digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[Export]:
+    """Export the student to every format, in an empty folder: ONNX first, of which the second takes bytes."""
+    folder, test = tmp_path_factory.mktemp("exports"), open_labelled_images(digits)
+    kinds = [("onnx", False), ("onnx", True), ("torch", False), ("safetensors", True)]
+    kinds += [("executorch", True)] if importlib.util.find_spec("executorch") else []
+    configs = [
+        ExportConfig(name, folder / f"{name}{'_uint8' * uint8}{FORMATS[name].suffix}", uint8) for name, uint8 in kinds
+    ]
+    return [export(student, config, test) for config in configs]
