@@ -141,14 +141,17 @@ class Singular(Branching):
     ("module", "reason"),
     [
         (Branching(), "x.mean() > 0"),
-        (Singular(), "ONNX has no aten._linalg_svd. Other formats: --format torch, --format executorch"),
+        (Singular(), "ONNX has no aten._linalg_svd. Choose --format torch or --format safetensors"),
     ],
 )
 def test_what_cannot_be_exported_is_named(student: Student, module: nn.Module, reason: str, tmp_path: Path) -> None:
     network = student_of(module, "mine", 4, 10, probe_images((1, 16, 16)))
     other = Student(network, student.facts, tmp_path / "student-mine.safetensors").eval()
-    assert reason in error_message(export, other, ExportConfig("onnx", tmp_path / "x.onnx"), None)
+    message = error_message(export, other, ExportConfig("onnx", tmp_path / "x.onnx"), None)
+    assert reason in message
     assert list(tmp_path.iterdir()) == []
+    for name in re.findall(r"--format (\w+)", message):
+        export(other, ExportConfig(name, tmp_path / name), None)
 
 
 def test_an_int8_export_is_smaller_and_agrees_with_the_student(

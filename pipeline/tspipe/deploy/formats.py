@@ -178,9 +178,9 @@ def _load_executorch(files: Files) -> Run:
 
 
 def refusal(format_: str, reason: str) -> str:
-    """Return why a network cannot be exported to a format, and the names of the other formats."""
-    others = ", ".join(f"--format {name}" for name in FORMATS if name != format_)
-    return f"The network cannot be exported to {format_}: {reason.rstrip('.')}. Other formats: {others}"
+    """Return why a network cannot be exported to a format, and the formats that store PyTorch's own operations."""
+    others = " or ".join(f"--format {name}" for name, one in FORMATS.items() if name != format_ and not one.modules)
+    return f"The network cannot be exported to {format_}: {reason.rstrip('.')}. Choose {others}"
 
 
 def _numpy(output: Tensor) -> Array:
