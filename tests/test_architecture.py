@@ -57,6 +57,16 @@ def test_the_documentation_shows_the_same_order() -> None:
     assert re.findall(r"^    ([a-z]+)(?:/|  )", page, re.MULTILINE) == ORDER
 
 
+def test_the_documentation_lists_every_module() -> None:
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    entries = dict(re.findall(r"^- \*\*([a-z_/]+)\*\*: (.*?)(?=^- |^## )", page, re.MULTILINE | re.DOTALL))
+    folders = [path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
+    for folder in folders:
+        listed = re.findall(r"`(\w+)`", entries.pop(str(folder.relative_to(PACKAGE))))
+        assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__"), folder
+    assert not entries
+
+
 def test_names_say_what_a_thing_is() -> None:
     vague = {"said", "told", "found", "wanted", "mine", "there", "here"}
     root = Path(__file__).parents[1]

@@ -72,7 +72,7 @@ def test_what_is_measured(student_file: Path, digits: Cache, monkeypatch: pytest
         first, second, student = evaluate([test, test], [library.load_student(student_file)], 1e-6, "./mine.py")
     assert measured == [(student_file, "./mine.py")]
     assert first.name == "teacher mine (digits)"
-    assert (first.latency, first.parameters, first.memory) == ([], None, {})
+    assert (first.latency, first.counts.parameters, first.memory) == ([], None, {})
     assert second.scores == first.scores
     assert student.memory == {32: 2**20}
     assert [(each.batch_size, each.threads) for each in student.latency] == [(2, 1), (2, 2)]

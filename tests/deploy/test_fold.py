@@ -9,10 +9,11 @@ from torch import nn
 
 import tspipe
 from tspipe.deploy.facts import StudentFacts
-from tspipe.deploy.fold import count_parameters, fold, merge
+from tspipe.deploy.fold import fold, merge
 from tspipe.deploy.student import Student
 from tspipe.models import networks
 from tspipe.models.feature_net import student_of
+from tspipe.models.loading import count_parameters
 from tspipe.models.probe import probe_images
 
 WIDTH, CLASSES, SHAPE = 500, 5, (3, 32, 32)

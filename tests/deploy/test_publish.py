@@ -4,7 +4,8 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -12,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import tspipe as library
+from tspipe.deploy import publish
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.student import find_students
 
@@ -94,3 +96,10 @@ def test_a_student_at_a_url_classifies(
     (tmp_path / NAME).write_bytes(data)
     assert "its weights have changed since tspipe wrote them" in tspipe("push", NAME, "team").error
     assert not (tmp_path / "team").exists()
+
+
+@pytest.mark.parametrize(("suffix", "needed"), [(".onnx", False), (".pte", False), (".pt2", True)])
+def test_exports_that_have_a_runtime_need_no_network_file(suffix: str, needed: bool) -> None:
+    facts: Any = SimpleNamespace(network="mine")
+    command = publish.command(f"s3://team/x{suffix}", Path(f"x{suffix}"), facts)
+    assert ("--network ./mine.py" in command) is needed

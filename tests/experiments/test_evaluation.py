@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tspipe.cache import Cache
+from tspipe.deploy.counts import Counts
 from tspipe.deploy.evaluate import Evaluation
 from tspipe.deploy.labelled_images import open_labelled_images
 from tspipe.deploy.latency import Latency
@@ -36,7 +37,9 @@ def one(digits: Cache) -> Evaluation:
     probabilities = torch.nn.functional.one_hot(predicted, 10) * confidence[:, None]
     latencies = [Latency(1, 1, 0.123456, 1234.5, 9), Latency(32, 1, 5, 6, 9)]
     scores = score(probabilities, labels, labels)
-    return Evaluation(HOSTILE, scores, predicted, confidence, 5_822, 2_400_000, 999, latencies, {1: 2**20, 32: 2**21})
+    return Evaluation(
+        HOSTILE, scores, predicted, confidence, Counts(5_822, 2_400_000), 999, latencies, {1: 2**20, 32: 2**21}
+    )
 
 
 def test_the_tables_show_what_was_measured(one: Evaluation, digits: Cache) -> None:
@@ -44,7 +47,7 @@ def test_the_tables_show_what_was_measured(one: Evaluation, digits: Cache) -> No
     assert quality.rows == [[HOSTILE, "99.6", "100.0", "99.6", "10.2", "99.6", "5.82k", "2.4M", "999 B"]]
     assert speed.headings == ["", "images", "1 thread", "95 %", "memory"]
     assert speed.rows == [[HOSTILE, "1", "0.123", "1,234", "1.0 MiB"], [HOSTILE, "32", "5", "6", "2.0 MiB"]]
-    unmeasured = Evaluation(HOSTILE, one.scores, one.predicted, one.confidence, None, None, None)
+    unmeasured = Evaluation(HOSTILE, one.scores, one.predicted, one.confidence, Counts(), None)
     assert len(evaluation.tables([unmeasured])) == 1
     assert "Milliseconds" not in evaluation.notes([unmeasured], open_labelled_images(digits))[-1]
 

@@ -94,7 +94,7 @@ def test_a_balanced_pool_has_even_labels_and_costs_passes(
     assert (
         f"random images before balancing, {rows / POOL_ROWS + 1:.1f} passes of the teacher for each that is" in printed
     )
-    assert "The teacher's labels for the balanced pool: " in printed
+    assert "The teacher's labels for the balanced images: " in printed
     assert passes.count(("random", 0)) == 1
     assert 1 < passes.count(("random candidates", 0)) <= 8
 

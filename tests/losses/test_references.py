@@ -16,7 +16,7 @@ from tspipe.models.output import Output
 
 N, D, C = 7, 5, 4
 Array = NDArray[Any]
-STATISTICS = TeacherStatistics.made_up(D, C)
+STATISTICS = TeacherStatistics.placeholder(D, C)
 
 
 def softmax(z: Array) -> Array:

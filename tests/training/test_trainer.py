@@ -219,7 +219,7 @@ def test_students_start_from_the_weights_of_a_file(
         assert all(torch.allclose(student[f"backbone.0.{key}"], start[key], atol=1e-6) for key in kept)
     assert run.config["init"] == {"lenet5": digest}
     assert (
-        f"lenet5 starts from {teacher.name} (SHA-256 {digest[:12]}). Its last layers are new."
+        f"lenet5 starts from {teacher.name} (SHA-256 {digest[:12]}); its last layers start at random."
         in capsys.readouterr().err
     )
 

@@ -21,6 +21,7 @@ MANIFEST_BYTES = 65536
 ID_BYTES = 64
 SPLITS = ("train", "test")
 NO_LABEL = -100  # the label of an image without one; PyTorch's cross-entropy ignores it
+FROM_PHOTOS = ("mixed", "cutmix")  # kinds of random images that are made from training images
 UNLABELLED = "unlabelled"  # a split without labels, which not every file has
 CHECKSUM_BYTES = 32
 DIGEST_BYTES = 8

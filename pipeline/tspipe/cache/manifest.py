@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from tspipe.cache.layout import MANIFEST_BYTES, SPLITS, UNLABELLED
+from tspipe.cache.layout import FROM_PHOTOS, MANIFEST_BYTES, SPLITS, UNLABELLED
 from tspipe.errors import CacheError, NotACache
 
 Manifest = dict[str, Any]
@@ -17,7 +17,6 @@ _LARGEST_OPTION = 65536
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}(?<!\.py)"  # neither a path nor a Python file
 _HUB = r"hub:[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}@[0-9a-f]{40}:[A-Za-z0-9_]{1,100}"
 _POOL_OPTIONS = {"flip", "kind", "rounds", "shift"}  # fields of a pool that not every pool has
-_FROM_PHOTOS = ("mixed", "cutmix")  # kinds that are made from training images
 _SHA256 = r"[0-9a-f]{64}"
 
 
@@ -184,7 +183,7 @@ def _check_pool(pool: _Section) -> None:
     if "kind" in pool.value:
         pool.text("kind", _NAME)
         pool.require("kind", pool.value["kind"] != "uniform")  # which is stated by leaving it out
-    if pool.value.get("kind") in _FROM_PHOTOS or not {"flip", "shift"}.isdisjoint(pool.value):
+    if pool.value.get("kind") in FROM_PHOTOS or not {"flip", "shift"}.isdisjoint(pool.value):
         pool = _Section(pool.value, pool.where, *{*pool.value, "kind", "flip", "shift"})
         pool.integers(0, 2**14, "shift")
         pool.require("flip", isinstance(pool.value["flip"], bool))

@@ -23,7 +23,7 @@ Source = Annotated[
 Name = Annotated[
     str | None, typer.Option("--student", help="Which student of a run: a name or a pattern (default: the best).")
 ]
-Last = Annotated[bool, typer.Option("--last", help="Of a run, its last epoch instead of the best.")]
+Last = Annotated[bool, typer.Option("--last", help="From a run folder, take the last epoch and not the best one.")]
 Network = Annotated[str | None, typer.Option(help="The network's file, if it is your own: ./mine.py.")]
 CacheFile = Annotated[
     Path | None, typer.Option("--cache", help="The student's cache (default: found in cache/ by its id).")
@@ -44,7 +44,7 @@ def export(
     cache: CacheFile = None,
     data: options.Data = None,
     images: Annotated[
-        Path | None, typer.Option(help="Photos without labels to check the file on, where the cache is not at hand.")
+        Path | None, typer.Option(help="Photos without labels to check the file with, if the cache is not available.")
     ] = None,
     force: options.Force = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -84,8 +84,9 @@ def export(
 
 
 def _show_export(exported: "Export", student: "Student", output: str, kind: str) -> None:
-    compared = exported.comparison
-    trained = sum(parameter.numel() for parameter in student.parameters())
+    from tspipe.models.loading import count_parameters
+
+    compared, trained = exported.comparison, count_parameters(student)
     echo(f"{exported.path}: {format_bytes(exported.size)}, {exported.parameters:,} weights of {trained:,}")
     kind = kind if compared.real else "images of random pixels"
     difference = f"differ from the student's by up to {compared.difference:.1g}"
@@ -107,7 +108,7 @@ def predict(
     last: Last = False,
     network: Network = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images classified at once.")] = 64,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: options.Json = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -163,10 +164,10 @@ def eval_(
     cache: CacheFile = None,
     data: options.Data = None,
     seconds: Annotated[
-        float, typer.Option(min=0, help="How long to measure each latency; 0: neither latency nor memory.")
+        float, typer.Option(min=0, help="Seconds per latency; 0 measures neither latency nor memory.")
     ] = 0.5,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plot, confusions and mistakes.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with a plot, confusions and mistakes.")] = None,
+    json_: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Compare students, exports and the teachers of caches."""

@@ -34,6 +34,8 @@ def _explain_settings(values: list[str] | None) -> list[str] | None:
     return values
 
 
+# Panels of --help
+_CONTENTS, _COMMON = "Contents of the file", "Settings, downloads and trust"
 NETWORKS, LOSSES, DATASETS = (
     _completion(partial(plugins.names, package)) for package in ("models.networks", "losses", "data.datasets")
 )
@@ -46,16 +48,19 @@ Data = Annotated[Path | None, typer.Option(help="The dataset's folder (default: 
 Split = Annotated[
     float | None,
     typer.Option(
-        metavar="FRACTION", help="Hold back so much of each class for testing, of a folder without train/ and test/."
+        metavar="FRACTION", help="Hold back this share of each class for testing, if the folder has no test split."
     ),
 ]
 Teacher = Annotated[str | None, typer.Option(help="The network (default: the recipe's).", autocompletion=NETWORKS)]
 TeacherFile = Annotated[
     str | None,
-    typer.Option("--teacher", help="The Python file of the teacher's network, if it is your own: ./mine.py."),
+    typer.Option("--teacher", help="The Python file of the teacher's network, if it is yours: ./mine.py."),
 ]
 Download = Annotated[
-    bool, typer.Option("--download", help="Download the dataset and pretrained weights if they are missing.")
+    bool,
+    typer.Option(
+        "--download", help="Download the dataset and pretrained weights if they are missing.", rich_help_panel=_COMMON
+    ),
 ]
 RECIPES = _completion(_recipe_names)
 
@@ -74,14 +79,17 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code",
         help="Fetch and run the code of networks hub:OWNER/REPO@COMMIT:NAME.",
         callback=_trust_remote_code,
+        rich_help_panel=_COMMON,
     ),
 ]
 Unlabelled = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="A folder of more images, which have no labels.")
+    Path | None, typer.Option(metavar="FOLDER", help="A folder of additional images without labels.")
 ]
 Recipe = Annotated[
     str | None,
-    typer.Option(help="A recipe's name or TOML file (default: the dataset's).", autocompletion=RECIPES),
+    typer.Option(
+        help="A recipe's name or TOML file (default: the dataset's).", autocompletion=RECIPES, rich_help_panel=_COMMON
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -91,6 +99,7 @@ Settings = Annotated[
         help="Override a recipe's setting (--set help says which there are); repeatable.",
         is_eager=True,
         callback=_explain_settings,
+        rich_help_panel=_COMMON,
     ),
 ]
 TeacherWeights = Annotated[Path | None, typer.Option(help="The teacher's weights (default: its file in checkpoints/).")]
@@ -103,18 +112,34 @@ CacheOut = Annotated[
 ]
 PortableTeacher = Annotated[
     bool,
-    typer.Option("--portable-teacher", help="Store the teacher's operations, so that it runs without its Python file."),
+    typer.Option(
+        "--portable-teacher",
+        help="Store the teacher's operations, so that it runs without its Python file.",
+        rich_help_panel=_CONTENTS,
+    ),
 ]
 StoreImages = Annotated[
-    bool, typer.Option("--images", help="Store the pixels too, so that stage two needs no dataset.")
+    bool,
+    typer.Option(
+        "--images", help="Store the pixels too, so that stage two needs no dataset.", rich_help_panel=_CONTENTS
+    ),
 ]
 RandomPool = Annotated[
-    int | None, typer.Option(metavar="P", min=1, help="Label P random images too, to train without a teacher.")
+    int | None,
+    typer.Option(
+        metavar="P", min=1, help="Label P random images too, to train without a teacher.", rich_help_panel=_CONTENTS
+    ),
 ]
 StoredViews = Annotated[
-    int | None, typer.Option(metavar="V", help="Store V shifted and flipped views of each training image.")
+    int | None,
+    typer.Option(
+        metavar="V", help="Store V shifted and flipped views of each training image.", rich_help_panel=_CONTENTS
+    ),
 ]
-SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are broken.")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out images that are broken.", rich_help_panel=_CONTENTS)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs (default: the recipe's).")]
 Students = Annotated[
     list[str] | None,
@@ -130,7 +155,7 @@ Losses = Annotated[
 ]
 Match = Annotated[
     str | None,
-    typer.Option(metavar="HOW", help="Students keep their own width of features: linear, autoencoder or none."),
+    typer.Option(metavar="METHOD", help="Keep the students' native feature width: linear, autoencoder or none."),
 ]
 CacheToTrainOn = Annotated[str, typer.Option("--cache", help="The feature cache.", metavar="FILE|URL")]
 File = Annotated[Path, typer.Argument(help="A feature cache.")]

@@ -189,7 +189,7 @@ def recipe(
         ),
     ],
     settings: options.Settings = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: options.Json = False,
 ) -> None:
     """Show every setting of a recipe: its value, its default, its meaning."""
     import json

@@ -46,7 +46,7 @@ def student(
     from tspipe.training import trainer
     from tspipe.training.arms import select_arms
     from tspipe.training.config import LocalInputs, StudentConfig
-    from tspipe.training.random_source import without_live_teacher
+    from tspipe.training.source_selection import without_live_teacher
     from tspipe.utils import distributed
     from tspipe.utils.progress import warn
 
@@ -122,7 +122,7 @@ def bench(
     seconds: Annotated[
         float, typer.Option(min=1, help="About how long to measure; longer if one step takes seconds.")
     ] = 120,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure what a cache saves on this machine."""

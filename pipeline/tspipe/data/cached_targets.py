@@ -152,7 +152,7 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
         if all(base_keys is None for base_keys in keys_of_bases):
             sizes = [len(base) for base in source.bases]
             if sum(sizes) != len(stored):
-                other = _other(split)
+                other = pixel_checks.other_split(split)
                 fits = sum(sizes) == len(cache.split(other))
                 remedy = f'For its {other} images: split="{other}"' if fits else "Give them: CachedTargets(…, keys=[…])"
                 raise CacheMismatch(
@@ -174,7 +174,7 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
     _check_unique(name, stored_keys)
     row_of = {key: row for row, key in enumerate(stored_keys)}
     rows = [row_of.get(key, -1) for key in image_keys]
-    in_other = set(read_keys(cache.split(other := _other(split)))) if -1 in rows else set()
+    in_other = set(read_keys(cache.split(other := pixel_checks.other_split(split)))) if -1 in rows else set()
     left_out = in_other if "split" in cache.manifest["dataset"] and max(rows) >= 0 else set()
     for i in [i for i, row in enumerate(rows) if row < 0 and image_keys[i] not in left_out]:
         remedy = f' It is a {other} image: split="{other}"' if image_keys[i] in in_other else ""
@@ -182,10 +182,6 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
             f"{name} has no {split} image {image_keys[i]!r}, which the dataset has at index {i}.{remedy}"
         )
     return np.array(rows, np.int64)
-
-
-def _other(split: str) -> str:
-    return "test" if split == "train" else "train"
 
 
 def _check_unique(owner: str, keys: Sequence[str]) -> None:

@@ -30,6 +30,11 @@ class Source(NamedTuple):
     position: NDArray[np.int64]
 
 
+def other_split(split: str) -> str:
+    """Return `test` for `train`, and the reverse."""
+    return "test" if split == "train" else "train"
+
+
 def check_pixels(source: Source, rows: NDArray[np.int64], cache: Cache, split: str) -> None:
     """Compare the preprocessing, and the pixels of a random sample, with those of the teacher.
 
@@ -58,7 +63,7 @@ def check_pixels(source: Source, rows: NDArray[np.int64], cache: Cache, split: s
                     "its order and its transforms, or use check_pixels=False where that is meant."
                 )
             if not same:
-                other = "test" if split == "train" else "train"
+                other = other_split(split)
                 if (cache.split(other).digests.load() == np.frombuffer(digest(read(position)), np.uint8)).all(1).any():
                     raise CacheMismatch(f'{cache.path.name}: image {i} is a {other} image: give split="{other}".')
                 decoded = hasattr(bases[base], "loader")

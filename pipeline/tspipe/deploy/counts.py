@@ -2,15 +2,20 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tspipe.deploy.fold import count_parameters
+from tspipe.models.loading import count_parameters
 from tspipe.models.probe import eval_mode
 
-Counts = tuple[int | None, int | None]  # weights and multiply-adds; None where they are unknown
+
+class Counts(NamedTuple):
+    """Numbers of weights and of multiply-adds for one image; None where they are unknown."""
+
+    parameters: int | None = None
+    multiply_adds: int | None = None
 
 
 def count_module(module: nn.Module, image: Tensor) -> Counts:
@@ -20,7 +25,7 @@ def count_module(module: nn.Module, image: Tensor) -> Counts:
     """
     with eval_mode(module), FlopCounterMode(display=False) as counter:
         module(image)
-    return count_parameters(module), counter.get_total_flops() // 2
+    return Counts(count_parameters(module), counter.get_total_flops() // 2)
 
 
 def count_onnx(path: Path) -> Counts:
@@ -28,7 +33,7 @@ def count_onnx(path: Path) -> Counts:
     try:
         import onnx
     except ImportError:
-        return None, None
+        return Counts()
     model = onnx.load(path)
     for value in model.graph.input:
         value.type.tensor_type.shape.dim[0].dim_value = 1
@@ -40,7 +45,7 @@ def count_onnx(path: Path) -> Counts:
     scales = {name for node in quantising for name in node.input[1:]}
     stored = [tensor for tensor in graph.initializer if tensor.name not in scales]
     parameters = sum(math.prod(tensor.dims) for tensor in stored if tensor.data_type != onnx.TensorProto.INT64)
-    return parameters, sum(_multiply_adds(node, shapes) for node in graph.node)
+    return Counts(parameters, sum(_multiply_adds(node, shapes) for node in graph.node))
 
 
 def _multiply_adds(node: Any, shapes: dict[str, list[int]]) -> int:

@@ -41,8 +41,7 @@ class Evaluation:
     Attributes:
         name: of the student's or the export's file; the teacher's network.
         predicted: the predicted classes (n,) int64 of the test images, and `confidence` (n,), their probabilities.
-        parameters: number of weights, of a student after folding; None if unknown.
-        multiply_adds: for one image; None if unknown.
+        counts: the sizes of the network, of a student after folding.
         size: of the file in bytes; of a teacher, of its weights in the cache.
         latency: empty if not measured, and for a teacher that cannot be run.
         memory: peaks in bytes by batch size; empty like `latency`, and where the system does not tell them.
@@ -52,8 +51,7 @@ class Evaluation:
     scores: Scores
     predicted: Tensor
     confidence: Tensor
-    parameters: int | None
-    multiply_adds: int | None
+    counts: Counts
     size: int | None
     latency: list[Latency] = field(default_factory=list)
     memory: Peaks = field(default_factory=dict)
@@ -100,18 +98,19 @@ def evaluate(
         confidence, predicted = rows.max(1)
         scores = score(rows, labels, teacher_labels)
         cost = costs.get(i, ([], {}))
-        evaluations.append(Evaluation(entry.name, scores, predicted, confidence, *entry.counts, entry.size, *cost))
+        evaluations.append(Evaluation(entry.name, scores, predicted, confidence, entry.counts, entry.size, *cost))
     return evaluations
 
 
 def as_json(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     """Return an evaluation for `json.dumps`, without the predictions."""
     worst = {classes[label]: value for label, value in evaluation.scores.worst_classes}
-    fields = {name: getattr(evaluation, name) for name in ("parameters", "multiply_adds", "size", "memory")}
     return {
         "name": evaluation.name,
         "scores": {**evaluation.scores._asdict(), "worst_classes": worst},
-        **fields,
+        **evaluation.counts._asdict(),
+        "size": evaluation.size,
+        "memory": evaluation.memory,
         "latency": [each._asdict() for each in evaluation.latency],
     }
 
@@ -165,7 +164,7 @@ def _subject(classifier: Classifier) -> tuple[Subject, Counts]:
     if isinstance(classifier, Student):
         module = channels_last(fold(classifier))
         return Subject(lambda _: _run(module, facts.preprocess), facts.input_shape), count_module(module, image)
-    return Subject(lambda _: classifier.probabilities, facts.input_shape), (None, None)
+    return Subject(lambda _: classifier.probabilities, facts.input_shape), Counts()
 
 
 def _run(logits: Run, preprocess: Preprocess) -> Run:
@@ -188,7 +187,7 @@ def _teacher(cache: Cache) -> tuple[Subject | None, Counts]:
         shape = tuple(cache.manifest["teacher"]["options"]["input_shape"])
         network = load_teacher(cache, recipe, shape, CPU)
     except TspipeError:  # a cache may lack its teacher, and a user's network needs its file
-        return None, (None, None)
+        return None, Counts()
     run = _run(lambda images: network(images).logits, Preprocess.from_dict(cache.manifest["preprocess"]))
     return Subject(lambda _: run, shape), count_module(network, probe_images(shape)[:1])
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
-Array = NDArray[Any]
+from tspipe.deploy.quantise import Array
+
 METADATA = "metadata"  # a method of the program that returns its metadata as JSON
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tspipe.data.preprocess import Preprocess
-from tspipe.deploy.fold import count_parameters, fold
+from tspipe.deploy.fold import fold
 from tspipe.deploy.folder_images import FolderImages
-from tspipe.deploy.formats import FORMATS, Array, Files, Run, check_installed, quiet, refusal
+from tspipe.deploy.formats import FORMATS, Files, Run, check_installed, quiet, refusal
 from tspipe.deploy.labelled_images import LabelledImages
+from tspipe.deploy.quantise import Array
 from tspipe.deploy.student import Student
 from tspipe.errors import NetworkError
+from tspipe.models.loading import count_parameters
 from tspipe.models.probe import probe_images
 from tspipe.utils.files import new_file, writing
 from tspipe.utils.progress import progress

@@ -8,7 +8,7 @@ from torch import Tensor
 from tspipe.deploy import executorch
 from tspipe.deploy.classifier import Classifier
 from tspipe.deploy.facts import ExportFacts, parse
-from tspipe.deploy.formats import INPUT, check_installed, quiet
+from tspipe.deploy.formats import INPUT, Run, check_installed, quiet
 from tspipe.deploy.rebuilt import RebuiltExport, is_export
 from tspipe.deploy.student import find_students, load_student
 from tspipe.errors import NetworkError
@@ -16,52 +16,16 @@ from tspipe.utils.progress import warn
 from tspipe.utils.reading import read_file
 
 
-class OnnxExport:
-    """A file that `tspipe export` wrote, run by onnxruntime on the CPU. It holds a graph and no code.
+class _RuntimeExport:
+    """An export that its own runtime runs: `_run` takes a batch as the file does and returns its output."""
 
-    Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if onnxruntime is missing.
-    """
+    facts: ExportFacts
+    _run: Run
 
-    def __init__(self, path: Path, threads: int = 0):
-        check_installed("onnx")
-        import onnxruntime
-
+    def __init__(self, path: Path, format_: str):
+        check_installed(format_)
         if not path.is_file():
             raise NetworkError(f"There is no file {path}.")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # 0: all
-        try:
-            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has many types of errors, without a common base
-            raise NetworkError(f"{path} is damaged, or not an ONNX file.") from error
-        self.facts = parse(ExportFacts, self._session.get_modelmeta().custom_metadata_map, str(path))
-        self.path, self.name = path, path.name
-
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        """Return the probabilities (n, c) of images (n, C, H, W) uint8 after resize and crop."""
-        uint8 = self.facts.output == "probabilities"
-        images = pixels.permute(0, 2, 3, 1) if uint8 else self.facts.preprocess.normalise(pixels)
-        output = torch.from_numpy(self._session.run(None, {INPUT: images.contiguous().numpy()})[0])
-        return output if uint8 else output.softmax(1)
-
-
-class ExecutorchExport:
-    """A `.pte` program that `tspipe export` wrote, run image by image by ExecuTorch. It holds a graph and no code.
-
-    Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if ExecuTorch is missing.
-    """
-
-    def __init__(self, path: Path):
-        check_installed("executorch")
-        if not path.is_file():
-            raise NetworkError(f"There is no file {path}.")
-        self._data = read_file(path)  # ExecuTorch reads it as long as the program runs, and does not copy it
-        try:
-            with quiet():
-                self._run, metadata = executorch.load(self._data)
-        except Exception as error:  # ExecuTorch has many types of errors, without a common base
-            raise NetworkError(f"{path} is damaged, or not an export of tspipe's to ExecuTorch.") from error
-        self.facts = parse(ExportFacts, metadata, str(path))
         self.path, self.name = path, path.name
 
     def probabilities(self, pixels: Tensor) -> Tensor:
@@ -70,6 +34,43 @@ class ExecutorchExport:
         images = pixels.permute(0, 2, 3, 1) if uint8 else self.facts.preprocess.normalise(pixels)
         output = torch.from_numpy(self._run(images.contiguous().numpy()))
         return output if uint8 else output.softmax(1)
+
+
+class OnnxExport(_RuntimeExport):
+    """A file that `tspipe export` wrote, run by onnxruntime on the CPU. It holds a graph and no code.
+
+    Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if onnxruntime is missing.
+    """
+
+    def __init__(self, path: Path, threads: int = 0):
+        super().__init__(path, "onnx")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: all
+        try:
+            session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has many types of errors, without a common base
+            raise NetworkError(f"{path} is damaged, or not an ONNX file.") from error
+        self.facts = parse(ExportFacts, session.get_modelmeta().custom_metadata_map, str(path))
+        self._run = lambda images: session.run(None, {INPUT: images})[0]
+
+
+class ExecutorchExport(_RuntimeExport):
+    """A `.pte` program that `tspipe export` wrote, run image by image by ExecuTorch. It holds a graph and no code.
+
+    Raises NetworkError if it is missing, damaged or not an export of tspipe's, or if ExecuTorch is missing.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, "executorch")
+        self._data = read_file(path)  # ExecuTorch reads it as long as the program runs, and does not copy it
+        try:
+            with quiet():
+                self._run, metadata = executorch.load(self._data)
+        except Exception as error:  # ExecuTorch has many types of errors, without a common base
+            raise NetworkError(f"{path} is damaged, or not an export of tspipe's to ExecuTorch.") from error
+        self.facts = parse(ExportFacts, metadata, str(path))
 
 
 def load_classifier(

@@ -54,8 +54,3 @@ def merge(first: nn.Linear, second: nn.Linear) -> nn.Linear:
 def relative_difference(one: Tensor, two: Tensor) -> float:
     """Return max|one − two| / max|two|."""
     return float((one - two).abs().max() / two.abs().max().clamp(min=1e-12))
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -10,20 +10,19 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from tspipe.deploy import executorch
-from tspipe.deploy.quantise import quantise
+from tspipe.deploy.quantise import Array, quantise
 from tspipe.deploy.standalone import SOURCE
 from tspipe.errors import NetworkError
 
-Array = NDArray[Any]
+Calibration = Iterable[Array] | None  # batches of images
 Run = Callable[[Array], Array]  # a batch of images to logits or probabilities (n, c)
 INPUT = "images"
 EXTRA_FILE = "tspipe.json"  # the metadata in a .pt2 archive
@@ -36,12 +35,8 @@ class Files(NamedTuple):
     source: str = ""
 
 
-class Write(Protocol):
-    """Returns the files of a program, with this metadata; quantised to int8 if there are images to calibrate with."""
-
-    def __call__(
-        self, program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
-    ) -> Files: ...
+# Returns the files of a program with this metadata, quantised to int8 if there are images to calibrate with.
+Write = Callable[[ExportedProgram, Mapping[str, str], Calibration], Files]
 
 
 class Format(NamedTuple):
@@ -84,9 +79,7 @@ def check_installed(name: str) -> None:
             ) from error
 
 
-def _write_onnx(
-    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
-) -> Files:
+def _write_onnx(program: ExportedProgram, metadata: Mapping[str, str], calibration: Calibration) -> Files:
     batch = ({0: torch.export.Dim("batch")},)
     try:
         with quiet():
@@ -121,9 +114,7 @@ def _load_onnx(files: Files) -> Run:
     return lambda images: session.run(None, {INPUT: images})[0]
 
 
-def _write_torch(
-    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
-) -> Files:
+def _write_torch(program: ExportedProgram, metadata: Mapping[str, str], calibration: Calibration) -> Files:
     buffer = io.BytesIO()
     with quiet():
         torch.export.save(program, buffer, extra_files={EXTRA_FILE: json.dumps(dict(metadata))})
@@ -135,9 +126,7 @@ def _load_torch(files: Files) -> Run:
     return lambda images: _numpy(module(torch.from_numpy(images)))
 
 
-def _write_safetensors(
-    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
-) -> Files:
+def _write_safetensors(program: ExportedProgram, metadata: Mapping[str, str], calibration: Calibration) -> Files:
     targets = [str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None]
     tensors: dict[str, Tensor] = {**program.state_dict, **program.constants}
     copies = {target: tensors[target].detach().contiguous().clone() for target in targets}
@@ -160,9 +149,7 @@ def _load_safetensors(files: Files) -> Run:
     return lambda images: _numpy(network(torch.from_numpy(images)))
 
 
-def _write_executorch(
-    program: ExportedProgram, metadata: Mapping[str, str], calibration: Iterable[Array] | None = None
-) -> Files:
+def _write_executorch(program: ExportedProgram, metadata: Mapping[str, str], calibration: Calibration) -> Files:
     try:
         with quiet():
             return Files(executorch.write(program, metadata, calibration))

@@ -1,4 +1,4 @@
-"""The test images of the cache that a student was trained from, where they are at hand."""
+"""The test images of the cache that a student was trained from, where they are available."""
 
 import contextlib
 from collections.abc import Iterator

@@ -53,7 +53,7 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
 
 
 def write_card(url: str, text: str, *, force: bool) -> bool:
-    """Write a model card; return False, and keep it, if there is one that tspipe did not write or somebody edited."""
+    """Write a model card; return False, and keep it, if there is one that tspipe did not write, or that was edited."""
     remote = open_remote(url)
     if remote.info_if_present() is not None and not force:
         with remote.open_at(0) as (file, _):

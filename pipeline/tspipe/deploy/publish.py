@@ -69,7 +69,7 @@ def push_card(facts: Facts, pushed: Pushed, *, force: bool) -> str:
 def command(location: str, path: Path, facts: Facts) -> str:
     """Return the command that classifies an image with a file at an address or path."""
     words = ["tspipe", "predict", location, "IMAGE"]
-    if path.suffix != ".onnx" and networks.is_user_network(facts.network):
+    if path.suffix not in (".onnx", ".pte") and networks.is_user_network(facts.network):
         words += ["--network", f"./{facts.network}.py"]
     return " ".join(map(quote, words))
 

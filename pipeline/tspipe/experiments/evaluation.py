@@ -57,10 +57,8 @@ def quality(evaluations: Sequence[Evaluation]) -> Table:
         scores = one.scores
         fractions = scores.top1, scores.top5, scores.macro_f1, scores.calibration_error, scores.agreement
         texts = ["" if value is None else f"{100 * value:.1f}" for value in fractions]
-        counts = ["" if count is None else format_count(count) for count in (one.parameters, one.multiply_adds)]
-        rows.append(
-            [one.name, *texts, *counts, "" if one.size is None else format_bytes(one.size).replace("bytes", "B")]
-        )
+        counts = ["" if count is None else format_count(count) for count in one.counts]
+        rows.append([one.name, *texts, *counts, _bytes(one.size)])
     return Table("Quality and size", headings, rows, names=1)
 
 
@@ -140,7 +138,7 @@ def _points(evaluations: Sequence[Evaluation]) -> tuple[list[Point], str]:
         xs: list[float | None] = [one.latency[0].median if one.latency else None for one in evaluations]
     else:
         axis = "multiply-adds for one image"
-        xs = [one.multiply_adds for one in evaluations]
+        xs = [one.counts.multiply_adds for one in evaluations]
     pairs = zip(evaluations, xs, strict=True)
     return [Point(one.name, x, one.scores.top1) for one, x in pairs if x], axis
 

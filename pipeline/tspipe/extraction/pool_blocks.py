@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tspipe.cache import Manifest
+from tspipe.cache.layout import FROM_PHOTOS
 from tspipe.data.datasets import Images
 from tspipe.data.image_loader import read, read_ahead
 from tspipe.data.preprocess import Preprocess
 from tspipe.data.random_images.balanced import choose
-from tspipe.data.random_images.base import FROM_PHOTOS
 from tspipe.data.random_images.pool import PoolImages, kind_of
-from tspipe.data.random_images.score import label_shares
+from tspipe.data.random_images.score import balance_report
 from tspipe.extraction import forward
 from tspipe.extraction.blocks import Block
 from tspipe.models.feature_net import FeatureNet
@@ -91,13 +91,11 @@ class PoolBlocks:
 
     def balance_report(self) -> list[str]:
         """Say how the teacher labels the candidates and the chosen images, and what choosing cost, if it did."""
-        classes = self.images.classes
-        counts = [{classes[label]: n for label, n in labels.most_common()} for labels in (self.before, self.after)]
-        if not counts[0]:
+        if not self.before:
             return []
-        passes = self.before.total() / self.after.total() + 1
-        cost = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
-        return [label_shares(counts[0], cost), label_shares(counts[1], "the balanced pool")]
+        classes, passes = self.images.classes, self.before.total() / self.after.total() + 1
+        before, after = ({classes[i]: n for i, n in labels.most_common()} for labels in (self.before, self.after))
+        return balance_report(before, after, passes)
 
     def _choose(self, pool: PoolImages, indices: range) -> NDArray[np.int64]:
         if self.candidates is not None:

@@ -106,7 +106,7 @@ class Agreement(NamedTuple):
 def compare_teacher(cache: Cache, config: VerifyConfig, count: int) -> Agreement:
     """Run the teacher again on images chosen at random, with the pixels in the file or else of the local dataset.
 
-    They are chosen from all splits whose images are at hand, and the random pool. Of an image with views, the first,
+    They are chosen from all splits whose images are available, and the random pool. Of an image with views, the first,
     unchanged one is compared.
     """
     dataset, preprocess = open_images(cache, lambda: config.dataset(cache))

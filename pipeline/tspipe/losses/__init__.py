@@ -115,12 +115,12 @@ def build(
         name: one of `names()`, or the path of a Python file.
         sizes: the widths of the features and the number of classes.
         options: arguments of the loss's constructor, from `[losses.NAME]` in the recipe.
-        statistics: those of the cache; None for made-up ones, as for a check of the options.
+        statistics: those of the cache; None for placeholders, which suffice to check the options.
 
     Raises RecipeError for an unknown option, a value that the loss does not accept, and a broken contract.
     """
     constructor = plugins.load("losses", name, "Loss", RecipeError).Loss
-    statistics = statistics or TeacherStatistics.made_up(sizes.feature_dim, sizes.num_classes)
+    statistics = statistics or TeacherStatistics.placeholder(sizes.feature_dim, sizes.num_classes)
     parameters = inspect.signature(constructor).parameters.keys()
     given = {key: value for key, value in sizes._asdict().items() if key in parameters}
     given |= {key: getattr(statistics, key) for key in sorted(STATISTICS & parameters)}

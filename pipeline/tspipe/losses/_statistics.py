@@ -44,8 +44,8 @@ class TeacherStatistics:
         self.blocks, self._load_classifier, self._shape = blocks, load_classifier, shape
 
     @classmethod
-    def made_up(cls, feature_dim: int, num_classes: int) -> "TeacherStatistics":
-        """Return the statistics of two random rows of each class and a random classifier."""
+    def placeholder(cls, feature_dim: int, num_classes: int) -> "TeacherStatistics":
+        """Return placeholders: the statistics of two random rows of each class, and a random classifier."""
         generator = torch.Generator().manual_seed(0)
         features = torch.rand(2 * num_classes, feature_dim, generator=generator)
         labels = torch.arange(2 * num_classes) % num_classes

@@ -1,4 +1,4 @@
-"""Whether a classifier has learned anything, judged by its predictions for images with labels."""
+"""Whether a classifier has learned anything, by its predictions for images with labels."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ def is_suspicious(accuracy: float, labels: Classes) -> bool:
 
 
 def remark(predicted: Classes, labels: Classes) -> str | None:
-    """Return in what respect predictions are no better than guesses, to follow a classifier's name; None if better.
+    """Describe why predictions are no better than guesses, as the predicate of a sentence; None if they are better.
 
     Predictions and labels that are drawn independently, each with the frequencies that they have here, agree with
     probability p_e = Σ p_c q_c. More than two standard deviations above it is better than guessing (Cohen's kappa and

@@ -19,6 +19,11 @@ _SIDES = (32, 28)  # image sizes to try, for networks whose shapes depend on the
 Shapes = dict[str, tuple[int, ...]]
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 class NetworkSpec(NamedTuple):
     """What determines a network without its weights: the arguments of `networks.build`."""
 
@@ -43,7 +48,7 @@ class NetworkSpec(NamedTuple):
 
     def count_parameters(self) -> int:
         """Return the number of the network's parameters."""
-        return sum(parameter.numel() for parameter in self.build_on_meta().parameters())
+        return count_parameters(self.build_on_meta())
 
 
 class _WeightsOnMeta(TorchFunctionMode):

@@ -77,7 +77,7 @@ def build_teacher(
 
 
 def runs_program(cache: Cache, recipe: Recipe) -> bool:
-    """Return whether the teacher is built from the program in the file: its code is somebody's own, and not given."""
+    """Return whether the teacher is built from the program in the file: no code of its network is named."""
     name = cache.manifest["teacher"]["network"]
     installed = name in networks.names() or (networks.is_from_library(name) and not name.startswith("hub:"))
     given = plugins.is_file(recipe.teacher.network)

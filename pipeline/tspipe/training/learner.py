@@ -16,6 +16,7 @@ from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models import feature_net, initial, networks
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.initial import InitialWeights
+from tspipe.models.loading import count_parameters
 from tspipe.models.output import Output
 from tspipe.models.probe import probe_images
 from tspipe.recipes.schema import Recipe
@@ -146,9 +147,8 @@ class Learner:
         """How many weights the network has, in training and when g(x) and the classifier are one layer."""
         (backbone, *projection), head = cast(nn.Sequential, self.network.backbone), self.network.head
         native = cast(nn.Linear, projection[0] if projection else head).in_features
-        trained = sum(parameter.numel() for parameter in self.network.parameters())
-        without = sum(parameter.numel() for parameter in backbone.parameters())
-        return trained, without + (native + 1) * head.out_features
+        trained = count_parameters(self.network)
+        return trained, count_parameters(backbone) + (native + 1) * head.out_features
 
     def start_epoch(self, epoch: int, *, resumed: bool = False) -> None:
         """Set the epoch's learning rate; reset the metrics unless the epoch is resumed."""
@@ -272,8 +272,9 @@ def _build_loss(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, student: Fe
     """Build the loss with what makes the student's width meet the teacher's; give the student the loss's classifier."""
     seed_torch(spec.seed, "loss weights")
     sizes = losses.Sizes(shape.feature_dim, shape.num_classes, student.width)
-    compared = sizes_and_statistics(recipe.match, sizes, shape.statistics)
-    loss = losses.build(spec.loss, compared[0], recipe.loss_options(spec.loss), compared[1])
+    statistics = shape.statistics or TeacherStatistics.placeholder(shape.feature_dim, shape.num_classes)
+    compared_sizes, compared_statistics = sizes_and_statistics(recipe.match, sizes, statistics)
+    loss = losses.build(spec.loss, compared_sizes, recipe.loss_options(spec.loss), compared_statistics)
     if head := getattr(loss.module, "student_head", None):
         if head.in_features != student.width:
             raise RecipeError(
@@ -281,4 +282,4 @@ def _build_loss(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, student: Fe
                 f"{spec.student} has {student.width}. Use --match project."
             )
         student.head.requires_grad_(False).load_state_dict(head.state_dict())
-    return loss._replace(module=match_widths(loss.module, recipe.match, sizes, shape.statistics))
+    return loss._replace(module=match_widths(loss.module, recipe.match, sizes, statistics))

@@ -76,29 +76,23 @@ class MatchedLoss(nn.Module):
         return self.loss(*self.matching(student, target))  # type: ignore[no-any-return]
 
 
-def sizes_and_statistics(
-    match: Match, sizes: Sizes, statistics: TeacherStatistics | None
-) -> tuple[Sizes, TeacherStatistics | None]:
+def sizes_and_statistics(match: Match, sizes: Sizes, statistics: TeacherStatistics) -> tuple[Sizes, TeacherStatistics]:
     """Return the sizes and the statistics that a loss is built with, for those of the teacher and the student."""
     if match == "linear":
         return sizes._replace(student_dim=sizes.feature_dim), statistics
     if match == "autoencoder":
-        width, teacher = (
-            sizes.student_dim,
-            statistics or TeacherStatistics.made_up(sizes.feature_dim, sizes.num_classes),
-        )
-        return sizes._replace(feature_dim=width), encoded(teacher, sizes.num_classes, width)
+        width = sizes.student_dim
+        return sizes._replace(feature_dim=width), encoded(statistics, sizes.num_classes, width)
     return sizes, statistics
 
 
-def match_widths(loss: nn.Module, match: Match, sizes: Sizes, statistics: TeacherStatistics | None) -> nn.Module:
+def match_widths(loss: nn.Module, match: Match, sizes: Sizes, statistics: TeacherStatistics) -> nn.Module:
     """Return the loss, preceded by what makes the widths meet if it reads features."""
     if "features" not in loss.needs or match in ("project", "none"):  # type: ignore[operator]
         return loss
     if match == "linear":
         return MatchedLoss(loss, Regressor(sizes.student_dim, sizes.feature_dim))
-    teacher = statistics or TeacherStatistics.made_up(sizes.feature_dim, sizes.num_classes)
-    return MatchedLoss(loss, copy.deepcopy(fit_encoder(teacher, sizes.student_dim)))  # moved to the learner's device
+    return MatchedLoss(loss, copy.deepcopy(fit_encoder(statistics, sizes.student_dim)))  # moved to the learner's device
 
 
 @functools.lru_cache(maxsize=4)  # the learners of a run share it

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from tspipe.data.random_images.score import label_counts, label_shares
+from tspipe.data.random_images.score import balance_report, label_counts, label_shares
 from tspipe.errors import RecipeError
 from tspipe.training.config import StudentConfig
 from tspipe.training.learner import Learner
@@ -16,8 +16,8 @@ from tspipe.training.tensorboard import TensorBoard
 from tspipe.utils.console import printable
 from tspipe.utils.progress import warn
 
-# Usual ratios. By default, kd multiplies its KL by α · T² / (1 − α) = 144 relative to the labels, lskd by 360.
-_USUAL = {"mse": (0.1, 10), "kl": (0.1, 400), "vid": (0.1, 10)}
+# Expected ratios to the cross-entropy. By default, kd multiplies its KL by α · T² / (1 − α) = 144, lskd by 360.
+_EXPECTED_RATIOS = {"mse": (0.1, 10), "kl": (0.1, 400), "vid": (0.1, 10)}
 _LABELLED, _LABELLED_PIXELS = 1000, 2**24  # the most random images, and pixels of them, whose labels are counted
 _COLUMNS = ["seed", "epoch", "student", "arm", "loss", "train_accuracy", "test_accuracy"]
 _SECONDS = ["seconds_training", "seconds_testing", "seconds_teacher"]
@@ -61,11 +61,12 @@ def record_random_labels(config: StudentConfig, folder: RunFolder, random: Rando
     sample = random.first_labels(min(_LABELLED, _LABELLED_PIXELS // math.prod(random.spec.shape[1:]) + 1))
     counts = label_counts(sample.labels.cpu().numpy(), config.cache.classes)
     folder.write_json("random_labels.json", counts)
+    sentences = [label_shares(counts)]
     if sample.candidates is not None:
-        passes = len(sample.candidates) / len(sample.labels)
-        candidates = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
-        warn(label_shares(label_counts(sample.candidates.numpy(), config.cache.classes), candidates))
-    warn(label_shares(counts))
+        before = label_counts(sample.candidates.numpy(), config.cache.classes)
+        sentences = balance_report(before, counts, len(sample.candidates) / len(sample.labels))
+    for sentence in sentences:
+        warn(sentence)
 
 
 def _has_labels(folder: RunFolder) -> bool:
@@ -93,13 +94,13 @@ def loss_ratios(rows: Iterable[Row], *, hint: bool) -> Iterator[str]:
         for term in ("mse", "kl", "vid"):
             if isinstance(row.get(term), float) and row.get("xent"):
                 ratio = row[term] / row["xent"]
-                judgement = _judge(row.get("loss", ""), ratio, _USUAL[term], hint)
-                yield f"{learner}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}, {judgement}"
+                assessment = _assess_ratio(loss, ratio, _EXPECTED_RATIOS[term], hint)
+                yield f"{learner}: {term} {row[term]:.3g} / xent {row['xent']:.3g} = {ratio:.2g}, {assessment}"
 
 
-def _judge(loss: str, ratio: float, usual: tuple[float, float], hint: bool) -> str:
-    """Return whether a ratio of the teacher's term to the cross-entropy is usual, and what to change if it is not."""
-    low, high = usual
+def _assess_ratio(loss: str, ratio: float, expected: tuple[float, float], hint: bool) -> str:
+    """Say whether a ratio of the teacher's term to the cross-entropy is as expected and, if not, what to change."""
+    low, high = expected
     if low <= ratio <= high:
         return "as expected"
     problem = "so the labels hardly count" if ratio > high else "so the teacher hardly counts"

@@ -8,12 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tspipe.cache import Cache
 from tspipe.data.preprocess import Preprocess
-from tspipe.data.random_images import Generator, Kind, pool
+from tspipe.data.random_images import Generator, Kind
 from tspipe.models.output import Output
-from tspipe.models.teacher import lacks_teacher
-from tspipe.recipes.schema import Recipe
 from tspipe.utils.timing import Stopwatch
 
 
@@ -59,23 +56,6 @@ class RandomLabels(NamedTuple):
 
     labels: Tensor
     candidates: Tensor | None = None
-
-
-def without_live_teacher(recipe: Recipe, cache: Cache) -> tuple[Recipe, str]:
-    """Return a recipe that needs no live teacher if the cache's cannot be built, and a sentence that says what changed.
-
-    Random images then come from the cache's random pool or, if it has none, are left out.
-    """
-    if not recipe.random_images or recipe.random_source == "pool" or not lacks_teacher(cache, recipe):
-        return recipe, ""
-    network = cache.manifest["teacher"]["network"]
-    changes: dict[str, object] = {"random_images": 0}
-    consequence = "students train without random images"
-    if cache.random is not None and len(cache.random) >= recipe.random_images:
-        changes = {"random_source": "pool", **pool.facts(cache.manifest)}
-        consequence = "random images come from the pool in the file"
-    remedy = f"needs the file of its network (--teacher ./{network}.py)" if cache.has_teacher else "is not in the file"
-    return recipe.model_copy(update=changes), f"The teacher of {cache.name} {remedy}, so {consequence}."
 
 
 class RandomSource(ABC):

@@ -160,7 +160,7 @@ class RunFolder:
         path = self.path / "metrics.csv"
         new = not path.exists()
         with writing(path), open(path, "a", newline="", encoding="utf-8", opener=open_without_links) as file:
-            _write_rows(file, rows, columns, header=new)
+            write_rows(file, rows, columns, header=new)
             file.flush()
             os.fsync(file.fileno())  # a later checkpoint must not survive its rows
 
@@ -171,7 +171,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
             return
         text = io.StringIO(newline="")
-        _write_rows(text, rows, list(rows[0]), header=True)
+        write_rows(text, rows, list(rows[0]), header=True)
         write_whole(path, text.getvalue().encode())
 
 
@@ -231,7 +231,8 @@ def processor(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def _write_rows(file: Any, rows: Iterable[Row], columns: list[str], *, header: bool) -> None:
+def write_rows(file: Any, rows: Iterable[Row], columns: list[str], *, header: bool) -> None:
+    """Write rows as CSV; a column that a row lacks is empty."""
     writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
     if header:
         writer.writeheader()

@@ -1,6 +1,5 @@
 """The epochs of a teacher's training: augmented batches, checkpoints, and metrics of each epoch."""
 
-import csv
 import io
 import json
 import time
@@ -24,7 +23,7 @@ from tspipe.training.batches import sequential_batches, shuffled_batches
 from tspipe.training.checkpoint import Checkpointer, Position, load_training_state, training_state
 from tspipe.training.evaluation import count_correct, predict
 from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
-from tspipe.training.run_folder import Row
+from tspipe.training.run_folder import Row, write_rows
 from tspipe.utils.files import write_whole
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.progress import progress, warn
@@ -119,9 +118,7 @@ class TeacherTraining:
 
     def _write_metrics(self) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(self.rows)
+        write_rows(text, self.rows, _COLUMNS, header=True)
         write_whole(self.metrics, text.getvalue().encode())
 
     def _state(self, sums: Tensor, seconds: float) -> dict[str, Tensor]:
@@ -183,7 +180,7 @@ def accuracy(network: nn.Module, test: Split, recipe: Recipe) -> float:
 
 
 def chance_remark(network: nn.Module, test: Split, recipe: Recipe, accuracy: float) -> str | None:
-    """Return in what respect a network of this accuracy classifies no better than by guessing; see `models.chance`."""
+    """Describe why a network of this accuracy classifies no better than by guessing; see `models.chance.remark`."""
     if not chance.is_suspicious(accuracy, labels := test.labels.cpu().numpy()):
         return None
     network.eval()

@@ -183,18 +183,18 @@ def load_recipe(
 
     def choose(known: Mapping[str, Any]) -> dict[str, Any]:
         recipe, published = config.recipe, train_teacher.published_weights(config.recipe)
-        at_hand = weights is None and _is_at_hand(published, config)
+        available = weights is None and _are_available(published, config)
         stated = auto.IMAGENET if weights and is_file(network) else {}
-        if at_hand or networks.is_from_library(network):
+        if available or networks.is_from_library(network):
             stated = networks.preprocess(network) or weight_files.stated_preprocess(published)
         images = open_dataset(recipe.dataset, config.data, download=config.download, split=recipe.split).train
-        values = auto.settings(images, known, stated, pretrained=at_hand or weights is not None)
-        return {**values, "teacher.pretrained": "imagenet" if at_hand else False, **choices}
+        values = auto.settings(images, known, stated, pretrained=available or weights is not None)
+        return {**values, "teacher.pretrained": "imagenet" if available else False, **choices}
 
     return load(recorded_settings(fit, network), choose)
 
 
-def _is_at_hand(published: str | None, config: TeacherConfig) -> bool:
+def _are_available(published: str | None, config: TeacherConfig) -> bool:
     """Return whether published weights are on this machine or may be fetched; remark on it if not."""
     network = config.recipe.teacher.network
     try:

@@ -54,7 +54,7 @@ class TrainedTeacher(NamedTuple):
     Attributes:
         path: the file of the weights, which are those of the last epoch.
         accuracy: their test accuracy.
-        remark: in what respect it classifies no better than by guessing, if so.
+        remark: why it classifies no better than by guessing, if so.
         metrics: those of each epoch, if it was trained now; see `teacher_epochs.TeacherTraining.rows`.
     """
 

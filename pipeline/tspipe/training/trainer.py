@@ -17,7 +17,6 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import RecipeError
 from tspipe.models import initial, weights
 from tspipe.models.teacher import count_teacher_parameters
-from tspipe.training import random_sources
 from tspipe.training.arms import RANDOM, UNTAUGHT, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
@@ -29,6 +28,7 @@ from tspipe.training.partition import Partition, choose_partition
 from tspipe.training.resume import WrittenResults, provenance
 from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run, results_sha256
+from tspipe.training.source_selection import open_random_source
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
 from tspipe.training.tensorboard import TensorBoard
 from tspipe.training.unlabelled import open_unlabelled_images
@@ -247,14 +247,15 @@ def learner_specs(config: StudentConfig, seed: int) -> list[LearnerSpec]:
 
 
 def initial_weights(config: StudentConfig) -> Iterator[str]:
-    """Yield a sentence on each student that does not start from random weights as a matter of course."""
+    """Yield a sentence on each student whose recipe asks for other initial weights than random ones."""
     manifest = config.cache.manifest
     side = manifest["teacher"]["options"]["input_shape"][1]
     for student in config.recipe.student:
         if start := config.initial.get(student):
             implied = {k: v for k, v in start.options.items() if config.recipe.student_options(student).get(k) != v}
             options = f", with {', '.join(f'{name}={value}' for name, value in implied.items())}" if implied else ""
-            yield f"{student} starts from {start.name} (SHA-256 {start.sha256[:12]}){options}. Its last layers are new."
+            digest = start.sha256[:12]
+            yield f"{student} starts from {start.name} (SHA-256 {digest}){options}; its last layers start at random."
             if difference := initial.preprocess_difference(start, Preprocess.from_dict(manifest["preprocess"]), side):
                 yield f"{start.name} are for another preprocessing than the cache's: {difference}."
         elif config.recipe.student_init(student) == initial.AUTO:
@@ -320,7 +321,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     cohort = [build_learner(config, data, spec) for spec in learner_specs(config, 0)]
     partition = choose_partition(group, len(cohort))
     uses_random = any(learner.spec.arm == RANDOM for learner in partition.local_learners(cohort))
-    random = random_sources.open_source(config, data, partition) if recipe.random_images and uses_random else None
+    random = open_random_source(config, data, partition) if recipe.random_images and uses_random else None
     needs = frozenset[str]().union(*(learner.needs for learner in cohort))
     columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3
     targets = TargetLoader(columns, row_labels(config.cache, recipe), needs, memory, device)

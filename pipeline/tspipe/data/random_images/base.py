@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Generator = Literal["mt19937", "minstd"]
 KindName = Literal["uniform", "mixed", "cutmix", "structured"]
 KINDS: tuple[str, ...] = get_args(KindName)
-FROM_PHOTOS = ("mixed", "cutmix")  # kinds that are made from training images
 Shape = tuple[int, int, int]
 
 
@@ -61,6 +60,6 @@ class Kind(ABC):
 
 
 def make(name: str, shape: Shape, photos: Photos | None = None) -> Kind:
-    """Return a kind by its name, one of `KINDS`; those in `FROM_PHOTOS` need `photos`."""
+    """Return a kind by its name, one of `KINDS`; those in `cache.layout.FROM_PHOTOS` need `photos`."""
     kind: Kind = importlib.import_module(f"tspipe.data.random_images.{name}").Images(shape, photos)
     return kind

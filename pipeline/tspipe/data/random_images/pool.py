@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tspipe.cache.layout import FROM_PHOTOS
 from tspipe.data.random_images import minstd
-from tspipe.data.random_images.base import FROM_PHOTOS, KINDS, Generator, Kind, Photos, make
+from tspipe.data.random_images.base import KINDS, Generator, Kind, Photos, make
 from tspipe.errors import CacheDamaged, CacheMismatch
 from tspipe.utils.rng import stream
 
@@ -66,8 +67,7 @@ class PoolImages:
     """
 
     def __init__(self, kind: Kind, random: Manifest, block_rows: int, candidates: NDArray[np.int64] | None = None):
-        self.kind, self.rows, self.block_rows = kind, random["rows"], block_rows
-        self._seed, self._minstd, self._candidates = random["seed"], random["generator"] == "minstd", candidates
+        self.kind, self._random, self.block_rows, self._candidates = kind, random, block_rows, candidates
         if candidates is not None and not self._are_candidates(candidates, random["rounds"]):
             raise CacheDamaged("random_candidates holds numbers that no pool has. Get the file again.")
         self._block = -1
@@ -75,8 +75,9 @@ class PoolImages:
 
     def _are_candidates(self, numbers: NDArray[np.int64], rounds: int) -> bool:
         """Return whether the numbers increase within each block and lie within its candidates."""
-        starts = np.arange(0, self.rows, self.block_rows)
-        limits = rounds * np.diff([*starts, self.rows]).repeat(np.diff([*starts, self.rows]))
+        starts = np.arange(0, self._random["rows"], self.block_rows)
+        sizes = np.diff([*starts, self._random["rows"]])
+        limits = rounds * sizes.repeat(sizes)
         increases = np.diff(numbers, prepend=-1) > 0
         increases[starts] = True
         return bool(((numbers >= 0) & (numbers < limits) & increases).all())
@@ -86,11 +87,11 @@ class PoolImages:
 
         They are (count, C, H, W) uint8, or float32 in [0, 1).
         """
-        numbers, done = list[NDArray[Any]](), 0
+        numbers, done, rows = list[NDArray[Any]](), 0, self._random["rows"]
         while done < count:
-            row = (start + done) % self.rows
+            row = (start + done) % rows
             block, first = divmod(row, self.block_rows)
-            size = min(count - done, self.block_rows - first, self.rows - row)
+            size = min(count - done, self.block_rows - first, rows - row)
             stored = self._candidates
             chosen = first + np.arange(size) if stored is None else stored[row : row + size]
             numbers += self._numbers(block, chosen)
@@ -108,12 +109,12 @@ class PoolImages:
 
     def _block_numbers(self, block: int, first: int, count: int) -> NDArray[Any]:
         draws = self.kind.draws
-        if self._minstd:
+        if self._random["generator"] == "minstd":
             skipped = (block * self.block_rows + first) * draws
-            return minstd.numbers(self._seed, _PURPOSE, skipped, count * draws).reshape(count, draws)
+            return minstd.numbers(self._random["seed"], _PURPOSE, skipped, count * draws).reshape(count, draws)
         if block != self._block or first < self._drawn:
             self._block, self._drawn = block, 0
-            self._generator = stream(self._seed, _PURPOSE, 0, block)
+            self._generator = stream(self._random["seed"], _PURPOSE, 0, block)
         if skipped := first - self._drawn:  # a number is one word
             self._generator.bit_generator.random_raw(skipped * draws, output=False)
         self._drawn = first + count

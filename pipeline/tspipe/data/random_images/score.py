@@ -58,6 +58,12 @@ def label_counts(labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str,
     return {classes[label]: int(counts[label]) for label in np.argsort(-counts, kind="stable") if counts[label]}
 
 
+def balance_report(before: Mapping[str, int], after: Mapping[str, int], passes: float) -> list[str]:
+    """Say how the teacher labels candidates and the images chosen from them, and the passes for each of these."""
+    cost = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
+    return [label_shares(before, cost), label_shares(after, "the balanced images")]
+
+
 def label_shares(counts: Mapping[str, int], what: str = "random images") -> str:
     """Say how the teacher labels images; classes below half a percent are left out."""
     total = sum(counts.values())

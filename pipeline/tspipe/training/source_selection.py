@@ -1,4 +1,4 @@
-"""Opens what a run's random images come from: the live teacher or the pool of the cache."""
+"""Selects and opens the source of a run's random images: the live teacher or the random pool of the cache."""
 
 import functools
 from functools import partial
@@ -6,11 +6,11 @@ from functools import partial
 import torch
 
 from tspipe.cache import Cache
+from tspipe.cache.layout import FROM_PHOTOS
 from tspipe.data.random_images import Kind, Photos, make, pool
-from tspipe.data.random_images.base import FROM_PHOTOS
 from tspipe.data.random_images.minstd import period_warning
 from tspipe.errors import CacheMismatch
-from tspipe.models.teacher import check_teacher, load_teacher
+from tspipe.models.teacher import check_teacher, lacks_teacher, load_teacher
 from tspipe.recipes.schema import Recipe
 from tspipe.training.batches import shuffled_batches
 from tspipe.training.config import StudentConfig
@@ -22,7 +22,24 @@ from tspipe.training.run_data import RunData
 from tspipe.utils.progress import warn
 
 
-def open_source(config: StudentConfig, data: RunData, partition: Partition) -> RandomSource:
+def without_live_teacher(recipe: Recipe, cache: Cache) -> tuple[Recipe, str]:
+    """Return a recipe that needs no live teacher if the cache's cannot be built, and a sentence that says what changed.
+
+    Random images then come from the cache's random pool or, if it has none, are left out.
+    """
+    if not recipe.random_images or recipe.random_source == "pool" or not lacks_teacher(cache, recipe):
+        return recipe, ""
+    network = cache.manifest["teacher"]["network"]
+    changes: dict[str, object] = {"random_images": 0}
+    consequence = "students train without random images"
+    if cache.random is not None and len(cache.random) >= recipe.random_images:
+        changes = {"random_source": "pool", **pool.facts(cache.manifest)}
+        consequence = "random images come from the pool in the file"
+    remedy = f"needs the file of its network (--teacher ./{network}.py)" if cache.has_teacher else "is not in the file"
+    return recipe.model_copy(update=changes), f"The teacher of {cache.name} {remedy}, so {consequence}."
+
+
+def open_random_source(config: StudentConfig, data: RunData, partition: Partition) -> RandomSource:
     """Open the cache's random pool, or load its teacher and compare it with the rows it wrote."""
     recipe, cache, shape, device = config.recipe, config.cache, data.train.shape, data.train.device
     batches_per_epoch = len(shuffled_batches(0, 0, data.train_count, recipe.batch_size))
