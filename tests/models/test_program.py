@@ -103,6 +103,16 @@ def test_a_hostile_program_is_refused(stored: Any, nodes: list[Any], reason: str
         program.load(forged(*nodes), stored[1], SHAPE, "x")
 
 
+def test_memory_is_bounded_for_any_number_of_images(stored: Any) -> None:
+    squares = [["mul", [{"node": node}, {"node": node}], {}] for node in (1, 2, 3)]
+    nodes = [["sym_size.int", [{"node": 0}, 0], {}], *squares, ["zeros.default", [[{"node": 4}]], {}]]
+    nodes += [["new_zeros.default", [{"node": 0}, [{"node": 1}, 8]], {}], ["output", 6]]
+    network = program.load(forged(*nodes), stored[1], SHAPE, "x")
+    assert network(torch.zeros(2, *SHAPE)).shape == (2, 5)
+    with pytest.raises(NetworkError, match=r"an operation needs 1,125,899,906,842,624 bytes for 64 images\."):
+        network(torch.zeros(64, *SHAPE))
+
+
 @pytest.mark.parametrize("data", [b"", b"\x80\x04pickle", b"\xff" * 100, save({}), save({}, {"program": "[" * 9999})])
 def test_bytes_that_are_no_program(stored: Any, data: bytes) -> None:
     with pytest.raises(NetworkError, match="x is damaged, or needs a newer tspipe"):

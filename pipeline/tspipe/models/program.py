@@ -127,7 +127,7 @@ class Program(nn.Module):
         super().__init__()
         if len(nodes) > _MAX_NODES:
             raise NetworkError(f"it has {len(nodes):,} operations; at most {_MAX_NODES:,} are run.")
-        self.nodes, last_use = nodes, dict[int, int]()
+        self.nodes, last_use, self.checked = nodes, dict[int, int](), set[int]()
         for number, node in enumerate(nodes):
             if node[0] in sources:
                 tensor = sources[node[0]][node[1]]
@@ -139,9 +139,15 @@ class Program(nn.Module):
         self.unused_after = [[i for i, last in last_use.items() if last == n] for n in range(len(nodes))]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images to features; on the meta device, check the memory that each operation needs."""
+        """Map images to features; on the meta device, check the memory that each operation needs.
+
+        Every number of images is checked before the first run with it, because sizes may grow with any power of it.
+        """
         if not isinstance(images, Tensor):
             raise TypeError("A program is run, not traced.")
+        if not images.is_meta and len(images) not in self.checked:
+            self(torch.empty_like(images, device="meta"))
+            self.checked.add(len(images))
         values = dict[int, Any]()
         for number, node in enumerate(self.nodes):
             match node:
