@@ -16,9 +16,10 @@ import tspipe as library
 from tspipe.cache import Cache
 from tspipe.deploy import latency, memory
 from tspipe.deploy.counts import count_module, count_onnx
-from tspipe.deploy.evaluate import evaluate
+from tspipe.deploy.evaluate import evaluate, leak_remarks
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.labelled_images import open_labelled_images
+from tspipe.experiments.evaluation import notes
 from tspipe.training.run_folder import RunFolder
 
 
@@ -76,6 +77,26 @@ def test_what_is_measured(student_file: Path, digits: Cache, monkeypatch: pytest
     assert second.scores == first.scores
     assert student.memory == {32: 2**20}
     assert [(each.batch_size, each.threads) for each in student.latency] == [(2, 1), (2, 2)]
+
+
+def test_a_student_that_has_seen_the_test_images_is_remarked_on(
+    student_file: Path, digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    student, test = library.load_student(student_file), open_labelled_images(digits)
+    assert leak_remarks([student], [test]) == []
+    other = [test._replace(cache=replace(digits, id="0" * 64, test=digits.train))]
+    assert leak_remarks([student], other) == [
+        f"lenet5-taught-seed0 was trained from another cache than digits.h5, {digits.id[:12]}, which is not in cache/. "
+        "If its training images are among these test images, its scores are too high."
+    ]
+    Path("cache").mkdir()
+    Path("cache/digits.h5").symlink_to(digits.path)
+    remarks = leak_remarks([student], other)
+    expected = "1,000 of the test images are training images of lenet5-taught-seed0: its scores are too high."
+    assert remarks == [expected]
+    assert expected in notes([], test, remarks)
+    assert leak_remarks([student], [test._replace(cache=replace(digits, id="0" * 64))]) == []
 
 
 def test_caches_of_other_test_images_are_not_compared(digits: Cache, pool: Cache) -> None:

@@ -165,6 +165,9 @@ def test_an_int8_export_is_smaller_and_agrees_with_the_student(
     model = onnx.load(exported.path)
     weights = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) in (2, 4)}
     assert weights == {onnx.TensorProto.INT8}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert float(metadata["student_test_accuracy"]) == student.facts.test_accuracy
+    assert "test_accuracy" not in metadata  # the file's own is another
     assert error_message(export, student, ExportConfig("torch", tmp_path / "y", int8=True), test) == (
         "The format torch cannot be quantised to int8. Choose --format onnx or --format executorch"
     )

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import tspipe as library
-from tspipe.deploy import publish
+from tspipe.deploy import model_card
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.student import find_students
 
@@ -66,6 +66,16 @@ def test_a_student_on_the_hub_has_a_card_that_is_kept_once_edited(tspipe: Callab
     assert hub[path].getvalue().decode() == card
 
 
+def test_the_card_of_a_student_alone_names_no_teacher_and_that_of_a_users_network_its_file(run: Path) -> None:
+    facts = library.load_student(run, student="*-alone-*").facts
+    card = model_card.model_card(facts, "hf://me/digits/x.safetensors", "0" * 64)
+    assert "An image classifier, trained without a teacher, with tspipe." in card
+    assert "| Teacher | none |" in card
+    card = model_card.model_card(facts.model_copy(update={"network": "mine"}), "hf://me/digits/x.safetensors", "0" * 64)
+    assert "    tspipe predict hf://me/digits/x.safetensors IMAGE --network ./mine.py\n" in card
+    assert 'load_student("x.safetensors", network="./mine.py")' in card
+
+
 def test_a_standalone_export_travels_with_its_python_file(tspipe: Callable, run: Path, tmp_path: Path) -> None:
     student = library.load_student(run / NAME)
     export(student, ExportConfig("safetensors", tmp_path / "out" / "net.safetensors"), None)
@@ -101,5 +111,5 @@ def test_a_student_at_a_url_classifies(
 @pytest.mark.parametrize(("suffix", "needed"), [(".onnx", False), (".pte", False), (".pt2", True)])
 def test_exports_that_have_a_runtime_need_no_network_file(suffix: str, needed: bool) -> None:
     facts: Any = SimpleNamespace(network="mine")
-    command = publish.command(f"s3://team/x{suffix}", Path(f"x{suffix}"), facts)
+    command = model_card.command(f"s3://team/x{suffix}", Path(f"x{suffix}"), facts)
     assert ("--network ./mine.py" in command) is needed

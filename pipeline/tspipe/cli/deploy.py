@@ -173,7 +173,7 @@ def eval_(
     """Compare students, exports and the teachers of caches."""
     from tspipe.cache import open_cache
     from tspipe.cli.render import show_evaluations
-    from tspipe.deploy.evaluate import as_json, evaluate
+    from tspipe.deploy.evaluate import as_json, evaluate, leak_remarks
     from tspipe.deploy.exported import load_classifier
     from tspipe.deploy.labelled_images import find_cache, open_labelled_images
     from tspipe.experiments import evaluation, figures
@@ -185,14 +185,15 @@ def eval_(
     classifiers = [load_classifier(file, student, network, last=last) for file in files if file.suffix != ".h5"]
     caches = caches or [find_cache(classifiers[0].facts.cache)]
     tests = [open_labelled_images(opened, data) for opened in caches]
-    evaluations = evaluate(tests, classifiers, seconds, network)
+    evaluations, remarks = evaluate(tests, classifiers, seconds, network), leak_remarks(classifiers, tests)
     if json_:
         results = [as_json(one, caches[0].classes) for one in evaluations]
         ids = [opened.id for opened in caches]
-        print(json.dumps({"caches": ids, "images": len(tests[0].labels), "results": results}, indent=2))
+        content = {"caches": ids, "images": len(tests[0].labels), "results": results, "remarks": remarks}
+        print(json.dumps(content, indent=2))
     else:
-        show_evaluations(evaluation.tables(evaluations), evaluation.notes(evaluations, tests[0]))
+        show_evaluations(evaluation.tables(evaluations), evaluation.notes(evaluations, tests[0], remarks))
     if html:
-        evaluation.write(html, evaluations, tests)
+        evaluation.write(html, evaluations, tests, remarks)
         if not json_:
             echo(f"Page: {html}")

@@ -42,7 +42,7 @@ def push(
 
 
 def _push_model(source: Path, url: str, student: str | None, force: bool) -> None:
-    from tspipe.deploy import publish
+    from tspipe.deploy import model_card, publish
     from tspipe.deploy.student import find_students
     from tspipe.utils.progress import byte_progress
 
@@ -56,7 +56,7 @@ def _push_model(source: Path, url: str, student: str | None, force: bool) -> Non
     echo(f"  The receiver needs {', '.join(publish.needs(file, facts))}.")
     if card := publish.push_card(facts, pushed, force=force):
         echo(f"  {card}")
-    echo(f"Its SHA-256 is in a file beside it. Next: {publish.command(pushed.address, file, facts)}")
+    echo(f"Its SHA-256 is in a file beside it. Next: {model_card.command(pushed.address, file, facts)}")
 
 
 def pull(
@@ -93,7 +93,7 @@ def pull(
 def _show_pulled_model(url: str, out: Path, done: str, published: bool, force: bool) -> None:
     """Pull the Python file of a standalone export, too, and print what the model needs. Nothing of it is run."""
     from tspipe.cache import address, transfer
-    from tspipe.deploy import publish
+    from tspipe.deploy import model_card, publish
     from tspipe.deploy.facts import ExportFacts
 
     echo(f"{done}: {'its SHA-256 matches' if published else 'no SHA-256 is published'}")
@@ -103,7 +103,7 @@ def _show_pulled_model(url: str, out: Path, done: str, published: bool, force: b
         transfer.pull(address.beside(url, ".py"), source, lambda count: None, force=force)
         echo(f"Pulled {source}, which is code: read it before you run it")
     echo(f"  You need {', '.join(publish.needs(out, facts))}.")
-    echo(f"Next: {publish.command(str(out), out, facts)}")
+    echo(f"Next: {model_card.command(str(out), out, facts)}")
 
 
 def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tspipe.cache import Cache, open_cache
+from tspipe.cache.match import shared_images
 from tspipe.cache.read import read_keys
 from tspipe.data.preprocess import Preprocess
 from tspipe.deploy import latency, memory
@@ -17,7 +18,7 @@ from tspipe.deploy.classifier import Classifier
 from tspipe.deploy.counts import Counts, count_module, count_onnx
 from tspipe.deploy.exported import OnnxExport, load_classifier
 from tspipe.deploy.fold import fold
-from tspipe.deploy.labelled_images import CPU, LabelledImages
+from tspipe.deploy.labelled_images import CPU, LabelledImages, find_cache
 from tspipe.deploy.latency import Latency, Run, Subject
 from tspipe.deploy.memory import Peaks
 from tspipe.deploy.rebuilt import RebuiltExport
@@ -113,6 +114,24 @@ def as_json(evaluation: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
         "memory": evaluation.memory,
         "latency": [each._asdict() for each in evaluation.latency],
     }
+
+
+def leak_remarks(classifiers: Sequence[Classifier], tests: Sequence[LabelledImages]) -> list[str]:
+    """Return a sentence on each classifier of another cache that was trained on the test images, or may have been."""
+    test, ids = tests[0].cache, [each.cache.id for each in tests]
+    remarks = []
+    for name, cache_id in ((one.name, one.facts.cache) for one in classifiers if one.facts.cache not in ids):
+        try:
+            shared = int(shared_images(test.test, find_cache(cache_id).train).sum())
+        except CacheMismatch:
+            remarks.append(
+                f"{name} was trained from another cache than {test.name}, {cache_id[:12]}, which is not in cache/. If "
+                "its training images are among these test images, its scores are too high."
+            )
+        else:
+            knows = f"{shared:,} of the test images are training images of {name}: its scores are too high."
+            remarks += [knows] if shared else []
+    return remarks
 
 
 def open_subject(path: Path, network: str | None) -> Subject:

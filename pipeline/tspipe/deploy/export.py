@@ -209,7 +209,8 @@ def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
         else f"({batch}, C, H, W) float32, preprocessed",
         "output": config.output,
         "epoch": f"{student.facts.epoch} of {student.facts.epochs}, selected: {student.facts.selected}",
-        "test_accuracy": repr(student.facts.test_accuracy),
+        # Quantisation changes the accuracy, which is measured only when the file is complete.
+        "student_test_accuracy" if config.int8 else "test_accuracy": repr(student.facts.test_accuracy),
     }
 
 

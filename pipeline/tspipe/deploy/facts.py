@@ -26,7 +26,8 @@ class Facts(BaseModel):
         native_width: whether the student keeps its network's last layers, without g(x).
         network: the network's name; `mine` for a user's `./mine.py`.
         options: the network's own options.
-        test_accuracy: the student's.
+        arm: how it was trained: alone, taught, taught + random; empty in exports of older versions.
+        test_accuracy: its accuracy on the test split; None for an int8 export.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +37,7 @@ class Facts(BaseModel):
     dataset: str = ""
     dataset_license: str = ""
     teacher: str = ""
+    arm: str = ""
     test_accuracy: _Fraction | None = None
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]
@@ -59,7 +61,6 @@ class StudentFacts(Facts):
     """The metadata of a student's file.
 
     Attributes:
-        arm: how it was trained: alone, taught, taught + random.
         epoch, epochs: the epoch of its weights, from 1, and how many it was trained for.
         selected: why this epoch: the last one, or the best on held-back images (validation) or on the test split.
         test_accuracy, val_accuracy: its accuracy on the test split and on held-back training images.

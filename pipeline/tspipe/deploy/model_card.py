@@ -3,11 +3,14 @@
 import hashlib
 import json
 import re
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 
 from tspipe.cache.remote import open_remote
 from tspipe.deploy.facts import ExportFacts, Facts, StudentFacts
 from tspipe.errors import NetworkError
+from tspipe.models import networks
+from tspipe.training.arms import UNTAUGHT
+from tspipe.utils.console import quote
 
 _LONGEST = 2**20  # bytes
 _MARK = "\n<!-- Written by tspipe; SHA-256 of the text above: {} -->\n"
@@ -30,6 +33,7 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
     """Return the card of a pushed file: front matter, facts and how to load it, then a checksum of all of it."""
     name = PurePosixPath(address).name
     accuracy = facts.test_accuracy
+    origin = "trained without a teacher, with tspipe" if facts.arm in UNTAUGHT else "distilled with tspipe"
     dataset = _code(facts.dataset) if facts.dataset else "not recorded"
     rows = {
         "Network": _code(facts.network),
@@ -38,7 +42,7 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
         "Input": f"{'×'.join(map(str, facts.input_shape))} (channels×height×width)",
         "Preprocessing": _code(json.dumps(facts.preprocess.as_dict())),
         "Data": f"{dataset}; its licence: {_code(facts.dataset_license) if facts.dataset_license else 'not stated'}",
-        "Teacher": _code(facts.teacher) if facts.teacher else "not recorded",
+        "Teacher": "none" if facts.arm in UNTAUGHT else _code(facts.teacher) if facts.teacher else "not recorded",
         "Cache": f"tspipe cache `{facts.cache[:12]}`",
         "Test accuracy": "not recorded" if accuracy is None else f"{accuracy:.2%}",
         **({"Weights": f"of {facts.describe_epoch()}"} if isinstance(facts, StudentFacts) else {}),
@@ -46,10 +50,18 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     text = (
-        f"---\n{_front_matter(facts, name)}---\n\n# {name}\n\nAn image classifier, distilled from a teacher's cached "
-        f"features with tspipe.\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n{_usage(facts, name, address)}"
+        f"---\n{_front_matter(facts, name)}---\n\n# {name}\n\nAn image classifier, {origin}.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n## Use\n\n{_usage(facts, name, address)}"
     )
     return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def command(location: str, path: PurePath, facts: Facts) -> str:
+    """Return the command that classifies an image with a file at an address or path."""
+    words = ["tspipe", "predict", location, "IMAGE"]
+    if path.suffix not in (".onnx", ".pte") and networks.is_user_network(facts.network):
+        words += ["--network", f"./{facts.network}.py"]
+    return " ".join(map(quote, words))
 
 
 def write_card(url: str, text: str, *, force: bool) -> bool:
@@ -83,7 +95,7 @@ def _front_matter(facts: Facts, name: str) -> str:
 
 
 def _usage(facts: Facts, name: str, address: str) -> str:
-    lines = [f"    tspipe predict {address} IMAGE", ""]
+    lines = [f"    {command(address, PurePosixPath(name), facts)}", ""]
     if isinstance(facts, ExportFacts):
         path = PurePosixPath(name)
         if path.suffix not in _RUNS:
@@ -93,7 +105,8 @@ def _usage(facts: Facts, name: str, address: str) -> str:
         takes = "bytes" if facts.output == "probabilities" else "float32, normalised"
         lines += ["", f"`images` is a batch of preprocessed images ({takes}), and `output` their {facts.output}."]
     else:
-        lines += ["```python", "import tspipe", "", f'student = tspipe.load_student("{name}")']
+        network = f', network="./{facts.network}.py"' if networks.is_user_network(facts.network) else ""
+        lines += ["```python", "import tspipe", "", f'student = tspipe.load_student("{name}"{network})']
         lines += ['labels, probabilities = student.predict(["image.png"])', "```"]
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,6 @@ from tspipe.deploy.model_card import card_address, model_card, write_card
 from tspipe.deploy.rebuilt import is_export, read_archive
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
-from tspipe.utils.console import quote
 
 _RUNTIMES = {
     ".onnx": "onnxruntime",
@@ -64,14 +63,6 @@ def push_card(facts: Facts, pushed: Pushed, *, force: bool) -> str:
     if write_card(url, model_card(facts, pushed.address, pushed.sha256), force=force):
         return f"Its model card is {url}."
     return f"{url} is not a card of tspipe's, or was edited, and is kept. Replace it: --force"
-
-
-def command(location: str, path: Path, facts: Facts) -> str:
-    """Return the command that classifies an image with a file at an address or path."""
-    words = ["tspipe", "predict", location, "IMAGE"]
-    if path.suffix not in (".onnx", ".pte") and networks.is_user_network(facts.network):
-        words += ["--network", f"./{facts.network}.py"]
-    return " ".join(map(quote, words))
 
 
 def needs(path: Path, facts: Facts) -> list[str]:

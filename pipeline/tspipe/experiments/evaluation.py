@@ -80,7 +80,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     return [table for table in (quality(evaluations), speed(evaluations)) if table.rows]
 
 
-def notes(evaluations: Sequence[Evaluation], test: LabelledImages) -> list[str]:
+def notes(evaluations: Sequence[Evaluation], test: LabelledImages, remarks: Sequence[str] = ()) -> list[str]:
     """Return the worst classes of each model, and sentences on what the tables show."""
     classes = test.cache.classes
     worst = [
@@ -100,10 +100,12 @@ def notes(evaluations: Sequence[Evaluation], test: LabelledImages) -> list[str]:
             "process, beyond Python and the libraries. Measured on "
             f"{machine['processor']}, {machine['cores']} cores, with torch {machine['torch']}."
         )
-    return [*worst, sentences]
+    return [*worst, *remarks, sentences]
 
 
-def write(path: Path, evaluations: Sequence[Evaluation], tests: Sequence[LabelledImages]) -> None:
+def write(
+    path: Path, evaluations: Sequence[Evaluation], tests: Sequence[LabelledImages], remarks: Sequence[str] = ()
+) -> None:
     """Write the page. Raises ReportError without matplotlib."""
     points, axis = _points(evaluations)
     dataset = tests[0].cache.manifest["dataset"]["name"]
@@ -112,7 +114,7 @@ def write(path: Path, evaluations: Sequence[Evaluation], tests: Sequence[Labelle
         "evaluation.html.jinja",
         dataset=dataset,
         tables=tables(evaluations),
-        notes=notes(evaluations, tests[0]),
+        notes=notes(evaluations, tests[0], remarks),
         classes=tests[0].cache.classes,
         svg=html.svg(drawing, 1),
         caption=drawing.caption,

@@ -98,8 +98,7 @@ def leak_warning(cache: Cache) -> str | None:
     """Return a warning if images without labels are test images."""
     if cache.unlabelled is None:
         return None
-    digests = [cache.split(split).digests.load().copy().view("<u8").ravel() for split in ("test", UNLABELLED)]
-    if not (shared := np.isin(digests[1], digests[0])).any():
+    if not (shared := match.shared_images(cache.unlabelled, cache.test)).any():
         return None
     key = read_keys(cache.unlabelled)[int(shared.argmax())]
     return (
