@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,7 @@ from tspipe.extraction.extract import Contents, ExtractConfig
 from tspipe.models import networks, weights
 from tspipe.recipes import load
 from tspipe.training import batches, learner
+from tspipe.training.run_folder import RunFolder
 
 # LeNet-5 teaches LeNet-5: the digits in a tenth of a second an epoch.
 TEACHER = [
@@ -69,6 +71,19 @@ def untouched(path: Path) -> tuple[int, int, int]:
     """Return what changes when a file is written to or replaced, but not when it is read."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def weights_of(run: RunFolder) -> dict[str, bytes]:
+    """Return the tensors of each student's file as bytes, by the file's name."""
+    return {
+        path.name: safetensors.torch.save(safetensors.torch.load_file(path))
+        for path in sorted(run.path.glob("student-*.safetensors"))
+    }
+
+
+def metrics_of(run: RunFolder) -> list[dict[str, object]]:
+    """Return all metrics except the seconds."""
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
 
 
 POOL_ROWS = 40  # in blocks of 16, 16 and 8

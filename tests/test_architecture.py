@@ -115,7 +115,7 @@ def test_help_does_not_import_torch() -> None:
     assert result.stdout.splitlines()[-1] == "False False"
 
 
-def test_files_and_functions_are_short() -> None:
+def test_files_classes_and_functions_are_short() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text()
         assert source.count("\n") <= 400, path
@@ -123,6 +123,9 @@ def test_files_and_functions_are_short() -> None:
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 150, f"{path.name}: {node.name}"
 
 
 def test_info_of_a_local_file_imports_no_transfer_code(digits: Cache) -> None:

@@ -84,8 +84,8 @@ def test_a_balanced_pool_has_even_labels_and_costs_passes(
     assert balanced.random.candidates is not None
     assert balanced.random.candidates.load().max() < 8 * 16
     passes = []
-    taught = forward.run_teacher_on_blocks
-    monkeypatch.setattr(forward, "run_teacher_on_blocks", lambda *a: passes.append(a[-2:]) or taught(*a))
+    original = forward.run_teacher_on_blocks
+    monkeypatch.setattr(forward, "run_teacher_on_blocks", lambda *a: passes.append(a[-2:]) or original(*a))
     again = extract(pool_config(teacher, tmp_path / "digits.h5", *BALANCED))
     assert again.path.read_bytes() == balanced.path.read_bytes()
     printed = capsys.readouterr().err

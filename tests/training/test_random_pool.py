@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Result
-from shared import POOL_ROWS, interrupted_at, pool_config, pool_image
+from shared import POOL_ROWS, interrupted_at, metrics_of, pool_config, pool_image, weights_of
 from tspipe.cache import Cache
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, RecipeError
@@ -37,17 +37,6 @@ SMALL = ["epochs=2", "seeds=2", "batch_size=100", "random_images=7", "random_sou
 def stage_two(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = (TAUGHT, RANDOM)) -> StudentConfig:
     facts = {"preprocess": cache.manifest["preprocess"]}
     return StudentConfig(load.load("digits", [*SMALL, *overrides], facts=facts), cache, arms, out=out)
-
-
-def students(run: RunFolder) -> dict[str, bytes]:
-    return {
-        path.name: safetensors.torch.save(safetensors.torch.load_file(path))
-        for path in sorted(run.path.glob("student-*.safetensors"))
-    }
-
-
-def metrics(run: RunFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
 
 
 def batches_of(cache: Cache, count: int) -> RandomPool:
@@ -109,7 +98,7 @@ def test_an_epoch_continues_where_the_previous_one_ended(
 
 def test_training_with_the_pool_needs_no_teacher(run: RunFolder, pool: Cache, tmp_path: Path) -> None:
     bare = replace(pool, _weights=None)
-    assert students(train_students(stage_two(bare, tmp_path / "bare"))) == students(run)
+    assert weights_of(train_students(stage_two(bare, tmp_path / "bare"))) == weights_of(run)
 
 
 def test_label_counts_come_from_the_pool(run: RunFolder, pool: Cache) -> None:
@@ -129,8 +118,8 @@ def test_an_interrupted_run_ends_with_the_same_students(
             train_students(run_config)
     result = train_students(run_config)
     assert len(taken) > 80
-    assert students(result) == students(run)
-    assert metrics(result) == metrics(run)
+    assert weights_of(result) == weights_of(run)
+    assert metrics_of(result) == metrics_of(run)
 
 
 def test_the_pool_and_a_live_teacher_on_its_images_agree(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared import untouched
+from shared import metrics_of, untouched, weights_of
 from tspipe.cache import Cache
 from tspipe.data import datasets
 from tspipe.data.preprocess import Preprocess
@@ -49,18 +49,6 @@ SMALL = ["epochs=2", "seeds=1", "batch_size=100", "random_images=7"]
 def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = ARMS) -> StudentConfig:
     facts = {"preprocess": cache.manifest["preprocess"]}
     return StudentConfig(load.load("digits", [*SMALL, *overrides], facts=facts), cache, arms, out=out)
-
-
-def weights_of(run: RunFolder) -> dict[str, bytes]:
-    return {
-        path.name: safetensors.torch.save(safetensors.torch.load_file(path))
-        for path in sorted(run.path.glob("student-*.safetensors"))
-    }
-
-
-def metrics_of(run: RunFolder) -> list[dict[str, object]]:
-    """Return all metrics except the seconds."""
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in run.rows()]
 
 
 @pytest.fixture(scope="module")

@@ -157,9 +157,7 @@ class Recipe(Optimisation):
         "autoencoder match them during training, none leaves that to the loss.",
     )
     losses: dict[str, dict[str, Any]] = Field({}, description="The options of a loss, by its name.")
-    label_smoothing: Fraction = Field(
-        0.0, description="The label smoothing of the student alone, that is of the loss xent."
-    )
+    label_smoothing: Fraction = Field(0.0, description="The label smoothing of the student alone (loss xent).")
     test_batch_size: AtLeastOne = Field(1000, description="The number of images in a batch of testing.")
     random_images: Count = Field(178, description="The number of random images added to every batch.")
     unlabelled_images: Count = Field(
