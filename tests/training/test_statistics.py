@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from tspipe.cache import Cache
-from tspipe.errors import CacheMismatch
+from tspipe.errors import CacheMismatch, RecipeError
 from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
-from tspipe.training.arms import TAUGHT
+from tspipe.training.arms import TAUGHT, LearnerSpec
 from tspipe.training.config import StudentConfig
+from tspipe.training.learner import Learner, TaskShape
 from tspipe.training.statistics import cache_statistics
 from tspipe.training.trainer import train_students
 
@@ -47,6 +48,30 @@ def test_simkd_students_have_the_teachers_classifier(digits: Cache, tmp_path: Pa
     head = load_teacher(digits, recipe, (1, 16, 16), torch.device("cpu")).head
     assert torch.equal(student["head.weight"], head.weight)
     assert torch.equal(student["head.bias"], head.bias)
+
+
+NO_BIAS = """
+from torch import nn
+def build(num_classes, input_shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.Linear(8, num_classes, bias=False))
+"""
+
+
+def test_classifiers_without_a_bias(tmp_path: Path) -> None:
+    """A teacher's becomes one with a bias of 0; a student's own is counted as it is, and takes none with a bias."""
+    (tmp_path / "mine.py").write_text(NO_BIAS)
+    mine = str(tmp_path / "mine.py")
+
+    def build(student: str, *settings: str, bias: bool) -> Learner:
+        blocks = [(torch.rand(4, 8), torch.arange(4) % 2)]
+        statistics = TeacherStatistics(lambda: blocks, lambda: torch.nn.Linear(8, 2, bias=bias), (2, 8))
+        spec, shape = LearnerSpec(student, TAUGHT, "simkd", 0), TaskShape(8, 2, (1, 16, 16), statistics)
+        return Learner(spec, load.load("digits", settings), shape, torch.device("cpu"))
+
+    assert torch.equal(build("lenet5", bias=False).network.head.bias, torch.zeros(2))
+    assert build(mine, "match=linear", bias=False).parameter_counts == (257 * 8 + 16, 257 * 8 + 16)
+    with pytest.raises(RecipeError, match=r"gives the student a classifier with a bias, and that of .* has none\."):
+        build(mine, "match=linear", bias=True)
 
 
 def test_a_classifier_of_other_rows_is_refused(digits: Cache) -> None:

@@ -146,8 +146,10 @@ class Learner:
     def parameter_counts(self) -> tuple[int, int]:
         """How many weights the network has, in training and when g(x) and the classifier are one layer."""
         (backbone, *projection), head = cast(nn.Sequential, self.network.backbone), self.network.head
-        native = cast(nn.Linear, projection[0] if projection else head).in_features
         trained = count_parameters(self.network)
+        if not projection:
+            return trained, trained
+        native = cast(nn.Linear, projection[0]).in_features
         return trained, count_parameters(backbone) + (native + 1) * head.out_features
 
     def start_epoch(self, epoch: int, *, resumed: bool = False) -> None:
@@ -281,5 +283,12 @@ def _build_loss(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, student: Fe
                 f"The loss {spec.loss_name} gives the student a classifier of {head.in_features} features, and "
                 f"{spec.student} has {student.width}. Use --match project."
             )
-        student.head.requires_grad_(False).load_state_dict(head.state_dict())
+        has_bias = student.head.bias is not None
+        if head.bias is not None and not has_bias:
+            raise RecipeError(
+                f"The loss {spec.loss_name} gives the student a classifier with a bias, and that of {spec.student} has "
+                "none. Use --match project."
+            )
+        no_bias = {"bias": torch.zeros(head.out_features)} if has_bias else {}
+        student.head.requires_grad_(False).load_state_dict({**no_bias, **head.state_dict()})
     return loss._replace(module=match_widths(loss.module, recipe.match, sizes, statistics))
