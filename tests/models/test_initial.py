@@ -76,6 +76,13 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     assert message.endswith("Name weights of the same architecture, or start from random ones: --init random")
 
 
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    broken = spec("lenet5").build()
+    next(iter(broken.parameters())).data[0] = float("nan")
+    path = save(tmp_path / "broken.pth", broken)
+    assert "weight has numbers that are not finite. Start from" in error_message(lambda: find(path, "lenet5"))
+
+
 def test_weights_that_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def message(init: str, name: str = "lenet5") -> str:
         return error_message(lambda: initial.find(init, spec(name), download=False))

@@ -60,7 +60,7 @@ def build(num_classes, input_shape):
 def test_classifiers_without_a_bias(tmp_path: Path) -> None:
     """A teacher's becomes one with a bias of 0; a student's own is counted as it is, and takes none with a bias."""
     (tmp_path / "mine.py").write_text(NO_BIAS)
-    mine = str(tmp_path / "mine.py")
+    student_file = str(tmp_path / "mine.py")
 
     def build(student: str, *settings: str, bias: bool) -> Learner:
         blocks = [(torch.rand(4, 8), torch.arange(4) % 2)]
@@ -69,9 +69,9 @@ def test_classifiers_without_a_bias(tmp_path: Path) -> None:
         return Learner(spec, load.load("digits", settings), shape, torch.device("cpu"))
 
     assert torch.equal(build("lenet5", bias=False).network.head.bias, torch.zeros(2))
-    assert build(mine, "match=linear", bias=False).parameter_counts == (257 * 8 + 16, 257 * 8 + 16)
+    assert build(student_file, "match=linear", bias=False).parameter_counts == (257 * 8 + 16, 257 * 8 + 16)
     with pytest.raises(RecipeError, match=r"gives the student a classifier with a bias, and that of .* has none\."):
-        build(mine, "match=linear", bias=True)
+        build(student_file, "match=linear", bias=True)
 
 
 def test_a_classifier_of_other_rows_is_refused(digits: Cache) -> None:

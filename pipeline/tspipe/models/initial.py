@@ -62,6 +62,8 @@ def find(init: str, spec: NetworkSpec, *, download: bool) -> InitialWeights | No
     tensors, recorded = read.tensors, read.metadata
     if {"network", "width"} <= recorded.keys():  # a student of tspipe's
         tensors = {key.removeprefix(_BACKBONE): value for key, value in tensors.items() if key.startswith(_BACKBONE)}
+    if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
+        raise NetworkError(f"{read.source}: {broken} has numbers that are not finite. Start from other weights.")
     tensors, options = adapt(spec, tensors, read.sha256)
     return InitialWeights(tensors, options, Path(read.source).name, read.sha256, _preprocess(recorded))
 
