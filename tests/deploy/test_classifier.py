@@ -37,7 +37,9 @@ class Net(nn.Module):
         self.register_buffer("shift", torch.ones(1), persistent=False)
 
     def forward(self, images):
-        return self.fc(images.flatten(1) * torch.tensor(2.0) + self.shift)
+        with torch.autocast("cpu", enabled=False):  # a region, which is a module of its own in the program
+            images = images * torch.tensor(2.0)
+        return self.fc(images.flatten(1) + self.shift)
 
 def build(num_classes):
     return Net(num_classes)

@@ -130,6 +130,13 @@ class Branching(nn.Module):
         return self.fc(x.flatten(1) if x.mean() > 0 else -x.flatten(1))
 
 
+class Looping(Branching):
+    """A network with a loop over the images of a batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.fc(image.flatten()) for image in x])
+
+
 class Singular(Branching):
     """A network with an operation that ONNX does not have."""
 
@@ -141,6 +148,7 @@ class Singular(Branching):
     ("module", "reason"),
     [
         (Branching(), "x.mean() > 0"),
+        (Looping(), "its operations depend on the number of images in a batch"),
         (Singular(), "ONNX has no aten._linalg_svd. Choose --format torch or --format safetensors"),
     ],
 )

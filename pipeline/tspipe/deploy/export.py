@@ -173,6 +173,8 @@ def _trace(module: nn.Module, example: Tensor, name: str, *, single: bool) -> to
             program = torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
     except Exception as error:  # tracing runs the network's code, which can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("Constraints violated"):
+            reason = "its operations depend on the number of images in a batch, as those of a loop over the images do"
         call = str(error).partition("The following call raised this error:\n")[2].splitlines()[:2]
         location = f" ({call[1].strip()} in {call[0].strip().partition(', ')[2]})" if len(call) == 2 else ""
         raise NetworkError(

@@ -127,6 +127,8 @@ def _load_torch(files: Files) -> Run:
 
 
 def _write_safetensors(program: ExportedProgram, metadata: Mapping[str, str], calibration: Calibration) -> Files:
+    if any(True for _ in program.graph_module.children()):  # regions without autocast, as timm's, become plain calls
+        program = program.run_decompositions({})
     targets = [str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None]
     tensors: dict[str, Tensor] = {**program.state_dict, **program.constants}
     copies = {target: tensors[target].detach().contiguous().clone() for target in targets}
