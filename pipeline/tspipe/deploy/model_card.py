@@ -105,7 +105,7 @@ def _usage(facts: Facts, name: str, address: str) -> str:
         takes = "bytes" if facts.output == "probabilities" else "float32, normalised"
         lines += ["", f"`images` is a batch of preprocessed images ({takes}), and `output` their {facts.output}."]
     else:
-        network = f', network="./{facts.network}.py"' if networks.is_user_network(facts.network) else ""
+        network = f", network='./{facts.network}.py'" if networks.is_user_network(facts.network) else ""
         lines += ["```python", "import tspipe", "", f'student = tspipe.load_student("{name}"{network})']
         lines += ['labels, probabilities = student.predict(["image.png"])', "```"]
     return "\n".join(lines) + "\n"
