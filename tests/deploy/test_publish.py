@@ -73,7 +73,7 @@ def test_the_card_of_a_student_alone_names_no_teacher_and_that_of_a_users_networ
     assert "| Teacher | none |" in card
     card = model_card.model_card(facts.model_copy(update={"network": "mine"}), "hf://me/digits/x.safetensors", "0" * 64)
     assert "    tspipe predict hf://me/digits/x.safetensors IMAGE --network ./mine.py\n" in card
-    assert 'load_student("x.safetensors", network="./mine.py")' in card
+    assert "load_student(\"x.safetensors\", network='./mine.py')" in card
 
 
 def test_a_standalone_export_travels_with_its_python_file(tspipe: Callable, run: Path, tmp_path: Path) -> None:
