@@ -1,5 +1,6 @@
 """Reports of run folders: tables in the terminal, figures, and a self-contained HTML page."""
 
+import csv
 import hashlib
 import json
 from collections import Counter
@@ -14,10 +15,11 @@ from tspipe.data.random_images.score import label_shares
 from tspipe.errors import ReportError
 from tspipe.experiments import figures, html, tables
 from tspipe.experiments.results import Findings, read
-from tspipe.training.run_folder import RunFolder
+from tspipe.training.run_folder import Row, RunFolder, read_rows
 from tspipe.training.train_teacher import TrainedTeacher, metrics_path
 from tspipe.utils.console import echo, printable, stdout_console
 from tspipe.utils.files import write_whole, writing
+from tspipe.utils.reading import read_file
 
 _OVER = {
     "last": "Over the student alone, in points, with the 95 % interval of the paired seeds:",
@@ -40,17 +42,28 @@ def show(run: RunFolder) -> None:
 
 
 def show_teacher(trained: TrainedTeacher, network: str, dataset: str) -> None:
-    """Draw the curves of a teacher that was trained now, and print where they and its metrics are."""
-    if not trained.metrics:
-        return
+    """Draw a teacher's curves, unless they were drawn when it was trained; print where they and its metrics are."""
     table = metrics_path(trained.path)
     figure = table.with_name(f"{trained.path.stem}.curves.png")
+    metrics = trained.metrics or ([] if figure.exists() else _read_teacher_metrics(table))
+    if not metrics:
+        return
     try:
-        write_whole(figure, figures.draw_teacher(trained.metrics, network, dataset).png)
+        write_whole(figure, figures.draw_teacher(metrics, network, dataset).png)
         drawn = str(figure)
     except ReportError:
         drawn = "no curves: pip install 'tspipe[plots]'"
     echo(f"Its metrics of each epoch: {table} ({drawn})")
+
+
+def _read_teacher_metrics(table: Path) -> list[Row]:
+    """Return the metrics that a finished training has left, [] if there are none or they are damaged."""
+    try:
+        rows = read_rows(read_file(table).decode())
+    except (OSError, ValueError, csv.Error):
+        return []
+    numbers = [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+    return numbers if all(row.keys() >= {"epoch", "test_accuracy"} for row in numbers) else []
 
 
 def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:

@@ -102,10 +102,7 @@ class RunFolder:
         """Return the rows of metrics.csv, with numbers converted. Raises ValueError or csv.Error if it is damaged."""
         if not (self.path / "metrics.csv").exists():
             return []
-        text = self._read("metrics.csv")
-        complete = text[: text.rfind("\n") + 1]  # a machine that stops may leave half a last line
-        rows = csv.DictReader(io.StringIO(complete))
-        return [{name: v if name in NAMES else _number(v) for name, v in row.items()} for row in rows]
+        return read_rows(self._read("metrics.csv"))
 
     def describe(self, names: Iterable[str]) -> dict[str, FileFacts]:
         """Return the size and SHA-256 of some of the folder's files, as summary.json states them."""
@@ -237,6 +234,13 @@ def write_rows(file: Any, rows: Iterable[Row], columns: list[str], *, header: bo
     if header:
         writer.writeheader()
     writer.writerows(rows)
+
+
+def read_rows(text: str) -> list[Row]:
+    """Return the rows of a CSV with numbers converted. Raises ValueError or csv.Error if it is damaged."""
+    complete = text[: text.rfind("\n") + 1]  # a machine that stops may leave half a last line
+    rows = csv.DictReader(io.StringIO(complete))
+    return [{name: v if name in NAMES else _number(v) for name, v in row.items()} for row in rows]
 
 
 def _number(text: str) -> Any:
