@@ -13,7 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import tspipe as library
-from tspipe.deploy import model_card
+from shared import error_message
+from tspipe.deploy import executorch, exported, model_card, publish
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.student import find_students
 
@@ -113,3 +114,14 @@ def test_exports_that_have_a_runtime_need_no_network_file(suffix: str, needed: b
     facts: Any = SimpleNamespace(network="mine")
     command = model_card.command(f"s3://team/x{suffix}", Path(f"x{suffix}"), facts)
     assert ("--network ./mine.py" in command) is needed
+
+
+def test_a_program_for_phones_that_is_damaged_is_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(data: bytes) -> None:
+        raise RuntimeError("Failed to load program, error: 0x23")
+
+    monkeypatch.setattr(exported, "check_installed", lambda name: None)
+    monkeypatch.setattr(executorch, "load", load)
+    (tmp_path / "x.pte").write_bytes(b"damaged")
+    expected = f"{tmp_path}/x.pte is damaged, or not an export of tspipe's to ExecuTorch."
+    assert error_message(publish.read_facts, tmp_path / "x.pte") == expected

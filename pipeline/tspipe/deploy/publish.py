@@ -5,10 +5,8 @@ from pathlib import Path
 from tspipe.cache import address
 from tspipe.cache.remote import Advance
 from tspipe.cache.transfer import Pushed, push
-from tspipe.deploy import executorch
-from tspipe.deploy.exported import OnnxExport
+from tspipe.deploy.exported import ExecutorchExport, OnnxExport
 from tspipe.deploy.facts import ExportFacts, Facts, StudentFacts, parse
-from tspipe.deploy.formats import check_installed
 from tspipe.deploy.model_card import card_address, model_card, write_card
 from tspipe.deploy.rebuilt import is_export, read_archive
 from tspipe.errors import NetworkError
@@ -31,8 +29,7 @@ def read_facts(path: Path) -> Facts:
     if path.suffix == ".pt2":
         return parse(ExportFacts, read_archive(path)[1], str(path))
     if path.suffix == ".pte":
-        check_installed("executorch")
-        return parse(ExportFacts, executorch.load(path.read_bytes())[1], str(path))
+        return ExecutorchExport(path).facts
     kind = ExportFacts if is_export(path) else StudentFacts
     return parse(kind, weights.read(path).metadata, str(path))
 
