@@ -20,6 +20,7 @@ from tspipe.deploy.evaluate import evaluate, leak_remarks
 from tspipe.deploy.export import ExportConfig, export
 from tspipe.deploy.labelled_images import open_labelled_images
 from tspipe.experiments.evaluation import notes
+from tspipe.models.networks import _hub
 from tspipe.training.run_folder import RunFolder
 
 
@@ -157,19 +158,24 @@ def test_memory_grows_with_the_batch(student_file: Path, monkeypatch: pytest.Mon
         return lambda pixels: torch.ones(len(pixels), 2**18, dtype=torch.int32)
 
     monkeypatch.setattr("tspipe.deploy.evaluate.open_subject", lambda path, network: latency.Subject(load, (1, 8, 8)))
-    peaks = memory._worker(student_file, None)
+    monkeypatch.setattr(_hub, "_trusted", False)
+    peaks = memory._worker(student_file, None, trusted=True)
+    assert _hub.trusts_remote_code()
     assert 28 < (peaks[32] - peaks[1]) / 2**20 < 36
 
 
 def test_memory_that_cannot_be_measured_is_remarked_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(_hub, "_trusted", True)
+    commands: list[list[str]] = []
     made = [
         subprocess.CompletedProcess((), 0, '{"1": 5, "32": 7}\n', ""),
         subprocess.CompletedProcess((), 1, "", "a\nb"),
     ]
-    monkeypatch.setattr(memory.subprocess, "run", lambda command, **_: made.pop(0))
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, **_: commands.append(command) or made.pop(0))
     monkeypatch.setattr(memory, "available_cores", lambda: 1)
     monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path)
     assert memory.measure([(Path("x"), None), (Path("y"), None)]) == [{1: 5, 32: 7}, {}]
+    assert [json.loads(command[-1]) for command in commands] == [["x", None, True], ["y", None, True]]
     assert capsys.readouterr().err == "The memory of y cannot be measured: b\n"

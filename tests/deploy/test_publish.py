@@ -77,6 +77,17 @@ def test_the_card_of_a_student_alone_names_no_teacher_and_that_of_a_users_networ
     assert "load_student(\"x.safetensors\", network='./mine.py')" in card
 
 
+def test_the_code_of_a_network_of_torch_hub_needs_trust(run: Path) -> None:
+    network = f"hub:a/b@{'0' * 40}:c"
+    facts = library.load_student(run).facts.model_copy(update={"network": network})
+    card = model_card.model_card(facts, "hf://me/digits/x.safetensors", "0" * 64)
+    assert "    tspipe predict hf://me/digits/x.safetensors IMAGE --trust-remote-code\n" in card
+    assert f"\nnetworks.trust_remote_code()  # of {network}\n" in card
+    assert publish.needs(Path("x.safetensors"), facts)[1:] == [
+        f"the code of {network}, which runs only with --trust-remote-code (an export needs none)"
+    ]
+
+
 def test_a_standalone_export_travels_with_its_python_file(tspipe: Callable, run: Path, tmp_path: Path) -> None:
     student = library.load_student(run / NAME)
     export(student, ExportConfig("safetensors", tmp_path / "out" / "net.safetensors"), None)

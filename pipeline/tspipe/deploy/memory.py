@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tspipe.deploy.latency import BATCH_SIZES, random_pixels
+from tspipe.models import networks
 from tspipe.utils.memory import release_freed_memory
 from tspipe.utils.progress import progress, warn
 from tspipe.utils.threads import available_cores, prefetch_map
@@ -41,7 +42,7 @@ def measure(sources: Sequence[tuple[Path, str | None]]) -> list[Peaks]:
 def _measure(source: tuple[Path, str | None]) -> Peaks:
     if not CLEAR_REFS.exists():
         return {}
-    command = [sys.executable, "-m", __name__, json.dumps([str(source[0]), source[1]])]
+    command = [sys.executable, "-m", __name__, json.dumps([str(source[0]), source[1], networks.trusts_remote_code()])]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
@@ -50,10 +51,12 @@ def _measure(source: tuple[Path, str | None]) -> Peaks:
     return {int(size): peak for size, peak in json.loads(result.stdout.splitlines()[-1]).items()}
 
 
-def _worker(path: Path, network: str | None) -> Peaks:
+def _worker(path: Path, network: str | None, *, trusted: bool) -> Peaks:
     """Return the peaks of this process."""
     from tspipe.deploy.evaluate import open_subject  # imported here since it imports this module
 
+    if trusted:
+        networks.trust_remote_code()
     torch.set_num_threads(1)
     subject = open_subject(path, network)
     subject.load(1)(random_pixels(subject.input_shape, 1))  # loads and initialises the libraries that inference uses
@@ -79,5 +82,5 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    file, network_file = json.loads(sys.argv[1])
-    print(json.dumps(_worker(Path(file), network_file)))
+    file, network_file, trusted_code = json.loads(sys.argv[1])
+    print(json.dumps(_worker(Path(file), network_file, trusted=trusted_code)))

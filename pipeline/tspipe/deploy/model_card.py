@@ -59,8 +59,11 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
 def command(location: str, path: PurePath, facts: Facts) -> str:
     """Return the command that classifies an image with a file at an address or path."""
     words = ["tspipe", "predict", location, "IMAGE"]
-    if path.suffix not in (".onnx", ".pte") and networks.is_user_network(facts.network):
-        words += ["--network", f"./{facts.network}.py"]
+    if path.suffix not in (".onnx", ".pte"):
+        if networks.is_user_network(facts.network):
+            words += ["--network", f"./{facts.network}.py"]
+        elif facts.network.startswith("hub:"):
+            words += ["--trust-remote-code"]
     return " ".join(map(quote, words))
 
 
@@ -106,7 +109,10 @@ def _usage(facts: Facts, name: str, address: str) -> str:
         lines += ["", f"`images` is a batch of preprocessed images ({takes}), and `output` their {facts.output}."]
     else:
         network = f", network='./{facts.network}.py'" if networks.is_user_network(facts.network) else ""
-        lines += ["```python", "import tspipe", "", f'student = tspipe.load_student("{name}"{network})']
+        lines += ["```python", "import tspipe"]
+        if facts.network.startswith("hub:"):
+            lines += ["from tspipe.models import networks", "", f"networks.trust_remote_code()  # of {facts.network}"]
+        lines += ["", f'student = tspipe.load_student("{name}"{network})']
         lines += ['labels, probabilities = student.predict(["image.png"])', "```"]
     return "\n".join(lines) + "\n"
 

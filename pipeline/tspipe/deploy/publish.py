@@ -69,6 +69,8 @@ def needs(path: Path, facts: Facts) -> list[str]:
     lines = ["tspipe"]
     if facts.network.startswith("timm:"):
         lines.append("timm (pip install 'tspipe[timm]')")
+    elif facts.network.startswith("hub:"):
+        lines.append(f"the code of {facts.network}, which runs only with --trust-remote-code (an export needs none)")
     elif networks.is_user_network(facts.network):
         lines.append(f"the network's file: --network ./{facts.network}.py (an export needs none)")
     return lines

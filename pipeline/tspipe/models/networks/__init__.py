@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tspipe.errors import NetworkError
 from tspipe.models.networks import _hub, _timm
 from tspipe.models.networks._hub import trust_remote_code as trust_remote_code
+from tspipe.models.networks._hub import trusts_remote_code as trusts_remote_code
 from tspipe.models.probe import probe_images, run_probe
 from tspipe.utils import plugins
 

@@ -20,6 +20,11 @@ def trust_remote_code() -> None:
     _trusted = True
 
 
+def trusts_remote_code() -> bool:
+    """Return whether this process may run such code. A child process does not inherit it."""
+    return _trusted
+
+
 def build(name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     """Return what the entry point NAME of the repository's hubconf.py returns for these classes and options.
 
