@@ -286,6 +286,7 @@ def test_distillation_grows_in_the_first_epochs() -> None:
     ("name", "options", "problem"),
     [
         ("dkd", {"temperature": 0}, "temperature=0: it is a number above 0."),
+        ("dkd_lskd", {"beta": -1}, "beta=-1: it is a number of 0 or more."),
         ("rkd", {"angle_weight": -1}, "angle_weight=-1: it is a number of 0 or more."),
         ("pkt", {"weight": math.inf}, "weight=inf: it is a number of 0 or more."),
         ("projector", {"distance": "l1"}, "distance='l1': it is logsum or mse."),

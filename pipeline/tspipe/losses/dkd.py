@@ -46,10 +46,11 @@ class Loss(WarmUpLoss):
     """
 
     needs = frozenset({"logits", "labels"})
+    name = "dkd"  # in messages
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup: int = 20):
         super().__init__(warmup)
-        check_options("dkd", {"temperature": temperature}, {"alpha": alpha, "beta": beta, "warmup": warmup})
+        check_options(self.name, {"temperature": temperature}, {"alpha": alpha, "beta": beta, "warmup": warmup})
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, student: Output, target: Target) -> dict[str, Tensor]:

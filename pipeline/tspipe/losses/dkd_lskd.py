@@ -14,6 +14,8 @@ class Loss(dkd.Loss):
     computes α 9, β 81 at temperature 4.
     """
 
+    name = "dkd_lskd"
+
     def __init__(self, alpha: float = 9.0, beta: float = 72.0, temperature: float = 2.0, warmup: int = 20):
         super().__init__(alpha, beta, temperature, warmup)
 
