@@ -36,6 +36,20 @@ def test_a_random_image_counts_for_so_many_real_ones(weight: float) -> None:
         torch.testing.assert_close(term, expected)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+@pytest.mark.parametrize("counts", [(0, 4), (6, 0), (0, 0)])
+def test_one_of_several_processes_may_have_no_images(weight: float, counts: tuple[int, int]) -> None:
+    (real, real_target), random = map(inputs, counts)
+    network, loss = FeatureNet(nn.Linear(3, 4), nn.Linear(4, 5)), kd.Loss()
+    _, terms = StudentWithLoss(network, loss, False, weight)(real, real_target, random)
+    sum(terms.values()).backward()
+    expected = loss(
+        network(torch.cat([real, random[0]])), Target(*map(torch.cat, zip(real_target, random[1], strict=True)))
+    )
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name], equal_nan=True)
+
+
 def test_random_images_come_from_an_epoch_on(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ["epochs=2", "batch_size=500", "random_images=5", "random_kind=mixed", "seeds=1"]
     facts = {"preprocess": digits.manifest["preprocess"]}

@@ -66,7 +66,8 @@ class StudentWithLoss(nn.Module):
             output = Output(*map(torch.cat, zip(self.network(images), self.network(random_images), strict=True)))
         else:
             output = self.network(torch.cat([images, random_images]))
-        if self.random_weight == 1:
+        # One of several processes may have no images of a sort; the mean over those that it has needs no weights.
+        if self.random_weight == 1 or not len(images) or not len(random_images):
             return output, self.loss(output, Target(*map(torch.cat, zip(target, random_target, strict=True))))
         return output, self._weighted_loss(output, target, random_target)
 
@@ -75,12 +76,12 @@ class StudentWithLoss(nn.Module):
         counts = [len(target.labels), len(random_target.labels)]
         parts = zip(*(tensor.split(counts) for tensor in output), strict=True)
         weights = [counts[0], self.random_weight * counts[1]]
-        losses = [
+        weighted = [
             {name: weight / sum(weights) * term for name, term in self.loss(Output(*part), of_part).items()}
             for part, of_part, weight in zip(parts, (target, random_target), weights, strict=True)
-            if weight  # the mean over no images is not a number
+            if weight  # 0 times a loss that is not finite is not a number
         ]
-        return {name: torch.stack([terms[name] for terms in losses]).sum() for name in losses[0]}
+        return {name: torch.stack([terms[name] for terms in weighted]).sum() for name in weighted[0]}
 
 
 class Times(NamedTuple):
