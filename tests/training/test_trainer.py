@@ -31,7 +31,7 @@ from tspipe.errors import (
     RecipeError,
     TrainingError,
 )
-from tspipe.models import feature_net, networks
+from tspipe.models import feature_net, initial, networks
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
 from tspipe.training import batches, checkpoint, learner
@@ -194,9 +194,11 @@ def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
 
 
 def test_students_start_from_the_weights_of_a_file(
-    digits: Cache, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Cache, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With next to no learning rate, they end there, too."""
+    """With next to no learning rate, they end there, too. The file is read once."""
+    reads, find = list[str](), initial.find
+    monkeypatch.setattr(initial, "find", lambda init, *args, **given: reads.append(init) or find(init, *args, **given))
     settings = [f"students.lenet5.init={teacher}", "lr=1e-12", "epochs=1"]
     run = train_students(config(digits, tmp_path / "run", *settings, arms=(ALONE, TAUGHT)))
     start, digest = safetensors.torch.load_file(teacher), hashlib.sha256(teacher.read_bytes()).hexdigest()
@@ -206,6 +208,7 @@ def test_students_start_from_the_weights_of_a_file(
         assert len(kept) == len(start) - 4
         assert all(torch.allclose(student[f"backbone.0.{key}"], start[key], atol=1e-6) for key in kept)
     assert run.config["init"] == {"lenet5": digest}
+    assert reads == [str(teacher)]
     assert (
         f"lenet5 starts from {teacher.name} (SHA-256 {digest[:12]}); its last layers start at random."
         in capsys.readouterr().err

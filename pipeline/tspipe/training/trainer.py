@@ -317,7 +317,9 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     """Open the data, the targets and the teacher of a run. Raises as `train_students`."""
     data = open_run_data(config, device)
     recipe = resolve_mse_weight(config.recipe, config.cache)
-    config, train = replace(config, recipe=recipe), config.cache.train
+    if recipe is not config.recipe:  # else it keeps the initial weights that it has read
+        config = replace(config, recipe=recipe)
+    train = config.cache.train
     cohort = [build_learner(config, data, spec) for spec in learner_specs(config, 0)]
     partition = choose_partition(group, len(cohort))
     uses_random = any(learner.spec.arm == RANDOM for learner in partition.local_learners(cohort))
