@@ -17,7 +17,7 @@ def test_batches_are_split_only_if_there_are_more_processes_than_learners() -> N
 def test_a_shard_has_whole_batches() -> None:
     part, rows = ShardLearners(Group(1, 2)), torch.arange(9)
     assert part.local_rows(rows) is rows
-    assert part.global_batch(9, 3) is None
+    assert part.global_batch(9, 3, 2) is None
     assert part.local_batches([rows]) == [rows]
     assert part.dropout_purpose == "dropout"
     assert not part.is_writer
@@ -26,7 +26,7 @@ def test_a_shard_has_whole_batches() -> None:
 def test_a_split_batch_knows_the_whole() -> None:
     part = SplitBatches(Group(1, 2))
     assert part.local_learners("ab") == ["a", "b"]
-    assert part.global_batch(9, 3) == GlobalBatch(images=9, random=3, processes=2)
+    assert part.global_batch(9, 3, 4) == GlobalBatch(images=9, random=3, unlabelled=4, processes=2)
     assert part.local_batches([torch.tensor([i]) for i in range(3)]) == [torch.tensor([1])]
     assert part.dropout_purpose == "dropout, rank 1"
 

@@ -24,8 +24,8 @@ class GlobalBatch(NamedTuple):
 
     images: int
     random: int
+    unlabelled: int
     processes: int
-    unlabelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,11 @@ class BatchSource:
         images, random = self.data.train.normalised(local, views), self._random_batches(seed, epoch, numbers)
         unlabelled = self._unlabelled_batches(seed, epoch, numbers)
         random_count = self.random.spec.count if self.random and epoch >= self.random_from else 0
+        unlabelled_count = self.unlabelled.count if self.unlabelled else 0
         for number, batch, target in zip(numbers, order, self.targets.batches(target_rows), strict=True):
-            global_batch = self.partition.global_batch(len(batch), random_count)
-            if global_batch and self.unlabelled:
-                global_batch = global_batch._replace(unlabelled=self.unlabelled.count)
+            global_batch = self.partition.global_batch(len(batch), random_count, unlabelled_count)
             # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
             yield number, Batch(next(images), target, next(random), next(unlabelled), global_batch)
-
-    def _unlabelled_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
-        if self.unlabelled is None:
-            return iter([None] * len(numbers))
-        return self.unlabelled.batches(seed, epoch, numbers, self.partition.local_rows)
 
     def teacher_seconds(self) -> float:
         """Return how long the teacher has worked on random images in the last epoch."""
@@ -113,6 +107,11 @@ class BatchSource:
         if self.random is None or epoch < self.random_from:
             return iter([None] * len(numbers))
         return map(self._with_target, self.random.batches(seed, epoch, numbers))
+
+    def _unlabelled_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
+        if self.unlabelled is None:
+            return iter([None] * len(numbers))
+        return self.unlabelled.batches(seed, epoch, numbers, self.partition.local_rows)
 
     def _with_target(self, labelled: tuple[Tensor, Output]) -> tuple[Tensor, Target]:
         """Turn the teacher's output for random images into their target; its argmax is their label."""

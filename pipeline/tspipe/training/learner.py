@@ -189,16 +189,16 @@ class Learner:
         The loss is a mean over a process's images, and `DistributedDataParallel` averages gradients over processes.
         With this factor the result is the gradient of the mean over the whole batch.
         """
-        whole = batch.global_batch
-        if whole is None:
+        global_batch = batch.global_batch
+        if global_batch is None:
             return len(batch.images), None
-        local, total = float(len(batch.images)), float(whole.images)
+        local, total = float(len(batch.images)), float(global_batch.images)
         if batch.unlabelled and self.spec.arm not in UNTAUGHT:
-            local, total = local + len(batch.unlabelled[0]), total + whole.unlabelled
+            local, total = local + len(batch.unlabelled[0]), total + global_batch.unlabelled
         if self.spec.arm == RANDOM and batch.random is not None:
             weight = self.model.random_weight
-            local, total = local + weight * len(batch.random[0]), total + weight * whole.random
-        return local / total * whole.images, local / total * whole.processes
+            local, total = local + weight * len(batch.random[0]), total + weight * global_batch.random
+        return local / total * global_batch.images, local / total * global_batch.processes
 
     def check_finite(self, epoch: int) -> None:
         """Raise TrainingError if a loss of this epoch was not finite."""

@@ -53,7 +53,7 @@ class Partition:
         """Return the batches of a split that this process evaluates."""
         return batches
 
-    def global_batch(self, images: int, random: int) -> GlobalBatch | None:
+    def global_batch(self, images: int, random: int, unlabelled: int) -> GlobalBatch | None:
         """Describe the batch that this process has a part of; None if it has all of it."""
         return None
 
@@ -112,8 +112,8 @@ class SplitBatches(Partition):
     def local_batches(self, batches: list[Tensor]) -> list[Tensor]:
         return batches[self.group.rank :: self.group.size]
 
-    def global_batch(self, images: int, random: int) -> GlobalBatch:
-        return GlobalBatch(images, random, self.group.size)
+    def global_batch(self, images: int, random: int, unlabelled: int) -> GlobalBatch:
+        return GlobalBatch(images, random, unlabelled, self.group.size)
 
     def distribute(self, learner: Learner) -> None:
         learner.distribute(self.group)

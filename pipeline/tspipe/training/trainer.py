@@ -158,10 +158,8 @@ class Trainer:
         dropout_seeds = torch_seeds(start.seed, partition.dropout_purpose, start.epoch, start.batch)
         partition.split_metrics(learners)
         for number, batch in batches.epoch(start.seed, start.epoch, slice(start.batch, None)):
-            dropout_seed, images = (
-                next(dropout_seeds),
-                batch.global_batch.images if batch.global_batch else len(batch.images),
-            )
+            dropout_seed = next(dropout_seeds)
+            images = batch.global_batch.images if batch.global_batch else len(batch.images)
             for learner in learners:
                 seed_torch_with(dropout_seed)  # the same for every learner, so that arms differ in the loss only
                 learner.step(batch, number)
