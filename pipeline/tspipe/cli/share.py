@@ -139,7 +139,7 @@ def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:
     elif networks.is_from_library(network):
         library = opened.manifest["teacher"].get("library", network.partition(":")[0])  # `timm 1.0.31`
         lines.append(f"Random images need {library}, for the teacher {network}.")
-    return lines, " ".join(word if word == "FOLDER" else quote(word) for word in words)
+    return lines, " ".join(map(quote, words))
 
 
 def list_(

@@ -129,8 +129,8 @@ def leak_remarks(classifiers: Sequence[Classifier], tests: Sequence[LabelledImag
                 "its training images are among these test images, its scores are too high."
             )
         else:
-            knows = f"{shared:,} of the test images are training images of {name}: its scores are too high."
-            remarks += [knows] if shared else []
+            if shared:
+                remarks.append(f"{shared:,} of the test images are training images of {name}: its scores are too high.")
     return remarks
 
 

@@ -15,6 +15,7 @@ from tspipe.deploy.fold import fold
 from tspipe.deploy.folder_images import FolderImages
 from tspipe.deploy.formats import FORMATS, Files, Run, check_installed, quiet, refusal
 from tspipe.deploy.labelled_images import LabelledImages
+from tspipe.deploy.latency import random_pixels
 from tspipe.deploy.quantise import Array
 from tspipe.deploy.student import Student
 from tspipe.errors import NetworkError
@@ -28,8 +29,6 @@ _AGREEMENT = 0.9  # of an int8 export's predictions with the student's
 _BATCH = 64
 _CALIBRATION_IMAGES = 256
 _RANDOM_IMAGES = 16
-
-
 Images = LabelledImages | FolderImages
 
 
@@ -232,7 +231,7 @@ def _compare(run: Run, student: Student, test: Images | None, uint8: bool) -> Co
     difference = largest = 0.0
     count, same, correct, student_correct = 0, 0, 0, 0
     labelled = test is not None and test.labels is not None
-    total = len(test.images if isinstance(test, LabelledImages) else test) if test else _RANDOM_IMAGES + 1
+    total = len(test.images) if test else _RANDOM_IMAGES + 1
     with progress("checking the export", total, "images") as advance, torch.inference_mode():
         for pixels, labels in test.batches(_BATCH) if test else _random(student.facts.input_shape):
             expected = student(student.preprocess.normalise(pixels))
@@ -254,9 +253,7 @@ def _compare(run: Run, student: Student, test: Images | None, uint8: bool) -> Co
 
 def _random(input_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, None]]:
     """Yield batches of random pixels, one of a single image."""
-    generator = torch.Generator().manual_seed(0)
-    for count in (_RANDOM_IMAGES, 1):
-        pixels = torch.randint(0, 256, (count, *input_shape), dtype=torch.uint8, generator=generator)
+    for pixels in random_pixels(input_shape, _RANDOM_IMAGES + 1).split(_RANDOM_IMAGES):
         yield pixels, None
 
 

@@ -87,11 +87,10 @@ def load_classifier(
         return ExecutorchExport(path)
     if path.suffix == ".pt2" or (path.suffix == ".safetensors" and is_export(path)):
         return RebuiltExport(path, network)
-    loaded = load_student(path, student=student, network=network, last=last)
-    if path.is_dir():
-        count = len(find_students(path, student, last=last))
-        which = f", the best of {count} students in {path} (choose: --student NAME)" if count > 1 else ""
-        warn(
-            f"{loaded.name}{which}: {loaded.facts.describe_epoch()}" + (" (--last: the last epoch)" if not last else "")
-        )
+    if not path.is_dir():
+        return load_student(path, network=network)
+    files = find_students(path, student, last=last)
+    loaded = load_student(files[0], network=network)
+    which = f", the best of {len(files)} students in {path} (choose: --student NAME)" if len(files) > 1 else ""
+    warn(f"{loaded.name}{which}: {loaded.facts.describe_epoch()}" + (" (--last: the last epoch)" if not last else ""))
     return loaded

@@ -20,19 +20,16 @@ class FolderImages:
     labels = None
 
     def __init__(self, folder: Path, facts: Facts):
-        self._files, self._facts = _evenly_spaced(find_images([folder]), _MOST), facts
-
-    def __len__(self) -> int:
-        return len(self._files)
+        self.images, self._facts = _evenly_spaced(find_images([folder]), _MOST), facts
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, None]]:
         """Yield images (n, C, H, W) uint8. Raises DatasetError, which names the file, if one cannot be decoded."""
-        for start in range(0, len(self), batch_size):
-            yield self._read(self._files[start : start + batch_size]), None
+        for start in range(0, len(self.images), batch_size):
+            yield self._read(self.images[start : start + batch_size]), None
 
     def training_sample(self, count: int) -> Tensor:
         """Return at most so many of the images (n, C, H, W) uint8, evenly spaced."""
-        return self._read(_evenly_spaced(self._files, count))
+        return self._read(_evenly_spaced(self.images, count))
 
     def _read(self, files: Sequence[Path]) -> Tensor:
         pixels = [prepare(file, self._facts.preprocess, self._facts.input_shape) for file in files]
