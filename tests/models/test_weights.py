@@ -297,6 +297,8 @@ def test_more_objects_than_a_network_has_are_refused_at_once(tmp_path, form):
                 archive.writestr(str(i), b"")
     start = time.process_time()
     assert error_message(weights.read, path) == TOO_MANY.format(path)
+    if form == "safetensors":
+        assert error_message(weights.read_metadata, path) == TOO_MANY.format(path)
     assert time.process_time() - start < 2
 
 

@@ -130,4 +130,4 @@ def _tensor(meta: _TensorMeta, data: bytes) -> Tensor:
 
 def is_export(path: Path) -> bool:
     """Return whether a safetensors file is an export rather than a student, by its metadata."""
-    return path.is_file() and "output" in weights.read(path).metadata
+    return path.is_file() and "output" in weights.read_metadata(path)

@@ -166,6 +166,10 @@ def parse(data: bytes, source: str) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """Return a safetensors file's metadata, without reading its tensors. Raises NetworkError if it is damaged."""
     try:
+        with path.open("rb") as header:
+            length = int.from_bytes(header.read(8), "little")
+        if checkpoints.MAX_RECORD_BYTES < length < path.stat().st_size:
+            raise NetworkError(checkpoints.TOO_MANY.format(path))
         with safetensors.safe_open(path, "pt") as file:
             return unpack_metadata(file.metadata())
     except (OSError, SafetensorError) as error:
