@@ -27,7 +27,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from pets import plan, write
 from tspipe.cache import SPLITS, CacheWriter, Dimensions, open_cache
-from tspipe.cache.address import file_name, is_url, without_secrets
+from tspipe.cache.address import beside, file_name, is_url, without_secrets
 from tspipe.cache.peek import peek
 from tspipe.cache.transfer import Pushed, describe_contents, fetch, pull, push, remote_size
 from tspipe.errors import (
@@ -883,6 +883,19 @@ def test_what_an_address_is() -> None:
     assert without_secrets("memory:///x.h5") == "memory:///x.h5"
     assert without_secrets("hf://datasets/me/pets@main/x.h5") == "hf://datasets/me/pets@main/x.h5"
     assert without_secrets("/mnt/what?/x.h5") == "/mnt/what?/x.h5"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://host/net.safetensors?name=net.safetensors", "https://host/net.py?name=net.safetensors"),
+        ("https://me:a.b@host/net.safetensors;k=1#f", "https://me:a.b@host/net.py;k=1#f"),
+        ("/mnt/what?/net.safetensors", "/mnt/what?/net.py"),
+        ("https://host/net?name=net.safetensors", "https://host/net?name=net.safetensors"),
+    ],
+)
+def test_the_file_beside_another_has_its_address_but_for_the_suffix(url: str, expected: str) -> None:
+    assert beside(url, ".py") == expected
 
 
 def test_an_ipv6_address_is_no_chain(tmp_path: Path) -> None:

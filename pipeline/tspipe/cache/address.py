@@ -37,7 +37,7 @@ def is_well_formed(url: str) -> bool:
 
 
 def without_secrets(url: str) -> str:
-    """Return an address without user, password, parameters, query and fragment; of a malformed one nothing.
+    """Return an address without user, password, parameters, query and fragment; of a malformed one, no part.
 
     >>> without_secrets("https://me:secret@host/digits.h5?token=1")
     'https://host/digits.h5'
@@ -52,7 +52,7 @@ def without_secrets(url: str) -> str:
 
 
 def file_name(url: str) -> str:
-    """Return the local name for the file at an address; never a path, an `.h5` unless it has another of `SUFFIXES`.
+    """Return the local name for the file at an address: never a path, and `.h5` if it ends in none of `SUFFIXES`.
 
     >>> file_name("https://host/a%2F..%2Fmy%20pets.h5?token=1")
     'my_pets.h5'
@@ -66,9 +66,14 @@ def file_name(url: str) -> str:
 def beside(url: str, suffix: str) -> str:
     """Return the address or path of the file beside another, whose name differs in its suffix alone.
 
+    An address whose name has no suffix is returned as it is.
+
     >>> beside("https://host/net.safetensors?token=1", ".py")
     'https://host/net.py?token=1'
     """
-    name = without_secrets(url) if is_url(url) else url
-    before, old, after = url.rpartition(Path(name).suffix)
-    return f"{before}{suffix}{after}" if old else url
+    old = Path(without_secrets(url)).suffix
+    if not old:
+        return url
+    head = re.split("[?#]", url, maxsplit=1)[0] if is_url(url) else url  # the suffix may occur in the query, too
+    before, _, after = head.rpartition(old)
+    return f"{before}{suffix}{after}{url[len(head) :]}"
