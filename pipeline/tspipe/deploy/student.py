@@ -137,7 +137,7 @@ def _network_name(facts: Facts, network: str | None, file: Path) -> str:
         return network
     if network:
         raise NetworkError(f"{file} is a student of the network {facts.network!r}, not of {network}.")
-    if facts.network in networks.names() or networks.is_from_library(facts.network):
+    if not networks.is_user_network(facts.network):
         return facts.network
     raise NetworkError(
         f"{file} is a student of {facts.network!r}, which is not one of tspipe's networks. Name the network's file: "

@@ -79,7 +79,7 @@ def build_teacher(
 def runs_program(cache: Cache, recipe: Recipe) -> bool:
     """Return whether the teacher is built from the program in the file: no code of its network is named."""
     name = cache.manifest["teacher"]["network"]
-    installed = name in networks.names() or (networks.is_from_library(name) and not name.startswith("hub:"))
+    installed = not networks.is_user_network(name) and not name.startswith("hub:")
     given = plugins.is_file(recipe.teacher.network)
     return not installed and not given and "program_sha256" in cache.manifest["teacher"]
 
@@ -110,7 +110,7 @@ def teacher_spec(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]
     name, requested = cache.manifest["teacher"]["network"], recipe.teacher.network
     if plugins.is_file(requested) and networks.recorded_name(requested) == name:
         name = requested
-    elif name not in networks.names() and not networks.is_from_library(name):
+    elif networks.is_user_network(name):
         raise NetworkError(
             f"The teacher of {cache.path.name} is {name!r}, which is not one of tspipe's networks. "
             f"Name its file: --teacher ./{name}.py (of tspipe verify: --set teacher.network=./{name}.py)"
