@@ -66,7 +66,8 @@ def read(path: Path, key: str | None = None, *, ambiguous: str = _AMBIGUOUS) -> 
         states = {"": parse(data, str(path))}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = unpack_metadata(header.get("__metadata__"))
-        if metadata.pop(_CHECKSUM, None) not in (None, tensors_sha256(states[""])):
+        expected = metadata.pop(_CHECKSUM, None)
+        if expected is not None and expected != tensors_sha256(states[""]):
             raise NetworkError(f"{path} is damaged: its weights have changed since tspipe wrote them. Make it again.")
         if not states[""]:
             raise NetworkError(
