@@ -9,7 +9,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from tspipe.cache.layout import SPLITS, digest
+from tspipe.cache.layout import digest
 from tspipe.cache.read import Cache, Split, read_keys
 from tspipe.errors import CacheMismatch
 from tspipe.utils.threads import available_cores
@@ -34,24 +34,29 @@ class LocalSplit(Protocol):
     def read(self) -> Callable[[int], NDArray[np.uint8]]: ...
 
 
+class LocalDataset(Protocol):
+    """The splits of a local dataset: `train`, `test` and, if it has images without labels, `unlabelled`."""
+
+    @property
+    def splits(self) -> Sequence[str]: ...
+    def split(self, name: str, /) -> LocalSplit: ...
+
+
 def match_dataset(
     name: str,
     cache: Cache,
-    local: Callable[[str], LocalSplit],
+    local: LocalDataset,
     *,
     sample: int | None = SAMPLE,
     advance: Advance = lambda count: None,
 ) -> None:
-    """Compare a cache's classes and both splits with the local dataset; see `match_split`.
-
-    Args:
-        local: returns the split `train` or `test` of the local dataset.
+    """Compare a cache's classes, and each split that the local dataset has, with the dataset; see `match_split`.
 
     Raises CacheMismatch naming the first class or image that differs.
     """
-    match_classes(name, cache.classes, local("train").classes)
-    for split in SPLITS:
-        match_split(name, split, cache.split(split), local(split), sample=sample, advance=advance)
+    match_classes(name, cache.classes, local.split("train").classes)
+    for split in local.splits:
+        match_split(name, split, cache.split(split), local.split(split), sample=sample, advance=advance)
 
 
 def shared_images(one: Split, other: Split) -> NDArray[np.bool_]:

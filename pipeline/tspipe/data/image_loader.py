@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tspipe.cache import Cache
+from tspipe.cache import SPLITS, Cache
 from tspipe.cache.layout import UNLABELLED
 from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images
@@ -93,14 +93,17 @@ def open_images(cache: Cache, local: Callable[[], Dataset]) -> tuple[Dataset, Pr
     if not cache.has_images:
         return local(), preprocess
 
-    def images(split: str) -> Images:
-        rows = cache.split(split)
-        assert rows.images is not None
-        return Images(rows.labels, read_keys(rows), cache.classes, rows.images.__getitem__, rows.images)
-
-    unlabelled = images(UNLABELLED) if cache.unlabelled else None
-    stored = Dataset(cache.manifest["dataset"]["name"], "", images("train"), images("test"), unlabelled)
+    train, test = (stored_images(cache, split) for split in SPLITS)
+    unlabelled = stored_images(cache, UNLABELLED) if cache.unlabelled else None
+    stored = Dataset(cache.manifest["dataset"]["name"], "", train, test, unlabelled)
     return stored, replace(preprocess, resize=None, crop=None)
+
+
+def stored_images(cache: Cache, split: str) -> Images:
+    """Return the images of a split of a cache that has their pixels."""
+    rows = cache.split(split)
+    assert rows.images is not None
+    return Images(rows.labels, read_keys(rows), cache.classes, rows.images.__getitem__, rows.images)
 
 
 def input_shape(images: Images, preprocess: Preprocess) -> tuple[int, int, int]:

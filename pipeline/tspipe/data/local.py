@@ -9,7 +9,7 @@ from tspipe.cache.read import read_keys
 from tspipe.data.datasets import Dataset, Images, open_dataset
 from tspipe.data.datasets.folder import load_unlabelled
 from tspipe.data.hold_out import HoldOut
-from tspipe.data.image_loader import input_shape
+from tspipe.data.image_loader import input_shape, stored_images
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.utils.progress import remark_once
@@ -22,7 +22,7 @@ def open_local(cache: Cache, spec: str, data: Path | None, *, download: bool, tr
     """
     dataset, name = open_dataset_of(cache, spec, data, download=download), cache.path.name
     if not trust:
-        match.match_dataset(name, cache, dataset.split)
+        match.match_dataset(name, cache, dataset)
         return dataset
     stored, local = (
         f"{len(source.split('train')):,} + {len(source.split('test')):,} images of {len(classes):,} classes"
@@ -65,7 +65,7 @@ def open_unlabelled(cache: Cache, folder: Path | None, *, trust: bool) -> Images
             "or train without: --set unlabelled_images=0"
         )
     if stored.images is not None:
-        return Images(stored.labels, read_keys(stored), [], stored.images.__getitem__, stored.images)
+        return stored_images(cache, UNLABELLED)
     if folder is None:
         raise CacheMismatch(f"{name} does not hold the pixels of its images without labels: --unlabelled FOLDER")
     images = load_unlabelled(folder, len(cache.manifest["preprocess"]["mean"]))

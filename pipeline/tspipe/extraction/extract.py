@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tspipe.cache import Cache, CacheWriter, Dimensions, Manifest, match, open_cache
-from tspipe.cache.layout import FEATURE_DTYPES, UNLABELLED
+from tspipe.cache.layout import FEATURE_DTYPES
 from tspipe.cache.manifest import as_plan, describe_differences
 from tspipe.cache.merge import absorb
 from tspipe.cache.read import read_keys
@@ -273,9 +273,7 @@ def _finished_cache(job: Job) -> Cache:
             f"{path} is another cache: {differences}. Move it away, replace it (tspipe cache --force) "
             "or write another (--out)."
         )
-    match.match_dataset(str(path), cache, job.dataset.split)
-    if job.dataset.unlabelled:
-        match.match_split(str(path), UNLABELLED, cache.split(UNLABELLED), job.dataset.unlabelled)
+    match.match_dataset(str(path), cache, job.dataset)
     return cache
 
 

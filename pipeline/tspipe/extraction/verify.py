@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from tspipe.cache import Cache, match
-from tspipe.cache.layout import UNLABELLED
 from tspipe.cache.repair import Repair
 from tspipe.cache.verify import Damage, explain
 from tspipe.data.datasets import Dataset
@@ -60,14 +59,9 @@ def match_data(cache: Cache, config: VerifyConfig) -> int:
     dataset = config.dataset(cache)
     total = sum(len(cache.split(split)) for split in dataset.splits)
     with progress("comparing", total, "images") as advance:
-
-        def step(count: int) -> None:
-            advance(count, "comparing")
-
-        match.match_dataset(cache.path.name, cache, dataset.split, sample=None, advance=step)
-        if dataset.unlabelled:
-            stored = cache.split(UNLABELLED)
-            match.match_split(cache.path.name, UNLABELLED, stored, dataset.unlabelled, sample=None, advance=step)
+        match.match_dataset(
+            cache.path.name, cache, dataset, sample=None, advance=lambda count: advance(count, "comparing")
+        )
     return total
 
 

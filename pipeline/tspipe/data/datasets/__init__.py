@@ -105,9 +105,8 @@ class Dataset:
 
     def without(self, indices: Mapping[str, Collection[int]]) -> Dataset:
         """Return the dataset without some images of each split."""
-        train, test = (self.split(split).without(indices.get(split, ())) for split in ("train", "test"))
-        unlabelled = self.unlabelled and self.unlabelled.without(indices.get("unlabelled", ()))
-        return replace(self, train=train, test=test, unlabelled=unlabelled)
+        kept: dict[str, Any] = {split: self.split(split).without(indices.get(split, ())) for split in self.splits}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
