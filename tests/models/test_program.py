@@ -46,9 +46,7 @@ def net() -> Net:
 @pytest.fixture(scope="module")
 def stored(net: Net) -> tuple[bytes, dict[str, torch.Tensor]]:
     tensors = dict(net.state_dict())
-    copy = Net().eval().requires_grad_(False)
-    copy.load_state_dict(tensors)
-    return program.export(copy, "net", SHAPE), tensors
+    return program.export(_copy(tensors), "net", SHAPE), tensors
 
 
 def test_it_computes_what_the_network_does_for_any_number_of_images(net: Net, stored: Any) -> None:

@@ -176,7 +176,9 @@ def _rows(source: Source, cache: Cache, split: str, keys: Sequence[str] | None) 
     rows = [row_of.get(key, -1) for key in image_keys]
     in_other = set(read_keys(cache.split(other := pixel_checks.other_split(split)))) if -1 in rows else set()
     left_out = in_other if "split" in cache.manifest["dataset"] and max(rows) >= 0 else set()
-    for i in [i for i, row in enumerate(rows) if row < 0 and image_keys[i] not in left_out]:
+    absent = [i for i, row in enumerate(rows) if row < 0 and image_keys[i] not in left_out]
+    if absent:
+        i = absent[0]
         remedy = f' It is a {other} image: split="{other}"' if image_keys[i] in in_other else ""
         raise CacheMismatch(
             f"{name} has no {split} image {image_keys[i]!r}, which the dataset has at index {i}.{remedy}"

@@ -55,22 +55,21 @@ def check_pixels(source: Source, rows: NDArray[np.int64], cache: Cache, split: s
         for i, stored in zip(chosen.tolist(), cache.split(split).digests.take(rows[chosen]), strict=True):
             base, position = source.base[i], int(source.position[i])
             read, expected = readers[base], stored.tobytes()
-            same = read is None or digest(read(position)) == expected
-            visible = same and (read is None or i in repeated)
-            if visible and not _is_same(_image(bases[base], position), expected, cache):
-                raise CacheMismatch(
-                    f"{cache.path.name}: image {i} of the dataset is not the unchanged one that the teacher saw. Check "
-                    "its order and its transforms, or use check_pixels=False where that is meant."
-                )
-            if not same:
+            if read is not None and (actual := digest(read(position))) != expected:
                 other = other_split(split)
-                if (cache.split(other).digests.load() == np.frombuffer(digest(read(position)), np.uint8)).all(1).any():
+                if (cache.split(other).digests.load() == np.frombuffer(actual, np.uint8)).all(1).any():
                     raise CacheMismatch(f'{cache.path.name}: image {i} is a {other} image: give split="{other}".')
                 decoded = hasattr(bases[base], "loader")
                 remedy = "ImageFolder(…, loader=tspipe.load_image)" if decoded else "check_pixels=False"
                 raise CacheMismatch(
                     f"{cache.path.name}: image {i} has other pixels in the dataset than the teacher saw. If the file "
                     f"is the same, it is decoded differently: use {remedy}"
+                )
+            visible = read is None or i in repeated
+            if visible and not _is_same(_image(bases[base], position), expected, cache):
+                raise CacheMismatch(
+                    f"{cache.path.name}: image {i} of the dataset is not the unchanged one that the teacher saw. Check "
+                    "its order and its transforms, or use check_pixels=False where that is meant."
                 )
 
 
