@@ -31,6 +31,7 @@ from tspipe.errors import (
     RecipeError,
     TrainingError,
 )
+from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models import feature_net, initial, networks
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
@@ -183,8 +184,10 @@ def test_training_is_the_plain_loop(digits: Cache, tmp_path: Path) -> None:
 
 
 def test_arms_start_from_the_same_weights_and_seeds_do_not() -> None:
+    statistics = TeacherStatistics.placeholder(84, 10)
+
     def start(arm: str, seed: int) -> dict[str, torch.Tensor]:
-        spec, shape = LearnerSpec("lenet5", arm, "ts", seed), learner.TaskShape(84, 10, (1, 16, 16))
+        spec, shape = LearnerSpec("lenet5", arm, "ts", seed), learner.TaskShape(84, 10, (1, 16, 16), statistics)
         made = learner.Learner(spec, load.load("digits"), shape, torch.device("cpu"))
         return made.network.state_dict()
 

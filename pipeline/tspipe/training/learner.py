@@ -39,7 +39,7 @@ class TaskShape:
     feature_dim: int
     num_classes: int
     input_shape: tuple[int, int, int]
-    statistics: TeacherStatistics | None = None
+    statistics: TeacherStatistics
 
 
 class StudentWithLoss(nn.Module):
@@ -275,8 +275,7 @@ def _build_loss(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, student: Fe
     """Build the loss with what makes the student's width meet the teacher's; give the student the loss's classifier."""
     seed_torch(spec.seed, "loss weights")
     sizes = losses.Sizes(shape.feature_dim, shape.num_classes, student.width)
-    statistics = shape.statistics or TeacherStatistics.placeholder(shape.feature_dim, shape.num_classes)
-    compared_sizes, compared_statistics = sizes_and_statistics(recipe.match, sizes, statistics)
+    compared_sizes, compared_statistics = sizes_and_statistics(recipe.match, sizes, shape.statistics)
     loss = losses.build(spec.loss, compared_sizes, recipe.loss_options(spec.loss), compared_statistics)
     if head := getattr(loss.module, "student_head", None):
         if head.in_features != student.width:
@@ -292,4 +291,4 @@ def _build_loss(spec: LearnerSpec, recipe: Recipe, shape: TaskShape, student: Fe
             )
         no_bias = {"bias": torch.zeros(head.out_features)} if has_bias else {}
         student.head.requires_grad_(False).load_state_dict({**no_bias, **head.state_dict()})
-    return loss._replace(module=match_widths(loss.module, recipe.match, sizes, statistics))
+    return loss._replace(module=match_widths(loss.module, recipe.match, sizes, shape.statistics))
