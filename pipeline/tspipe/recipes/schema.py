@@ -153,8 +153,8 @@ class Recipe(Optimisation):
     )
     match: Match = Field(
         "project",
-        description="How a student's width of features meets the teacher's: project gives it the teacher's, linear and "
-        "autoencoder match them during training, none leaves that to the loss.",
+        description="How features of different widths are compared: project gives students the teacher's width, linear "
+        "and autoencoder map one width to the other during training, none leaves it to the loss.",
     )
     losses: dict[str, dict[str, Any]] = Field({}, description="The options of a loss, by its name.")
     label_smoothing: Fraction = Field(0.0, description="The label smoothing of the student alone (loss xent).")

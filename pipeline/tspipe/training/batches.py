@@ -30,7 +30,7 @@ class GlobalBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalised images (m, C, H, W) with their targets, and random images with theirs.
+    """Normalised images (m, C, H, W) with their targets, and random and unlabelled images with theirs, if any.
 
     Where several processes split a batch, this is one process's part of it, and `global_batch` describes all of it.
     """

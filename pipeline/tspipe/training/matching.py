@@ -1,4 +1,4 @@
-"""How the features of a student that keeps its own width meet the teacher's; nothing of it remains in the student."""
+"""Layers that let a loss compare features of different widths; they are used in training only, and not exported."""
 
 import copy
 import functools

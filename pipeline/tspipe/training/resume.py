@@ -60,7 +60,7 @@ class WrittenResults:
                     if not metadata.items() >= provenance(self.folder.identity, spec, selected).items():
                         yield f"{name} is missing, damaged or of another run"
                     elif metadata.get("results_sha256") != results_sha256(spec.rows(self.rows)):
-                        yield f"metrics.csv has not the results of {name}"
+                        yield f"metrics.csv does not have the results of {name}"
 
     def _metadata(self, name: str) -> Mapping[str, str]:
         """Return the metadata of a student, which are empty if it is missing or damaged."""

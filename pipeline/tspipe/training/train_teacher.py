@@ -160,9 +160,9 @@ def _start_weights(config: TeacherConfig) -> Weights | None:
 def _build_network(
     config: TeacherConfig, shape: tuple[int, int, int], dataset: Dataset, start: Weights | None
 ) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """Return the network, the options that it was built with, and the keys of `start` that it has initial weights for.
+    """Return the network, the options that it was built with, and the keys that keep their initial weights.
 
-    Those are the last layer's where `start` is for other classes.
+    Those are the last layer's where `start` is for other classes; without `start`, none are listed.
     """
     settings = config.recipe.teacher
     try:

@@ -35,7 +35,7 @@ class UnlabelledImages:
     ) -> Iterator[tuple[Tensor, Target]]:
         """Yield normalised images (u, C, H, W) and their targets for each of these batches of an epoch.
 
-        Each epoch has an order of its own, which is gone through again and again until the epoch ends.
+        Each epoch has its own order, which repeats if the epoch takes more images than there are.
         """
         shuffled = stream(seed, "unlabelled order", epoch).permutation(len(self.images))
         order = torch.from_numpy(np.resize(shuffled, numbers.stop * self.count)).split(self.count)
