@@ -1,4 +1,4 @@
-"""What the command line prints: caches, differences, benchmarks, settings."""
+"""What the command line prints: caches, differences, benchmarks, scores, evaluations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -126,10 +126,10 @@ def show_scores(scores: "Mapping[str, Score]", classes: Sequence[str]) -> None:
     out = stdout_console()
     out.print(table)
     out.print(
-        f"classes: as many of {len(classes)} as even labels would have. entropy: of the teacher's probabilities, in "
-        "nats. T. stddev: of the teacher's mean probability over 640 images (arXiv 2012.02909). The smaller, the more "
-        "an augmentation is worth to distillation; compare kinds whose labels cover most classes, because images that "
-        "all get one label have a small one, too."
+        f"classes: how many of the {len(classes)} the labels cover, as exp of their entropy. entropy: of the teacher's "
+        "probabilities, in nats. T. stddev: of the teacher's mean probability over 640 images (arXiv 2012.02909). The "
+        "smaller it is, the more images of this kind help distillation. It is small, too, where all images get one "
+        "label, so compare kinds whose labels cover most classes."
     )
 
 

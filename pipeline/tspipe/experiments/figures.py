@@ -1,4 +1,4 @@
-"""The figures of a run: accuracy bars, increase over the student alone, test accuracy over epochs.
+"""The figures of a run: accuracy, increase over the student alone, curves over epochs, accuracy against parameters.
 
 INK and GROUND are used for nothing else, so that a page can replace them with its own colours. The other colours are
 from Okabe and Ito (Color Universal Design, 2008), with a contrast of at least 3 on white and on black.

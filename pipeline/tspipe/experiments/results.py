@@ -274,7 +274,7 @@ def _result(group: list[_Row], config: Config, summary: Summary) -> Result:
         validated = [[row.val_accuracy or 0.0 for row in rows] for rows in by_seed]
         accuracy["chosen"] = Sample(tuple(t[v.index(max(v))] for t, v in zip(tested, validated, strict=True)))
     curve = tuple(Sample(epoch) for epoch in zip(*tested, strict=True))
-    warm = group[1:] or group  # the first epoch of a learner has its warm-up
+    warm = group[1:] or group  # the first epoch includes the warm-up of the process
     seconds = statistics.median(row.seconds_training + row.seconds_testing for row in warm)
     of_paper = summary.paper.accuracy.get(student, {}) if summary.paper and (arm in UNTAUGHT or loss == "ts") else {}
     return Result(

@@ -33,7 +33,7 @@ class Sample:
     def margin(self) -> float | None:
         """Half the width of Student's 95 % confidence interval of the mean; None for one value or two.
 
-        That of two values is 9 times as wide as their difference, and says nothing.
+        The interval of two values reaches 9 sample deviations to either side, too wide to be of use.
         """
         if self.deviation is None or len(self.values) == 2:
             return None
