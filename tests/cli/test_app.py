@@ -387,8 +387,11 @@ def test_shell_completion(words: str, completion: str) -> None:
     assert completion in result.stdout.split()
 
 
-def test_a_plug_in_that_ends_the_command_is_an_error(tspipe: Callable, tmp_path: Path) -> None:
-    """A network, whose code runs in many places."""
+def test_a_plug_in_that_ends_the_command_is_an_error(
+    tspipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network, whose code runs in many places. A variable of another program does not hide it."""
+    monkeypatch.setenv("SETUP_COMPLETE", "1")
     (tmp_path / "mine.py").write_text("def build(*arguments):\n    raise SystemExit(0)\n")
     result = tspipe("teacher", "--dataset", "digits", "--teacher", "./mine.py", "--set=teacher.pretrained=false")
     assert result.code == 1

@@ -83,8 +83,10 @@ def main() -> None:
         elif text := problem.format_message():
             _print_error(text)
     except SystemExit as stop:
-        # Shell completion has printed its answer; or the reader of a pipe, as `head`, has gone.
-        if any(name.endswith("_COMPLETE") for name in os.environ) or isinstance(stop.__context__, BrokenPipeError):
+        # Shell completion, asked by a variable such as _TSPIPE_COMPLETE, has printed its answer; or the reader of a
+        # pipe, as `head`, has gone.
+        completing = any(name.startswith("_") and name.endswith("_COMPLETE") for name in os.environ)
+        if completing or isinstance(stop.__context__, BrokenPipeError):
             raise
         code = 1
         _print_error(f"A plug-in ended the command with exit({stop.code!r}). Raise an error in its place.")
