@@ -144,7 +144,7 @@ def test_a_body_that_drips_is_not_waited_for(start: Callable[[Answer], Server], 
     [
         (
             head("302 Found", "Location: file:///etc/passwd"),
-            "its server redirects to what is no address of a web server.",
+            "its server redirects to something that is not a web address.",
         ),
         (head("302 Found", "Location: /pets.h5"), "its server redirects in a circle, or too often."),
         (b"", "the connection was lost."),

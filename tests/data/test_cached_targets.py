@@ -363,7 +363,7 @@ def test_images_that_are_drawn_at_random_are_refused(photos: Cache) -> None:
         for _ in range(3):  # one in 2^16 passes a check
             tspipe.CachedTargets(folder, photos)
     assert str(refused.value).endswith(
-        "is another each time it is loaded, and the teacher's targets belong to the unchanged image. Leave out random "
+        "differs each time it is loaded, and the teacher's targets belong to the unchanged image. Leave out random "
         "transforms, or use check_pixels=False where that is meant."
     )
     assert torch.get_rng_state().equal(state)

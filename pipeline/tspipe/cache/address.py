@@ -13,7 +13,7 @@ _ADDRESS = re.compile(
     re.DOTALL,
 )
 # What a user meant as an address: a known scheme with wrong slashes, or a user and a password before an @. A single
-# letter before a colon and a slash is a drive of Windows.
+# letter before a colon and a slash is a Windows drive.
 _MEANT = re.compile(
     r"\s*(https?|s3a?|gs|gcs|hf|file|memory)(:|/[/\\]|\\)"
     r"|\s*((/+|https?/)[^/\\@:\s]*|[^/\\@:\s]{2,}|[^/\\@:\s](?!:[/\\])):[^@]*@",

@@ -35,7 +35,7 @@ DTYPE_NAMES = {code: name for name, code in FEATURE_DTYPES.items()}
 class Dimensions:
     """The sizes that determine the shapes of all datasets."""
 
-    rows: Mapping[str, int]  # images per split, those without labels included
+    rows: Mapping[str, int]  # images per split, including `unlabelled`
     width: int  # d, of the penultimate features
     classes: int  # c
     feature_dtype: str  # "<f2" or "<f4"

@@ -76,6 +76,6 @@ def _take(writer: CacheWriter, path: Path, local: Callable[[str], LocalSplit] | 
 def _same_images(columns: Mapping[str, Column], split: str, images: range, local: LocalSplit) -> bool:
     """Return whether these rows have the keys and labels of the local images of the same indices."""
     rows = slice(images.start, images.stop)
-    labels = columns.get(f"{split}_labels")  # those without labels have none
+    labels = columns.get(f"{split}_labels")  # a split without labels has no such column
     same_labels = labels is None or bool((labels[rows] == local.labels[rows]).all())
     return same_labels and columns[f"{split}_keys"][rows].tolist() == [key.encode() for key in local.keys[rows]]

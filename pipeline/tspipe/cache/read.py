@@ -19,7 +19,7 @@ from tspipe.errors import CacheDamaged, CacheError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The columns of a split: n images, V views of each (1 but in `train`), and features and logits of each view."""
+    """The columns of a split: n images, V views of each (1 except in `train`), and features and logits of each view."""
 
     features: Column  # (n·V, d) float16 or float32
     logits: Column  # (n·V, c) float32

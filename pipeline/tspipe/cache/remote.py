@@ -290,26 +290,30 @@ def _as_remote_error(problem: BaseException, address: str) -> RemoteError:
     status = problem.status if hasattr(problem, "status") else getattr(problem, "code", None)
     kind = type(problem).__name__
     if "Redirect" in kind:  # before the status, which is that of the redirect
-        where = "in a circle, or too often" if kind == "TooManyRedirects" else "to what is no address of a web server"
+        where = "in a circle, or too often" if kind == "TooManyRedirects" else "to something that is not a web address"
         return RemoteError(f"{address}: its server redirects {where}. Ask its owner for another address.")
     if isinstance(problem, PermissionError) or status in (401, 403) or re.search("Credential|Token|Auth", kind):
         log_in = "Log in with its own tool, or ask" if is_url(address) else "Ask"
         return RemoteError(f"{address}: access is denied. {log_in} its owner for access.", absent=True)
     if isinstance(problem, FileNotFoundError) or status in (404, 410):
         return RemoteError(f"There is no file {address}. Check the address.", absent=True)
-    number, again = getattr(problem, "errno", None) or 0, "run the same command again"
+    number = getattr(problem, "errno", None) or 0
+    check = "Check the address and the network, then run the same command again."
     if isinstance(problem, TimeoutError) and not number:
-        why = f"hardly anything arrived for {_PATIENCE:g} seconds. The server sends too slowly: {again} later."
+        why = (
+            f"hardly anything arrived for {_PATIENCE:g} seconds. The server sends too slowly: run the same command "
+            "again later."
+        )
     elif re.search("Payload|Disconnected", kind):
-        why = f"the connection was lost. R{again[1:]}."
+        why = "the connection was lost. Run the same command again."
     elif status:
-        why = f"its server answers {status}. Ask its owner, or {again} later."
+        why = f"its server answers {status}. Ask its owner, or run the same command again later."
     elif number > 0:
-        why = f"{os.strerror(number)}. Fix that, then {again}."
+        why = f"{os.strerror(number)}. Fix that, then run the same command again."
     elif number or "DNS" in kind:
-        why = f"its host cannot be found. Check the address and the network, then {again}."
+        why = f"its host cannot be found. {check}"
     elif isinstance(problem, ValueError | OverflowError) and "JSON" not in kind:
         why = "it is not a valid address. Check its host and port."
     else:
-        why = f"the transfer failed ({kind}). Check the address and the network, then {again}."
+        why = f"the transfer failed ({kind}). {check}"
     return RemoteError(f"{address}: {why}")

@@ -292,7 +292,7 @@ def _check_space(remote: Remote, folder: Path, left: int) -> None:
 
 
 def _verify(part: Path, sha256: str, published: str | None, address: str, *, is_cache: bool) -> None:
-    """Raise, and delete the part file, if it is not what was pushed, or is to be a cache and is none."""
+    """Raise, and delete the part file, if it is not what was pushed, or should be a cache and is not."""
     try:
         if published and sha256 != published:
             raise CacheDamaged(

@@ -67,7 +67,9 @@ def open_unlabelled(cache: Cache, folder: Path | None, *, trust: bool) -> Images
     if stored.images is not None:
         return stored_images(cache, UNLABELLED)
     if folder is None:
-        raise CacheMismatch(f"{name} does not hold the pixels of its images without labels: --unlabelled FOLDER")
+        raise CacheMismatch(
+            f"{name} does not hold the pixels of its images without labels. Give their folder: --unlabelled FOLDER"
+        )
     images = load_unlabelled(folder, len(cache.manifest["preprocess"]["mean"]))
     images = images.without(find_left_out(cache, UNLABELLED, images))
     if not trust or len(images) != len(stored):

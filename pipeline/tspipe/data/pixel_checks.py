@@ -41,7 +41,7 @@ def check_pixels(source: Source, rows: NDArray[np.int64], cache: Cache, split: s
     Args:
         rows: (n,), the cache's row of each image.
 
-    Raises CacheMismatch if they differ, or if an image is another each time it is loaded.
+    Raises CacheMismatch if they differ, or if an image differs each time it is loaded.
     """
     for base in source.bases:
         _check_preprocess(getattr(base, "transform", None), cache)
@@ -99,7 +99,7 @@ def _check_preprocess(transform: Any, cache: Cache) -> None:
 
 
 def _check_repeated(dataset: Any, index: int, where: str) -> None:
-    """Raise CacheMismatch if an image is another when it is loaded again: a transform draws at random."""
+    """Raise CacheMismatch if an image differs when it is loaded again: a transform draws at random."""
     first, second = _image(dataset, index), _image(dataset, index)
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         same = torch.equal(first, second)
@@ -107,7 +107,7 @@ def _check_repeated(dataset: Any, index: int, where: str) -> None:
         same = not isinstance(first, Image.Image | np.ndarray) or np.array_equal(np.asarray(first), np.asarray(second))
     if not same:
         raise CacheMismatch(
-            f"{where} is another each time it is loaded, and the teacher's targets belong to the unchanged image. "
+            f"{where} differs each time it is loaded, and the teacher's targets belong to the unchanged image. "
             "Leave out random transforms, or use check_pixels=False where that is meant."
         )
 

@@ -20,7 +20,7 @@ _TOLERANCE = 1e-3  # of the largest feature: folded and separate batch norms rou
 
 
 def export_program(module: nn.Module, name: str, shape: tuple[int, int, int]) -> bytes:
-    """Return the program of a network, of images (C, H, W), which is left as it is."""
+    """Return the program of a network for images of `shape` (C, H, W); the network is not modified."""
     return program.export(copy.deepcopy(module).eval().requires_grad_(False), name, shape)
 
 

@@ -75,7 +75,7 @@ def choose(
     """Return the path of the state dict to load, and the state dict.
 
     Without a `key`, averaged weights (EMA) are preferred, then a common name. A `key` is a path, or a path and a prefix
-    of the keys there, which may lack its beginning if it is the only such one. Raises NetworkError, which lists the
+    of the keys there; its beginning may be left out if the rest is unique. Raises NetworkError, which lists the
     paths and ends with `ambiguous`, if the choice is not unique, or there is no such key.
     """
     if key is not None and key in states:

@@ -1,6 +1,6 @@
 """Balanced random images: more are drawn than needed, and those are kept whose labels spread evenly over the classes.
 
-The teacher says the label of each candidate, so an image costs up to `rounds` passes of the teacher. The paper leaves
+The teacher labels each candidate, so an image costs up to `rounds` passes of the teacher. The paper leaves
 balancing to future work.
 """
 

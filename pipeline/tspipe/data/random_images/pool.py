@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tspipe.cache import Manifest
 
 _PURPOSE = "random pool"
-_USE_LIVE = "Take a newer tspipe, or have the teacher label random images live: --set random_source=live"
+_USE_LIVE = "Install a newer tspipe, or have the teacher label random images live: --set random_source=live"
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:

@@ -59,7 +59,13 @@ def label_counts(labels: NDArray[np.int64], classes: Sequence[str]) -> dict[str,
 
 
 def balance_report(before: Mapping[str, int], after: Mapping[str, int], passes: float) -> list[str]:
-    """Say how the teacher labels candidates and the images chosen from them, and the passes for each of these."""
+    """Say how the teacher labels the candidates and the images chosen from them.
+
+    Args:
+        before: how often each label occurs among the candidates, by class name.
+        after: the same of the chosen images.
+        passes: of the teacher, for each chosen image.
+    """
     cost = f"random images before balancing, {passes:.1f} passes of the teacher for each that is kept"
     return [label_shares(before, cost), label_shares(after, "the balanced images")]
 

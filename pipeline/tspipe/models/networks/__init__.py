@@ -173,7 +173,7 @@ def preprocess(name: str) -> dict[str, Any]:
 
 
 def library(name: str) -> str | None:
-    """Return the library, with its version, whose code of a network a cache depends on, as `timm 1.0.31`, or None."""
+    """Return timm's version, as `timm 1.0.31`, for a network of timm's; None for others, or if it is not installed."""
     version = _timm.version() if name.startswith(_timm.PREFIX) else None
     return f"timm {version}" if version else None
 

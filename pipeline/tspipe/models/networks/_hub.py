@@ -28,8 +28,8 @@ def trusts_remote_code() -> bool:
 def build(name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     """Return what the entry point NAME of the repository's hubconf.py returns for these classes and options.
 
-    torch.hub fetches the code once. Of a commit that is not the head of a branch or a tag, it cannot tell whether it is
-    the repository's or a fork's, and refuses it. Raises NetworkError without `trust_remote_code`.
+    torch.hub fetches the code once. It refuses a commit that is not the head of a branch or a tag, because it cannot
+    tell whether that is the repository's or a fork's. Raises NetworkError without `trust_remote_code`.
     """
     if not (match := _NAME.fullmatch(name)):
         raise NetworkError(f"{name} is not a network of torch.hub. Write it as hub:OWNER/REPO@COMMIT:NAME")
