@@ -183,7 +183,7 @@ def test_an_unknown_generator_is_refused(pool: Cache, tmp_path: Path) -> None:
     with pytest.raises(CacheMismatch) as refused:
         train_students(stage_two(replace(pool, manifest={**pool.manifest, "random": random}), tmp_path / "x"))
     assert str(refused.value) == (
-        "The cache's random pool has the generator 'xoshiro', and this tspipe knows mt19937 and minstd only. Take a "
+        "The cache's random pool has the generator 'xoshiro', and this tspipe knows mt19937 and minstd only. Install a "
         "newer tspipe, or " + LIVE
     )
 

@@ -21,7 +21,7 @@ from tspipe.utils import heartbeat
 from tspipe.utils.distributed import group
 from tspipe.errors import OtherProcessFailed
 
-heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.1, 3
+heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.1, 2
 with group() as ranks:
     print(ranks)
     print(ranks.broadcast({"from": ranks.rank}), ranks.gather(f"of {ranks.rank}"))
@@ -31,7 +31,7 @@ with group() as ranks:
     ranks.barrier()
     print(pathlib.Path(sys.argv[1]).read_text())
     if ranks.rank == 0:
-        time.sleep(5)  # a live rank may work longer than a dead one is waited for
+        time.sleep(3)  # a live rank may work longer than a dead one is waited for
     ranks.barrier()
     if ranks.rank == int(sys.argv[2]):
         os._exit(3)
