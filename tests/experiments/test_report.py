@@ -126,6 +126,22 @@ def test_runs_of_one_name_do_not_overwrite_each_others_figures(tmp_path: Path, m
     ]  # fmt: skip
 
 
+def test_arms_of_several_runs_are_paired_with_the_student_alone_of_the_first(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with fewer seeds, and one of another dataset, are not compared."""
+    mixed = make_run(tmp_path / "mixed", {RANDOM: [[0.5, 0.66], [0.5, 0.67], [0.5, 0.68]]})
+    short = make_run(tmp_path / "short", {RANDOM: [[0.5, 0.9]] * 2})
+    other = make_run(tmp_path / "other", {RANDOM: [[0.5, 0.9]] * 3}, dataset="digits")
+    report.make([run, mixed, short, other], tmp_path / "out")
+    text = capsys.readouterr().out.partition("lenet5: 2 epochs, 3 seeds")[2]
+    ranked = [" ".join(line.split()) for line in text.splitlines() if "±" in line]
+    assert ranked[0] == "mixed taught + random 67.00 ± 1.00 +6.00 (+3.52 to +8.48)"
+    assert [line.partition(" ")[0] for line in ranked] == ["mixed", *["run"] * 4]
+    assert "run alone 61.00 ± 1.00" in ranked
+    assert "67.00 ± 1.00" in Page((tmp_path / "out/report.html").read_text()).text
+
+
 def test_text_of_a_run_folder_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"dataset": HOSTILE, "labels": {HOSTILE: 1}, "student": HOSTILE}
     made = {ALONE: [[0.6]], TAUGHT: [[0.6]], (TAUGHT, HOSTILE): [[0.6]], (HOSTILE, "ts"): [[0.6]]}

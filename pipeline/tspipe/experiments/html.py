@@ -24,7 +24,8 @@ def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
         (findings, [(svg(drawing, number), drawing.caption) for drawing in drawings])
         for number, (findings, drawings) in enumerate(reports, 1)
     ]
-    return render("report.html.jinja", runs=runs, tables=tables, flatten=_flatten)
+    over_alone = tables.over_alone([findings for findings, _ in reports])
+    return render("report.html.jinja", runs=runs, over_alone=over_alone, tables=tables, flatten=_flatten)
 
 
 def render(template: str, **fields: Any) -> str:

@@ -77,6 +77,9 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
         _print_tables(findings, ("last", "best", "chosen"))
         for sentence in findings.ratios:
             _print(sentence)
+    for table in tables.over_alone(all_findings):
+        _print(table)
+        _print(tables.OVER_ALONE)
     _print(f"Report: {page} (figures beside it)")
 
 

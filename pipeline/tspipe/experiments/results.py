@@ -4,7 +4,7 @@ import contextlib
 import csv
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,12 +180,32 @@ class Findings:
         """The length of the run: `45 epochs, 5 seeds`."""
         return f"{pluralize(self.config.epochs, 'epoch')}, {pluralize(self.config.seeds, 'seed')}"
 
+    @property
+    def conditions(self) -> tuple[object, ...]:
+        """What two runs must have in common to be compared."""
+        summary, config = self.summary, self.config
+        return summary.dataset, summary.teacher.network, summary.teacher.test_accuracy, config.epochs, config.seeds
+
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """All results compared with the student alone, and taught ones also with it on its own schedule."""
         bases = {(result.student, result.arm): result for result in self.results if not result.taught}
         pairs = [(r, bases.get((r.student, base))) for r in self.results for base in UNTAUGHT]
         return [Comparison(r, base) for r, base in pairs if base and (r.taught or (r.arm, base.arm) == (OWN, ALONE))]
+
+
+def across_runs(runs: Sequence[Findings]) -> list[tuple[Findings, Comparison]]:
+    """Return every result over the same student alone, which the first run that has one provides for the others.
+
+    Only runs of equal conditions are compared: there, learners of one seed and width start from the same weights.
+    """
+    bases: dict[tuple[object, ...], Result] = {}
+    for run in runs:
+        for result in run.results:
+            if result.arm == ALONE:
+                bases.setdefault((*run.conditions, result.student), result)
+    pairs = [(run, result, bases.get((*run.conditions, result.student))) for run in runs for result in run.results]
+    return [(run, Comparison(result, base)) for run, result, base in pairs if base]
 
 
 def open_run(path: Path) -> RunFolder:

@@ -1,12 +1,16 @@
 """Results as tables of text and as sentences, for the terminal and for HTML. Names from files are not escaped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tspipe.experiments.results import Findings
+from tspipe.experiments.results import Comparison, Findings, across_runs
 from tspipe.experiments.statistics import Sample
 from tspipe.utils.console import format_count
 
+OVER_ALONE = (
+    "Test accuracy in % after the last epoch, and the difference from the student alone in points, with the 95 % "
+    "interval of the paired seeds. An interval without zero shows a difference."
+)
 UNCHECKED = "The images were not compared with those of the cache (--trust-data)."
 
 
@@ -63,6 +67,38 @@ def verdicts(findings: Findings, choice: str = "last") -> list[str]:
     return [f"{c.result.student}, {c.name}: {verdict(c.difference(choice))}" for c in findings.comparisons]
 
 
+def over_alone(runs: Sequence[Findings]) -> list[Table]:
+    """Return a table per student: its last accuracies in all runs over the student alone, the best first.
+
+    A student is left out unless two runs of equal conditions trained it, and one of them trained it alone.
+    """
+    students: dict[tuple[object, ...], list[tuple[Findings, Comparison]]] = {}
+    for run, comparison in across_runs(runs):
+        students.setdefault((*run.conditions, comparison.result.student), []).append((run, comparison))
+    return [
+        Table(
+            f"{compared[0][1].result.student}: {compared[0][0].duration}",
+            ["run", "arm", "last", "over alone"],
+            _ranked(compared),
+        )
+        for compared in students.values()
+        if len({run.name for run, _ in compared}) > 1
+    ]
+
+
+def _ranked(compared: Sequence[tuple[Findings, Comparison]]) -> list[list[str]]:
+    ranked = sorted(compared, key=lambda pair: -pair[1].result.accuracy["last"].mean)
+    return [
+        [
+            run.name,
+            c.result.name,
+            percent(c.result.accuracy["last"]),
+            "" if c.result is c.base else interval(c.difference("last")),
+        ]
+        for run, c in ranked
+    ]
+
+
 def beside_paper(findings: Findings) -> Table:
     """Return best test accuracies and differences beside the paper's, then other systems; no rows without a paper."""
     paper = findings.summary.paper
@@ -95,10 +131,15 @@ def paper_notes(findings: Findings) -> Iterator[str]:
 
 def verdict(difference: Sample) -> str:
     """Return a difference in points, its 95 % interval, and the conclusion."""
+    if difference.margin is None:
+        return f"{points(difference.mean)} ({difference.conclusion})"
+    return f"{interval(difference)}, {difference.conclusion}"
+
+
+def interval(difference: Sample) -> str:
+    """Return a difference in points and, from three seeds on, its 95 % interval."""
     mean, margin = difference.mean, difference.margin
-    if margin is None:
-        return f"{points(mean)} ({difference.conclusion})"
-    return f"{points(mean)} ({points(mean - margin)} to {points(mean + margin)}), {difference.conclusion}"
+    return points(mean) + ("" if margin is None else f" ({points(mean - margin)} to {points(mean + margin)})")
 
 
 def points(fraction: float) -> str:
