@@ -139,7 +139,10 @@ def test_arms_of_several_runs_are_paired_with_the_student_alone_of_the_first(
     assert ranked[0] == "mixed taught + random 67.00 ± 1.00 +6.00 (+3.52 to +8.48)"
     assert [line.partition(" ")[0] for line in ranked] == ["mixed", *["run"] * 4]
     assert "run alone 61.00 ± 1.00" in ranked
-    assert "67.00 ± 1.00" in Page((tmp_path / "out/report.html").read_text()).text
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert "All runs of lenet5: 2 epochs, 3 seeds" in page.text
+    assert "+6.00 (+3.52 to +8.48)" in page.text
+    assert (tmp_path / "out/across-runs-1.png").exists()
 
 
 def test_text_of_a_run_folder_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

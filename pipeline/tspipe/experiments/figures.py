@@ -16,7 +16,7 @@ import numpy as np
 
 from tspipe.errors import ReportError
 from tspipe.experiments.pareto import Point, pareto
-from tspipe.experiments.results import Comparison, Findings, Result
+from tspipe.experiments.results import Compared, Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
 from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
 from tspipe.training.run_folder import Row
@@ -79,6 +79,15 @@ def check() -> None:
 def draw(findings: Findings, name: str) -> Drawing:
     """Draw one of `names`; the same run gives the same bytes. Raises ReportError without matplotlib."""
     return render(name, lambda figure: _FIGURES[name](figure, findings))
+
+
+def draw_across_runs(compared: Sequence[Compared]) -> Drawing:
+    """Draw what each arm of several runs adds to the same student alone. Raises ReportError without matplotlib."""
+    by_run: dict[str, list[Compared]] = {}
+    for run, comparison in compared:
+        if comparison.result is not comparison.base:
+            by_run.setdefault(run.name, []).append((run, comparison))
+    return render("across-runs", lambda figure: _differences(figure, by_run))
 
 
 def draw_teacher(metrics: Sequence[Row], network: str, dataset: str) -> Drawing:
@@ -153,32 +162,38 @@ def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
 
 def _increase(figure: "Figure", findings: Findings) -> tuple[str, str]:
     """What each arm adds to the student alone; students sorted by their parameters."""
-    by_heading: dict[str, list[Comparison]] = {}
+    by_heading: dict[str, list[Compared]] = {}
     for c in sorted(findings.comparisons, key=lambda c: (c.result.parameters, c.result.student, c.base.arm)):
         of_base = f"{c.result.parameters:,} parameters" if c.base.arm == ALONE else f"over {c.base.name}"
-        by_heading.setdefault(f"{c.result.student}, {of_base}", []).append(c)
+        by_heading.setdefault(f"{c.result.student}, {of_base}", []).append((findings, c))
+    return _differences(figure, by_heading)
+
+
+def _differences(figure: "Figure", by_heading: dict[str, list[Compared]]) -> tuple[str, str]:
+    """Draw a row per comparison under its heading: each seed's difference, their mean and its interval."""
     groups = [
-        (heading, [(c.result.name, points(c.difference("last").mean)) for c in comparisons])
-        for heading, comparisons in by_heading.items()
+        (heading, [(c.result.name, points(c.difference("last").mean)) for _, c in compared])
+        for heading, compared in by_heading.items()
     ]
     axes, places = _rows(figure, groups)
     axes.axvline(0, color=INK, linewidth=0.8)
-    comparisons = list(itertools.chain(*by_heading.values()))
-    for y, comparison in zip(places, comparisons, strict=True):
+    compared = list(itertools.chain(*by_heading.values()))
+    for y, (findings, comparison) in zip(places, compared, strict=True):
         difference, result = comparison.difference("last"), comparison.result
         axes.plot([100 * value for value in difference.values], [y] * len(difference.values), **_SEED)
         look: dict[str, Any] = {"fmt": _MARKERS[_loss(findings, result)], "color": _COLOURS[result.arm], "capsize": 4}
         axes.errorbar(100 * difference.mean, y, xerr=difference.margin and 100 * difference.margin, **look)
         if comparison.paper is not None:
             axes.plot(100 * comparison.paper, y, **_PAPER)
-    axes.set(title=_title(findings), xlabel="over the student alone, points")
+    axes.set(title=_title(compared[0][0]), xlabel="over the student alone, points")
     entries = {"last epoch, with the 95 % interval": {"marker": "o", "color": INK}, "each seed": _SEED}
-    _legend(figure, entries, paper=any(c.paper is not None for c in comparisons))
-    numbers = "; ".join(f"{c.result.student}, {c.name} {verdict(c.difference('last'))}" for c in comparisons)
+    _legend(figure, entries, paper=any(c.paper is not None for _, c in compared))
+    n, rows = _n(compared[0][0]), [(heading, c) for heading, group in by_heading.items() for _, c in group]
+    numbers = "; ".join(f"{heading}: {c.name} {verdict(c.difference('last'))}" for heading, c in rows)
     return (
-        f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({_n(findings)}, "
-        "paired); the student with the fewest parameters is on top. An interval with zero in it shows no difference.",
-        f"Points over the student alone, students by their parameters: {numbers}.",
+        f"Increase over the student alone after the last epoch, in points, with the 95 % interval ({n}, paired). An "
+        "interval with zero in it shows no difference.",
+        f"Points over the student alone: {numbers}.",
     )
 
 

@@ -14,18 +14,24 @@ from pydantic import JsonValue
 
 from tspipe.experiments import tables
 from tspipe.experiments.figures import GROUND, INK, Drawing
-from tspipe.experiments.results import Findings
+from tspipe.experiments.results import Compared, Findings
 from tspipe.utils.console import printable
 
 
-def page(reports: Sequence[tuple[Findings, list[Drawing]]]) -> str:
+def page(
+    reports: Sequence[tuple[Findings, list[Drawing]]],
+    across_runs: Sequence[tuple[Sequence[Compared], Drawing]] = (),
+) -> str:
     """Return the HTML of these findings and figures; the same input gives the same text."""
     runs = [
         (findings, [(svg(drawing, number), drawing.caption) for drawing in drawings])
         for number, (findings, drawings) in enumerate(reports, 1)
     ]
-    over_alone = tables.over_alone([findings for findings, _ in reports])
-    return render("report.html.jinja", runs=runs, over_alone=over_alone, tables=tables, flatten=_flatten)
+    across = [
+        (tables.across_runs(compared), svg(drawing, number), drawing.caption)
+        for number, (compared, drawing) in enumerate(across_runs, 1)
+    ]
+    return render("report.html.jinja", runs=runs, across_runs=across, tables=tables, flatten=_flatten)
 
 
 def render(template: str, **fields: Any) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 from tspipe.data.random_images.score import label_shares
 from tspipe.errors import ReportError
 from tspipe.experiments import figures, html, tables
-from tspipe.experiments.results import Findings, read
+from tspipe.experiments.results import Findings, across_runs, read
 from tspipe.training.run_folder import Row, RunFolder, read_rows
 from tspipe.training.train_teacher import TrainedTeacher, metrics_path
 from tspipe.utils.console import echo, printable, stdout_console
@@ -77,9 +77,9 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
         _print_tables(findings, ("last", "best", "chosen"))
         for sentence in findings.ratios:
             _print(sentence)
-    for table in tables.over_alone(all_findings):
-        _print(table)
-        _print(tables.OVER_ALONE)
+    for compared in across_runs(all_findings):
+        _print(tables.across_runs(compared))
+        _print(tables.ACROSS_RUNS)
     _print(f"Report: {page} (figures beside it)")
 
 
@@ -89,17 +89,25 @@ def write(findings: Sequence[Findings], folder: Path) -> Path:
     The same runs give the same bytes. Raises ReportError if matplotlib is missing.
     """
     drawn = [[figures.draw(one, name) for name in figures.names(one)] for one in findings]
+    compared = across_runs(findings)
+    common = [figures.draw_across_runs(group) for group in compared]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     names = Counter(one.name for one in findings)
     for number, (one, drawings) in enumerate(zip(findings, drawn, strict=True), 1):
         name = f"{one.name}-{number}-" if names[one.name] > 1 else f"{one.name}-"
         for drawing in drawings:
-            path = folder / f"{name if len(findings) > 1 else ''}{drawing.name}"
-            write_whole(path.with_name(f"{path.name}.svg"), drawing.svg.encode())
-            write_whole(path.with_name(f"{path.name}.png"), drawing.png)
-    write_whole(folder / "report.html", html.page(list(zip(findings, drawn, strict=True))).encode())
+            _write(drawing, folder / f"{name if len(findings) > 1 else ''}{drawing.name}")
+    for number, drawing in enumerate(common, 1):
+        _write(drawing, folder / f"{drawing.name}-{number}")
+    page = html.page(list(zip(findings, drawn, strict=True)), list(zip(compared, common, strict=True)))
+    write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
+
+
+def _write(drawing: figures.Drawing, path: Path) -> None:
+    write_whole(path.with_name(f"{path.name}.svg"), drawing.svg.encode())
+    write_whole(path.with_name(f"{path.name}.png"), drawing.png)
 
 
 def default_folder(runs: Sequence[RunFolder]) -> Path:

@@ -194,18 +194,25 @@ class Findings:
         return [Comparison(r, base) for r, base in pairs if base and (r.taught or (r.arm, base.arm) == (OWN, ALONE))]
 
 
-def across_runs(runs: Sequence[Findings]) -> list[tuple[Findings, Comparison]]:
-    """Return every result over the same student alone, which the first run that has one provides for the others.
+Compared = tuple[Findings, Comparison]  # a comparison, and the run of its result
+
+
+def across_runs(runs: Sequence[Findings]) -> list[list[Compared]]:
+    """Return, for each student, its results in all runs over the student alone, which the first run with one provides.
 
     Only runs of equal conditions are compared: there, learners of one seed and width start from the same weights.
+    Students that only one run trained are left out.
     """
-    bases: dict[tuple[object, ...], Result] = {}
+    groups: dict[tuple[object, ...], list[tuple[Findings, Result]]] = {}
     for run in runs:
         for result in run.results:
-            if result.arm == ALONE:
-                bases.setdefault((*run.conditions, result.student), result)
-    pairs = [(run, result, bases.get((*run.conditions, result.student))) for run in runs for result in run.results]
-    return [(run, Comparison(result, base)) for run, result, base in pairs if base]
+            groups.setdefault((*run.conditions, result.student), []).append((run, result))
+    compared = []
+    for group in groups.values():
+        base = next((result for _, result in group if result.arm == ALONE), None)
+        if base and len({id(run) for run, _ in group}) > 1:
+            compared.append([(run, Comparison(result, base)) for run, result in group])
+    return compared
 
 
 def open_run(path: Path) -> RunFolder:

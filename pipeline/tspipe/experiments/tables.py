@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tspipe.experiments.results import Comparison, Findings, across_runs
+from tspipe.experiments.results import Compared, Findings
 from tspipe.experiments.statistics import Sample
 from tspipe.utils.console import format_count
 
-OVER_ALONE = (
+ACROSS_RUNS = (
     "Test accuracy in % after the last epoch, and the difference from the student alone in points, with the 95 % "
     "interval of the paired seeds. An interval without zero shows a difference."
 )
@@ -67,36 +67,15 @@ def verdicts(findings: Findings, choice: str = "last") -> list[str]:
     return [f"{c.result.student}, {c.name}: {verdict(c.difference(choice))}" for c in findings.comparisons]
 
 
-def over_alone(runs: Sequence[Findings]) -> list[Table]:
-    """Return a table per student: its last accuracies in all runs over the student alone, the best first.
-
-    A student is left out unless two runs of equal conditions trained it, and one of them trained it alone.
-    """
-    students: dict[tuple[object, ...], list[tuple[Findings, Comparison]]] = {}
-    for run, comparison in across_runs(runs):
-        students.setdefault((*run.conditions, comparison.result.student), []).append((run, comparison))
-    return [
-        Table(
-            f"{compared[0][1].result.student}: {compared[0][0].duration}",
-            ["run", "arm", "last", "over alone"],
-            _ranked(compared),
-        )
-        for compared in students.values()
-        if len({run.name for run, _ in compared}) > 1
-    ]
-
-
-def _ranked(compared: Sequence[tuple[Findings, Comparison]]) -> list[list[str]]:
+def across_runs(compared: Sequence[Compared]) -> Table:
+    """Return a student's accuracies in several runs and their differences from the student alone, the best first."""
+    run, comparison = compared[0]
     ranked = sorted(compared, key=lambda pair: -pair[1].result.accuracy["last"].mean)
-    return [
-        [
-            run.name,
-            c.result.name,
-            percent(c.result.accuracy["last"]),
-            "" if c.result is c.base else interval(c.difference("last")),
-        ]
-        for run, c in ranked
-    ]
+    rows = []
+    for findings, c in ranked:
+        difference = "" if c.result is c.base else interval(c.difference("last"))
+        rows.append([findings.name, c.result.name, percent(c.result.accuracy["last"]), difference])
+    return Table(f"{comparison.result.student}: {run.duration}", ["run", "arm", "last", "over alone"], rows)
 
 
 def beside_paper(findings: Findings) -> Table:
