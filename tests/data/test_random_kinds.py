@@ -15,11 +15,12 @@ from tspipe.errors import CacheDamaged
 from tspipe.utils.rng import stream
 
 SHAPE = (3, 8, 6)
+LABELS = np.arange(20) % 7
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 6, 3), dtype=np.uint8)
 
 
 def photos(shift: int = 2, flip: bool = True) -> Photos:
-    return Photos(len(PIXELS), lambda rows: torch.from_numpy(PIXELS[rows]).permute(0, 3, 1, 2), shift, flip)
+    return Photos(len(PIXELS), lambda rows: torch.from_numpy(PIXELS[rows]).permute(0, 3, 1, 2), shift, flip, LABELS, 7)
 
 
 def kind_of(name: str) -> Kind:
@@ -74,6 +75,29 @@ def test_mixed_is_what_its_words_say() -> None:
         share = (w[8] >> 24) / 256
         expected = np.floor(share * view(*w[:4]) + (1 - share) * view(*w[4:8]) + 0.5)
         np.testing.assert_array_equal(image, expected)
+
+
+def mixed_label(w: np.ndarray, share: float) -> np.ndarray:
+    one_hot = np.eye(7)
+    return share * one_hot[LABELS[w[0] % 20]] + (1 - share) * one_hot[LABELS[w[4] % 20]]
+
+
+@pytest.mark.parametrize("name", ["mixed", "cutmix"])
+def test_labels_are_mixed_as_the_pixels_are(name: str) -> None:
+    """CutMix counts the pixels of each image, because a part of the rectangle may lie outside."""
+    kind, pasted = make(name, SHAPE, photos(shift=0, flip=False)), Photos(20, _index_images, 0, False, LABELS, 7)
+    numbers = words(5, 40, kind.draws)
+    shares = (numbers[:, 8] >> 24) / 256
+    if name == "cutmix":
+        images = make(name, SHAPE, pasted).images(numbers)
+        shares = (images[:, 0] == (numbers[:, 0] % 20)[:, None, None]).mean((1, 2))
+    for w, share, label in zip(numbers, shares, kind.labels(numbers), strict=True):
+        np.testing.assert_allclose(label, mixed_label(w, share), atol=1e-6)
+    assert make("structured", SHAPE).labels(numbers).shape == (40, 0)
+
+
+def _index_images(rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(torch.uint8)[:, None, None, None].expand(-1, *SHAPE)
 
 
 def test_cutmix_is_what_its_words_say() -> None:

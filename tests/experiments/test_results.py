@@ -12,7 +12,7 @@ from tspipe.errors import ReportError, TspipeError
 from tspipe.experiments.results import open_run, read
 from tspipe.experiments.statistics import Sample
 from tspipe.experiments.tables import accuracies, beside_paper, differences, initial_weights, paper_notes, verdicts
-from tspipe.training.arms import OWN
+from tspipe.training.arms import ALONE_RANDOM, OWN
 
 
 def test_last_best_and_seconds(tmp_path: Path) -> None:
@@ -118,6 +118,19 @@ def test_arms_are_compared_with_both_schedules_of_the_student_alone(tmp_path: Pa
         ("alone, own schedule", "alone", "+3.00"),
         ("taught", "alone", "+1.00"),
         ("taught", "alone, own schedule", "-2.00"),
+    ]
+
+
+def test_what_the_teacher_adds_to_mixed_images_is_compared_with_mixed_labels(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run",
+        {ALONE: [[0.60]], (ALONE_RANDOM, "xent"): [[0.63]], (TAUGHT, "kd"): [[0.61]], (RANDOM, "kd"): [[0.66]]},
+    )
+    assert [(row[1], row[2], row[3][:5]) for row in differences(read(run)).rows] == [
+        ("alone + random", "alone", "+3.00"),
+        ("taught, kd", "alone", "+1.00"),
+        ("taught + random, kd", "alone", "+6.00"),
+        ("taught + random, kd", "alone + random", "+3.00"),
     ]
 
 

@@ -67,18 +67,18 @@ def test_the_teacher_waits_its_turn_if_no_core_is_free(monkeypatch: pytest.Monke
 def test_running_ahead_does_not_change_the_output() -> None:
     for backbone in (Backbone(), Backbone(draws=True)):
         teacher, result = live(backbone), []
-        for images, output in teacher.batches(7, 2, range(4, 7)):
+        for images, output, _ in teacher.batches(7, 2, range(4, 7)):
             torch.rand(1000)  # the students draw too
             result.append((images, *output))
         for number, tensors in zip(range(4, 7), result, strict=True):
-            images, output = teacher.batch(7, 2, number)
+            images, output, _ = teacher.batch(7, 2, number)
             assert images.shape == (5, *SHAPE)
             assert all(torch.equal(a, b) for a, b in zip(tensors, (images, *output), strict=True))
         assert not torch.equal(result[0][1], result[1][1])
 
 
 def test_its_output_can_be_used_in_a_loss() -> None:
-    _, output = live(Backbone()).batch(0, 0, 0)
+    _, output, _ = live(Backbone()).batch(0, 0, 0)
     student = torch.ones(5, 3, requires_grad=True)
     (student * output.features).sum().backward()  # refused of tensors that inference mode made
     assert torch.equal(student.grad, output.features)

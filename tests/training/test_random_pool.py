@@ -17,6 +17,7 @@ from conftest import Result
 from shared import POOL_ROWS, interrupted_at, metrics_of, pool_config, pool_image, weights_of
 from tspipe.cache import Cache
 from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import Photos
 from tspipe.errors import CacheMismatch, RecipeError
 from tspipe.extraction.extract import extract
 from tspipe.losses import Target
@@ -41,7 +42,9 @@ def stage_two(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = 
 
 def batches_of(cache: Cache, count: int) -> RandomPool:
     preprocess = Preprocess.from_dict(cache.manifest["preprocess"])
-    return RandomPool(cache, RandomSpec(count, (1, 16, 16), 3, preprocess, torch.device("cpu")), torch.zeros_like)
+    return RandomPool(
+        cache, RandomSpec(count, (1, 16, 16), 3, preprocess, torch.device("cpu")), Photos(0, torch.zeros_like)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,8 @@ def test_a_batch_has_consecutive_rows_and_wraps_around(pool: Cache, seed: int, s
     entropy = np.random.SeedSequence([seed, zlib.crc32(b"random pool offset"), 0, 0])
     offset = int(np.random.MT19937(entropy).random_raw())
     rows = (offset % POOL_ROWS + step * count + np.arange(count)) % POOL_ROWS
-    images, output = batches_of(pool, count).batch(seed, step)
+    images, output, labels = batches_of(pool, count).batch(seed, step)
+    assert labels.shape == (count, 0)
     assert pool.random is not None
     assert images.dtype == output.features.dtype == torch.float32
     np.testing.assert_array_equal(images, [pool_image(0, row, 16, (1, 16, 16)) for row in rows])
@@ -66,7 +70,7 @@ def test_drawing_ahead_does_not_change_the_batches(pool: Cache) -> None:
     preprocess = Preprocess.from_dict(pool.manifest["preprocess"])
     batches, numbers = batches_of(pool, 7), [3, 4, 5, 9]
     for number, result in zip(numbers, batches.batches(1, 2, numbers), strict=True):
-        images, output = batches_of(pool, 7).batch(1, 2 * 3 + number)
+        images, output, _ = batches_of(pool, 7).batch(1, 2 * 3 + number)
         assert result[0].equal(preprocess.normalise(images))
         assert result[1].features.equal(output.features)
         assert result[1].logits.equal(output.logits)
@@ -135,9 +139,12 @@ def test_the_pool_and_a_live_teacher_on_its_images_agree(
 
     pooled, other = trained("pool", "pool"), trained("live", "other")
     batches = batches_of(cache, 7)
-    monkeypatch.setattr(
-        LiveTeacher, "_draw", lambda self, seed, epoch, batch: (batches.batch(seed, batch)[0], iter([]))
-    )
+
+    def draw(self: LiveTeacher, seed: int, epoch: int, number: int) -> tuple[Any, Any]:
+        images, _, labels = batches.batch(seed, number)
+        return (images, labels), iter([])
+
+    monkeypatch.setattr(LiveTeacher, "_draw", draw)
     live = trained("live", "live")
     for name, value in pooled.items():
         torch.testing.assert_close(live[name], value, rtol=1e-4, atol=1e-6)

@@ -81,7 +81,9 @@ def report(
 def reproduce(
     table: Annotated[str, typer.Argument(help="table1, table2 or table3.")],
     students: Annotated[str | None, typer.Option(metavar="A,B", help="Some of the table's students.")] = None,
-    arms: Annotated[str | None, typer.Option(metavar="A,B", help="Some of alone, own, taught, random.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Some of alone, own, alone-random, taught and random.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs (default: the paper's 200).")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds (default: 1).")] = None,
     dataset: Annotated[

@@ -41,5 +41,5 @@ def labelled(teacher: FeatureNet, batches: Iterator[tuple[Tensor, Target]]) -> I
 def joined(batch: Batch) -> tuple[Tensor, Target]:
     """Return real and random images as one batch, so that joining them is not part of a floor."""
     assert batch.random is not None
-    random, target = batch.random
+    random, target, _ = batch.random
     return torch.cat([batch.images, random]), Target(*map(torch.cat, zip(batch.target, target, strict=True)))

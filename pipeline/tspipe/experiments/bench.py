@@ -145,9 +145,9 @@ def _random_image_lines(trainer: Trainer, live: LiveTeacher, timer: Timer, facts
     """Time the live teacher on a batch's random images and, if there is a pool, compare the pool with it."""
     ways = {"live": as_way(live.batch(0, 0, number) for number in itertools.count())}
     if trainer.config.cache.random is not None:
-        ways["pool"] = as_way(
-            RandomPool(trainer.config.cache, live.spec, trainer.batches.data.pixels).batches(0, 0, range(2**20))
-        )
+        rows = torch.arange(len(trainer.batches.data.train))
+        photos = trainer.batches.data.photos(rows, len(trainer.config.cache.classes))
+        ways["pool"] = as_way(RandomPool(trainer.config.cache, live.spec, photos).batches(0, 0, range(2**20)))
     times = timer.turns(ways)
     facts["teacher: seconds of a pass over random images"] = statistics.median(times["live"])
     if "pool" in times:

@@ -18,7 +18,7 @@ from tspipe.errors import ReportError
 from tspipe.experiments.pareto import Point, pareto
 from tspipe.experiments.results import Compared, Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
-from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
+from tspipe.training.arms import ALONE, ARMS
 from tspipe.training.run_folder import Row
 from tspipe.utils.console import printable
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 INK, GROUND = "#1c1c1e", "#fffffe"
 _GREY = "#808080"
-_COLOURS = defaultdict(lambda: _GREY, {ALONE: "#0072B2", OWN: "#B5659A", TAUGHT: "#D55E00", RANDOM: "#009E73"})
+_COLOURS = defaultdict(lambda: _GREY, zip(ARMS, ("#0072B2", "#B5659A", "#56B4E9", "#D55E00", "#009E73"), strict=True))
 _HATCHES, _DASHES = ("", "///", "...", "xxx"), ("-", "--", ":", "-.")  # of one arm's losses
 _MARKERS = ("o", "s", "^", "v")
 _SEED: dict[str, Any] = {"marker": ".", "color": _GREY, "markersize": 4, "linestyle": ""}

@@ -27,7 +27,7 @@ from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.plugins import is_file, unknown
 
 TABLES = {"table1": ("table1",), "table2": ("table2_cifar10", "table2_cifar100"), "table3": ("table3",)}
-ARMS = {"alone": arms.ALONE, "own": arms.OWN, "taught": arms.TAUGHT, "random": arms.RANDOM}
+ARMS = dict(zip(("alone", "own", "alone-random", "taught", "random"), arms.ARMS, strict=True))
 POOL = 50_000  # random images, where a recipe takes them from a pool: 280 batches of 178
 
 

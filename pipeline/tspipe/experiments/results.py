@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 from tspipe.errors import ReportError
 from tspipe.experiments.statistics import HELPS, HURTS, Sample
 from tspipe.recipes.schema import Paper
-from tspipe.training.arms import ALONE, OWN, UNTAUGHT
+from tspipe.training.arms import ALONE, ALONE_RANDOM, OWN, RANDOM, UNTAUGHT
 from tspipe.training.metrics_log import loss_ratios
 from tspipe.training.run_folder import RunFolder
 from tspipe.utils.console import pluralize, printable
@@ -188,10 +188,18 @@ class Findings:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """All results compared with the student alone, and taught ones also with it on its own schedule."""
+        """All results compared with the student alone, and taught ones also with its other arms.
+
+        The student alone with random images is compared with what the teacher adds to them.
+        """
         bases = {(result.student, result.arm): result for result in self.results if not result.taught}
-        pairs = [(r, bases.get((r.student, base))) for r in self.results for base in UNTAUGHT]
-        return [Comparison(r, base) for r, base in pairs if base and (r.taught or (r.arm, base.arm) == (OWN, ALONE))]
+        pairs = [(r, bases.get((r.student, arm))) for r in self.results for arm in _bases(r.arm)]
+        return [Comparison(result, base) for result, base in pairs if base]
+
+
+def _bases(arm: str) -> tuple[str, ...]:
+    """Return the arms that an arm is compared with."""
+    return {ALONE: (), OWN: (ALONE,), ALONE_RANDOM: (ALONE,), RANDOM: (ALONE, OWN, ALONE_RANDOM)}.get(arm, (ALONE, OWN))
 
 
 Compared = tuple[Findings, Comparison]  # a comparison, and the run of its result

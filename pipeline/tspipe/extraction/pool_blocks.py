@@ -14,6 +14,7 @@ from tspipe.cache.layout import FROM_PHOTOS
 from tspipe.data.datasets import Images
 from tspipe.data.image_loader import read, read_ahead
 from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import Photos
 from tspipe.data.random_images.balanced import choose
 from tspipe.data.random_images.pool import PoolImages, kind_of
 from tspipe.data.random_images.score import balance_report
@@ -86,7 +87,7 @@ class PoolBlocks:
 
     def open(self) -> PoolImages:
         """Return the images of the pool."""
-        kind = kind_of(self.manifest, len(self.images), reader(self.images, self.preprocess))
+        kind = kind_of(self.manifest, Photos(len(self.images), reader(self.images, self.preprocess)))
         return PoolImages(kind, self.manifest["random"], self.manifest["block_rows"], self.candidates)
 
     def balance_report(self) -> list[str]:

@@ -40,7 +40,8 @@ from tspipe.utils import plugins
 class Target(NamedTuple):
     """What a student learns from n images: the teacher's features and logits, and labels (n,) int64.
 
-    A field that the loss does not need is empty, (n, 0). An image without a label has `NO_LABEL`.
+    A field that the loss does not need is empty, (n, 0). An image without a label has `NO_LABEL`. The student alone may
+    learn from labels that are probabilities (n, c).
     """
 
     features: Tensor
@@ -84,9 +85,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
     Args:
         logits: (n, c).
-        labels: (n,) int64, or `NO_LABEL`.
+        labels: (n,) int64, or `NO_LABEL`; or probabilities (n, c).
         label_smoothing: the probability that is spread over all classes.
     """
+    if labels.is_floating_point():
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     total = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum", label_smoothing=label_smoothing)
     return total / labels.ne(NO_LABEL).sum().clamp(min=1)
 

@@ -6,22 +6,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from tspipe import losses
+from tspipe.cache.layout import FROM_PHOTOS
 from tspipe.models import networks
 from tspipe.recipes.schema import Overrides, Recipe
 
-ALONE, OWN, TAUGHT, RANDOM = ARMS = ("alone", "alone, own schedule", "taught", "taught + random")
-UNTAUGHT = (ALONE, OWN)
+ALONE, OWN, ALONE_RANDOM, TAUGHT, RANDOM = ARMS = (
+    "alone",
+    "alone, own schedule",
+    "alone + random",
+    "taught",
+    "taught + random",
+)
+UNTAUGHT = (ALONE, OWN, ALONE_RANDOM)
+WITH_RANDOM = (ALONE_RANDOM, RANDOM)
 
 
 def select_arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
     """Return the arms to train: the method itself or, to compare, all that the recipe has settings for.
 
     Where a paper trains the student alone with another schedule than the taught one, both are trained: `alone` differs
-    from the taught arms in the loss only; `alone, own schedule` is the paper's.
+    from the taught arms in the loss only; `alone, own schedule` is the paper's. `alone + random` is trained with random
+    images that have labels of their own, those of mixtures.
     """
     if not compare:
         return (RANDOM if recipe.random_images else TAUGHT,)
-    available = {ALONE: True, OWN: recipe.alone != Overrides(), TAUGHT: True, RANDOM: recipe.random_images > 0}
+    available = {
+        ALONE: True,
+        OWN: recipe.alone != Overrides(),
+        ALONE_RANDOM: recipe.random_images > 0 and recipe.random_kind in FROM_PHOTOS,
+        TAUGHT: True,
+        RANDOM: recipe.random_images > 0,
+    }
     return tuple(arm for arm in ARMS if available[arm])
 
 

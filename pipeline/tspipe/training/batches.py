@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tspipe.losses import Target
-from tspipe.models.output import Output
-from tspipe.training.random_source import RandomSource
+from tspipe.training.arms import ALONE_RANDOM, UNTAUGHT, WITH_RANDOM
+from tspipe.training.random_source import RandomBatch, RandomSource
 from tspipe.training.run_data import RunData
 from tspipe.training.targets import TargetLoader
 from tspipe.utils.rng import stream
@@ -28,6 +29,14 @@ class GlobalBatch(NamedTuple):
     processes: int
 
 
+class RandomImages(NamedTuple):
+    """Random images (r, C, H, W), their targets from the teacher, and labels of their own (see `RandomBatch`)."""
+
+    images: Tensor
+    target: Target
+    labels: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """Normalised images (m, C, H, W) with their targets, and random and unlabelled images with theirs, if any.
@@ -37,16 +46,30 @@ class Batch:
 
     images: Tensor
     target: Target
-    random: tuple[Tensor, Target] | None
+    random: RandomImages | None
     unlabelled: tuple[Tensor, Target] | None = None
     global_batch: GlobalBatch | None = None
 
-    def photographs(self, *, unlabelled: bool) -> tuple[Tensor, Target]:
-        """Return the images and their targets, followed by those without labels if a student sees them."""
-        if self.unlabelled is None or not unlabelled:
+    def photographs(self, arm: str) -> tuple[Tensor, Target]:
+        """Return the images and targets that an arm sees: taught ones also see the images without labels."""
+        if arm in UNTAUGHT or self.unlabelled is None:
             return self.images, self.target
         images, target = self.unlabelled
         return torch.cat([self.images, images]), Target(*map(torch.cat, zip(self.target, target, strict=True)))
+
+    def of_arm(self, arm: str) -> tuple[Tensor, Target, tuple[Tensor, Target] | None]:
+        """Return the images and targets that an arm sees, and the random images with theirs; None if it sees none.
+
+        The student alone learns from labels, as probabilities (n, c) where random images have mixed ones.
+        """
+        images, target = self.photographs(arm)
+        if arm not in WITH_RANDOM or self.random is None:
+            return images, target, None
+        random_images, random_target, labels = self.random
+        if arm == ALONE_RANDOM:
+            one_hot = F.one_hot(target.labels, labels.shape[1]).to(labels.dtype)
+            target, random_target = target._replace(labels=one_hot), random_target._replace(labels=labels)
+        return images, target, (random_images, random_target)
 
 
 def shuffled_batches(seed: int, epoch: int, rows: int, batch_size: int) -> list[Tensor]:
@@ -101,7 +124,7 @@ class BatchSource:
         """Return how long the teacher has worked on random images in the last epoch."""
         return self.random.stopwatch.seconds() if self.random else 0.0
 
-    def _random_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[tuple[Tensor, Target] | None]:
+    def _random_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[RandomImages | None]:
         if self.random:
             self.random.stopwatch.reset()
         if self.random is None or epoch < self.random_from:
@@ -113,7 +136,7 @@ class BatchSource:
             return iter([None] * len(numbers))
         return self.unlabelled.batches(seed, epoch, numbers, self.partition.local_rows)
 
-    def _with_target(self, labelled: tuple[Tensor, Output]) -> tuple[Tensor, Target]:
+    def _with_target(self, batch: RandomBatch) -> RandomImages:
         """Turn the teacher's output for random images into their target; its argmax is their label."""
-        images, output = labelled
-        return images, self.targets.select(output.logits.argmax(1), *output)
+        target = self.targets.select(batch.output.logits.argmax(1), *batch.output)
+        return RandomImages(batch.images, target, batch.labels)

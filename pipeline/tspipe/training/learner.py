@@ -20,7 +20,7 @@ from tspipe.models.loading import count_parameters
 from tspipe.models.output import Output
 from tspipe.models.probe import probe_images
 from tspipe.recipes.schema import Recipe
-from tspipe.training.arms import OWN, RANDOM, UNTAUGHT, LearnerSpec
+from tspipe.training.arms import OWN, UNTAUGHT, WITH_RANDOM, LearnerSpec
 from tspipe.training.batches import Batch
 from tspipe.training.best_epoch import BestEpoch
 from tspipe.training.checkpoint import load_training_state, prefixed, training_state, without_prefix
@@ -172,9 +172,7 @@ class Learner:
         """Train on this arm's share of a batch. Nothing waits for the device."""
         self.times.training.start()
         self.optimizer.zero_grad(set_to_none=True)
-        random = batch.random if self.spec.arm == RANDOM else None
-        taught = self.spec.arm not in UNTAUGHT
-        output, terms = self._parallel_model(*batch.photographs(unlabelled=taught), random)
+        output, terms = self._parallel_model(*batch.of_arm(self.spec.arm))
         values = torch.stack(list(terms.values()))
         count, scale = self._weigh(batch)
         (values.sum() if scale is None else values.sum() * scale).backward()
@@ -195,7 +193,7 @@ class Learner:
         local, total = float(len(batch.images)), float(global_batch.images)
         if batch.unlabelled and self.spec.arm not in UNTAUGHT:
             local, total = local + len(batch.unlabelled[0]), total + global_batch.unlabelled
-        if self.spec.arm == RANDOM and batch.random is not None:
+        if self.spec.arm in WITH_RANDOM and batch.random is not None:
             weight = self.model.random_weight
             local, total = local + weight * len(batch.random[0]), total + weight * global_batch.random
         return local / total * global_batch.images, local / total * global_batch.processes

@@ -14,13 +14,14 @@ from tspipe.data.random_images.balanced import choose
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.output import Output
 from tspipe.models.teacher import draws_at_random, run_teacher
-from tspipe.training.random_source import LiveSpec, RandomLabels, RandomSource, RandomSpec
+from tspipe.training.random_source import LiveSpec, RandomBatch, RandomLabels, RandomSource, RandomSpec
 from tspipe.utils.device import to_device
 from tspipe.utils.rng import seed_torch, stream
 from tspipe.utils.threads import available_cores, prefetch_map
 
-Drawn = tuple[Tensor, Iterator[Tensor]]  # the images of a batch, and further candidates for it
-_Labelled = tuple[Tensor, Output, torch.cuda.Event | None]  # images, the teacher's output, when it is complete
+_Images = tuple[Tensor, Tensor]  # images and the labels that they have of their own, see `RandomBatch`
+Drawn = tuple[_Images, Iterator[_Images]]  # the images of a batch, and further candidates for it
+_Labelled = tuple[RandomBatch, torch.cuda.Event | None]  # a batch, and when the teacher's output is complete
 _MAX_THREADS = 4  # threads that draw images for a GPU: one alone takes 8 ms for 178 images of CIFAR's size
 _PURPOSE = "random images"
 
@@ -43,7 +44,7 @@ class LiveTeacher(RandomSource):
         free_cores = available_cores() if self._stream else available_cores() - torch.get_num_threads()
         self._threads = 0 if self._stochastic else min(_MAX_THREADS, free_cores)
 
-    def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
+    def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[RandomBatch]:
         if self._threads <= 0:
             for number in numbers:
                 yield self.batch(seed, epoch, number)
@@ -51,7 +52,7 @@ class LiveTeacher(RandomSource):
         drawn = prefetch_map(partial(self._draw, seed, epoch), numbers, self._threads)
         yield from map(self._wait_for_teacher, prefetch_map(self._label, drawn))
 
-    def batch(self, seed: int, epoch: int, number: int) -> tuple[Tensor, Output]:
+    def batch(self, seed: int, epoch: int, number: int) -> RandomBatch:
         """Return one batch, computed now."""
         images = self._draw(seed, epoch, number)
         if self._stochastic:
@@ -61,7 +62,7 @@ class LiveTeacher(RandomSource):
     def first_labels(self, count: int) -> RandomLabels:
         labels, candidates = list[Tensor](), list[Tensor]()
         while sum(map(len, labels)) < count:
-            labels.append(self.batch(0, 0, len(labels))[1].logits.argmax(1))
+            labels.append(self.batch(0, 0, len(labels)).output.logits.argmax(1))
             candidates.append(torch.from_numpy(self._candidates))
         if self.live.rounds:
             return RandomLabels(torch.cat(labels), torch.cat(candidates))
@@ -72,7 +73,7 @@ class LiveTeacher(RandomSource):
         rounds = self._rounds(seed, epoch, number)
         return next(rounds), rounds
 
-    def _rounds(self, seed: int, epoch: int, number: int) -> Iterator[Tensor]:
+    def _rounds(self, seed: int, epoch: int, number: int) -> Iterator[_Images]:
         spec, kind, generator = self.spec, self.live.kind(seed), stream(seed, _PURPOSE, epoch, number)
         while True:
             if self.live.generator == "minstd":
@@ -81,43 +82,46 @@ class LiveTeacher(RandomSource):
                 numbers = minstd.numbers(seed, _PURPOSE, step * size, size).reshape(spec.count, kind.draws)
             else:
                 numbers = kind.numbers(generator, spec.count)
-            images = torch.from_numpy(kind.images(spec.local_rows(torch.from_numpy(numbers)).numpy()))
-            yield images.contiguous(memory_format=torch.channels_last)  # as the image loader yields them
+            numbers = spec.local_rows(torch.from_numpy(numbers)).numpy()
+            images, labels = (torch.from_numpy(array) for array in (kind.images(numbers), kind.labels(numbers)))
+            yield images.contiguous(memory_format=torch.channels_last), labels  # as the image loader yields them
 
     def _label(self, drawn: Drawn) -> _Labelled:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             self.stopwatch.start()
             first, rounds = drawn
-            images, output = self._balance(first, rounds) if self.live.rounds else self._run_teacher(first)
+            batch = self._balance(first, rounds) if self.live.rounds else self._run_teacher(*first)
             self.stopwatch.stop()
-            return images, output, self._stream.record_event() if self._stream else None
+            return batch, self._stream.record_event() if self._stream else None
 
-    def _run_teacher(self, images: Tensor) -> tuple[Tensor, Output]:
-        images = self.spec.preprocess.normalise(to_device(images, self.spec.device))
-        return images, run_teacher(self.teacher, images)
+    def _run_teacher(self, images: Tensor, labels: Tensor) -> RandomBatch:
+        images, labels = to_device(images, self.spec.device), to_device(labels, self.spec.device)
+        images = self.spec.preprocess.normalise(images)
+        return RandomBatch(images, run_teacher(self.teacher, images), labels)
 
-    def _balance(self, first: Tensor, rounds: Iterator[Tensor]) -> tuple[Tensor, Output]:
+    def _balance(self, first: _Images, rounds: Iterator[_Images]) -> RandomBatch:
         """Run the teacher on rounds of candidates, and return those whose labels spread evenly."""
         assert self.live.rounds
-        labelled: list[tuple[Tensor, Output]] = []
+        labelled: list[RandomBatch] = []
 
         def label(number: int) -> NDArray[np.int64]:
-            labelled.append(self._run_teacher(next(rounds) if number else first))
-            labels: NDArray[np.int64] = labelled[-1][1].logits.argmax(1).cpu().numpy()
+            labelled.append(self._run_teacher(*(next(rounds) if number else first)))
+            labels: NDArray[np.int64] = labelled[-1].output.logits.argmax(1).cpu().numpy()
             return labels
 
-        chosen, self._candidates = choose(label, len(first), self.live.classes, self.live.rounds)
+        chosen, self._candidates = choose(label, len(first[0]), self.live.classes, self.live.rounds)
         rows = torch.from_numpy(chosen).to(self.spec.device)
-        images, outputs = zip(*labelled, strict=True)
+        images, outputs, labels = zip(*labelled, strict=True)
         output = Output(*(torch.cat(parts)[rows] for parts in zip(*outputs, strict=True)))
-        return torch.cat(images)[rows].contiguous(memory_format=torch.channels_last), output
+        chosen_images = torch.cat(images)[rows].contiguous(memory_format=torch.channels_last)
+        return RandomBatch(chosen_images, output, torch.cat(labels)[rows])
 
-    def _wait_for_teacher(self, labelled: _Labelled) -> tuple[Tensor, Output]:
+    def _wait_for_teacher(self, labelled: _Labelled) -> RandomBatch:
         """On a GPU, make the students' stream wait for the teacher's, and keep its tensors until they are used."""
-        images, output, complete = labelled
+        batch, complete = labelled
         if complete:
             students = torch.cuda.current_stream(self.spec.device)
             students.wait_event(complete)
-            for tensor in (images, *output):
+            for tensor in (batch.images, *batch.output, batch.labels):
                 tensor.record_stream(students)
-        return images, output
+        return batch

@@ -51,6 +51,19 @@ class LiveSpec:
     rounds: int | None = None
 
 
+class RandomBatch(NamedTuple):
+    """A batch of random images (r, C, H, W) with two sets of labels.
+
+    Attributes:
+        output: the teacher's.
+        labels: those that the images have of their own, as probabilities (r, c); (r, 0) if they have none.
+    """
+
+    images: Tensor
+    output: Output
+    labels: Tensor
+
+
 class RandomLabels(NamedTuple):
     """The teacher's labels (n,) int64 for random images, and for all candidates among which they were chosen."""
 
@@ -69,8 +82,8 @@ class RandomSource(ABC):
         self.spec, self.stopwatch = spec, Stopwatch(spec.device)
 
     @abstractmethod
-    def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Output]]:
-        """Yield normalised images (r, C, H, W) and the teacher's output for each of these batches of an epoch."""
+    def batches(self, seed: int, epoch: int, numbers: Sequence[int]) -> Iterator[RandomBatch]:
+        """Yield each of these batches of an epoch, normalised."""
 
     @abstractmethod
     def first_labels(self, count: int) -> RandomLabels:

@@ -9,6 +9,7 @@ from tspipe.data.datasets import Dataset
 from tspipe.data.image_loader import ImageLoader, open_images
 from tspipe.data.local import check_preprocess, open_local
 from tspipe.data.preprocess import Preprocess
+from tspipe.data.random_images import Photos
 from tspipe.data.views import EpochViews
 from tspipe.errors import DatasetError, RecipeError
 from tspipe.losses._statistics import TeacherStatistics
@@ -46,10 +47,14 @@ class RunData:
         """How many images each seed trains on."""
         return len(self.train) - self.validation_count
 
-    def pixels(self, rows: Tensor) -> Tensor:
-        """Return training images (n, C, H, W) uint8 on the CPU, resized and cropped, for indices (n,) int64."""
-        (images,) = self.train.batches([rows])
-        return images.cpu()
+    def photos(self, rows: Tensor, num_classes: int) -> Photos:
+        """Return the training images in these rows (n,) int64, to make random images from."""
+
+        def read(indices: Tensor) -> Tensor:
+            (images,) = self.train.batches([rows[indices]])
+            return images.cpu()
+
+        return Photos(len(rows), read, labels=self.train_labels.cpu()[rows].numpy(), classes=num_classes)
 
     def validation_split(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return the images that a seed trains on and those that it holds back: (n,) int64 each."""

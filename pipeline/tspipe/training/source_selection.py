@@ -1,13 +1,13 @@
 """Selects and opens the source of a run's random images: the live teacher or the random pool of the cache."""
 
 import functools
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from tspipe.cache import Cache
-from tspipe.cache.layout import FROM_PHOTOS
-from tspipe.data.random_images import Kind, Photos, make, pool
+from tspipe.data.random_images import Kind, make, pool
 from tspipe.data.random_images.minstd import period_warning
 from tspipe.errors import CacheMismatch
 from tspipe.models.teacher import check_teacher, lacks_teacher, load_teacher
@@ -46,7 +46,7 @@ def open_random_source(config: StudentConfig, data: RunData, partition: Partitio
     spec = RandomSpec(recipe.random_images, shape, batches_per_epoch, data.preprocess, device, partition.local_rows)
     if recipe.random_source == "pool":
         _check_pool(cache, recipe)
-        return RandomPool(cache, spec, data.pixels)
+        return RandomPool(cache, spec, data.photos(torch.arange(len(data.train)), len(cache.classes)))
     teacher = load_teacher(cache, recipe, shape, device)
     (pixels,) = data.train.batches([torch.arange(min(8, len(data.train)))])
     check_teacher(teacher, cache, data.preprocess.normalise(pixels))
@@ -56,7 +56,7 @@ def open_random_source(config: StudentConfig, data: RunData, partition: Partitio
     if warning and partition.is_writer:
         warn(warning)
     rounds = recipe.random_rounds if recipe.random_balanced else None
-    live = LiveSpec(functools.cache(partial(_kind, recipe, data)), len(cache.classes), recipe.random_generator, rounds)
+    live = LiveSpec(functools.cache(partial(_kind, config, data)), len(cache.classes), recipe.random_generator, rounds)
     return LiveTeacher(teacher, spec, live)
 
 
@@ -70,10 +70,8 @@ def _check_pool(cache: Cache, recipe: Recipe) -> None:
             )
 
 
-def _kind(recipe: Recipe, data: RunData, seed: int) -> Kind:
+def _kind(config: StudentConfig, data: RunData, seed: int) -> Kind:
     """Return the kind of a seed's random images; mixtures are made from the images that the seed trains on."""
-    photos = None
-    if recipe.random_kind in FROM_PHOTOS:
-        rows = data.validation_split(seed)[0]
-        photos = Photos(len(rows), lambda indices: data.pixels(rows[indices]), recipe.views.shift, recipe.views.flip)
+    recipe, rows = config.recipe, data.validation_split(seed)[0]
+    photos = replace(data.photos(rows, len(config.cache.classes)), shift=recipe.views.shift, flip=recipe.views.flip)
     return make(recipe.random_kind, data.train.shape, photos)

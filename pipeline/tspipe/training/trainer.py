@@ -17,7 +17,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import RecipeError
 from tspipe.models import initial, weights
 from tspipe.models.teacher import count_teacher_parameters
-from tspipe.training.arms import RANDOM, UNTAUGHT, LearnerSpec, arm_losses
+from tspipe.training.arms import UNTAUGHT, WITH_RANDOM, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource
 from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
 from tspipe.training.config import StudentConfig, identity
@@ -320,7 +320,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     train = config.cache.train
     cohort = [build_learner(config, data, spec) for spec in learner_specs(config, 0)]
     partition = choose_partition(group, len(cohort))
-    uses_random = any(learner.spec.arm == RANDOM for learner in partition.local_learners(cohort))
+    uses_random = any(learner.spec.arm in WITH_RANDOM for learner in partition.local_learners(cohort))
     random = open_random_source(config, data, partition) if recipe.random_images and uses_random else None
     needs = frozenset[str]().union(*(learner.needs for learner in cohort))
     columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3

@@ -29,12 +29,16 @@ class Photos:
         read: maps indices (n,) int64 to images (n, C, H, W) uint8 on the CPU, resized and cropped.
         shift: images are shifted by up to this many pixels in each direction; the edges are filled with zeros.
         flip: images are mirrored at random.
+        labels: (N,) int64, their labels; only the labels of mixtures need them.
+        classes: the number of classes.
     """
 
     count: int
     read: Callable[[Tensor], Tensor]
     shift: int = 0
     flip: bool = False
+    labels: NDArray[np.int64] | None = None
+    classes: int = 0
 
 
 class Kind(ABC):
@@ -57,6 +61,10 @@ class Kind(ABC):
     @abstractmethod
     def images(self, numbers: NDArray[Any]) -> NDArray[Any]:
         """Turn numbers (n, draws) into images (n, C, H, W): uint8, or float32 in [0, 1)."""
+
+    def labels(self, numbers: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the images' labels as probabilities (n, c); (n, 0) for kinds whose images have none of their own."""
+        return np.empty((len(numbers), 0), np.float32)
 
 
 def make(name: str, shape: Shape, photos: Photos | None = None) -> Kind:

@@ -6,7 +6,8 @@ consecutive batches draw no number twice and only one batch is in memory. MINSTD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -19,8 +20,6 @@ from tspipe.errors import CacheDamaged, CacheMismatch
 from tspipe.utils.rng import stream
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tspipe.cache import Manifest
 
 _PURPOSE = "random pool"
@@ -34,13 +33,12 @@ def facts(manifest: Manifest) -> dict[str, Any]:
     return settings if random else {}
 
 
-def kind_of(manifest: Manifest, count: int, read: Callable[[Tensor], Tensor]) -> Kind:
+def kind_of(manifest: Manifest, photos: Photos) -> Kind:
     """Return the kind of a pool's images.
 
     Args:
         manifest: of a cache with a pool; the caller has checked its teacher's input shape.
-        count: the number of training images.
-        read: as in `Photos`.
+        photos: the training images; the manifest says how they are shifted and flipped.
 
     Raises CacheMismatch for a generator or a kind that this version does not know.
     """
@@ -52,7 +50,8 @@ def kind_of(manifest: Manifest, count: int, read: Callable[[Tensor], Tensor]) ->
                 f"The cache's random pool has the {what} {value!r}, and this tspipe knows "
                 f"{', '.join(known[:-1])} and {known[-1]} only. {_USE_LIVE}"
             )
-    photos = Photos(count, read, random["shift"], random["flip"]) if name in FROM_PHOTOS else None
+    if name in FROM_PHOTOS:
+        photos = replace(photos, shift=random["shift"], flip=random["flip"])
     return make(name, shape, photos)
 
 
@@ -87,6 +86,10 @@ class PoolImages:
 
         They are (count, C, H, W) uint8, or float32 in [0, 1).
         """
+        return self.kind.images(self.numbers(start, count))
+
+    def numbers(self, start: int, count: int) -> NDArray[Any]:
+        """Return the random numbers (count, draws) of these images."""
         numbers, done, rows = list[NDArray[Any]](), 0, self._random["rows"]
         while done < count:
             row = (start + done) % rows
@@ -96,7 +99,7 @@ class PoolImages:
             chosen = first + np.arange(size) if stored is None else stored[row : row + size]
             numbers += self._numbers(block, chosen)
             done += size
-        return self.kind.images(np.concatenate(numbers))
+        return np.concatenate(numbers)
 
     def draw(self, block: int, images: NDArray[np.int64]) -> NDArray[Any]:
         """Return images of a block's stream by their numbers, which increase and may go beyond the block's rows."""
