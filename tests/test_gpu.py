@@ -5,20 +5,29 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from conftest import GPU, Zygote
-from shared import pool_config
+from shared import interrupted_at, pool_config
 from tspipe.cache import Cache
+from tspipe.data.preprocess import Preprocess
+from tspipe.errors import OutOfMemory
 from tspipe.extraction.extract import extract
+from tspipe.extraction.forward import run_teacher_on_blocks
+from tspipe.models.feature_net import FeatureNet
 from tspipe.recipes import load
 from tspipe.training.arms import ALONE, RANDOM, TAUGHT
 from tspipe.training.checkpoint import Position
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import open_trainer, train_students
+from tspipe.utils.distributed import Group
 
 pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU: make test-gpu")
 ARMS = (ALONE, TAUGHT, RANDOM)
@@ -30,16 +39,28 @@ def config(cache: Cache, out: Path | None, *settings: str) -> StudentConfig:
     return StudentConfig(load.load("digits", [*SMALL, *settings], facts=facts), cache, ARMS, out=out)
 
 
+def assert_same_losses(expected: RunFolder, result: RunFolder, near: float) -> None:
+    for row, other in zip(expected.rows(), result.rows(), strict=True):
+        for name in ("mse", "xent") if row["arm"] != ALONE else ("xent",):
+            assert other[name] == pytest.approx(row[name], rel=near), (row["arm"], name)
+
+
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Make everything that waits for the GPU raise."""
-    if GPU == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if GPU == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    """Make everything that waits for the GPU raise, also in other threads; fail if the profiler sees a wait."""
+    waits = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
+    set_mode = torch.cuda.set_sync_debug_mode if GPU == "cuda" else lambda mode: None
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU == "cuda" else [])]
+    with profile(activities=activities) as trace:
+        set_mode("error")
+        try:
+            with record_function("steps"):
+                yield
+        finally:
+            set_mode("default")  # the end of a profile waits
+    (steps,) = (event.time_range for event in trace.events() if event.name == "steps")
+    during = [event.name for event in trace.events() if steps.start <= event.time_range.start <= steps.end]
+    assert not waits.intersection(during)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +78,7 @@ def test_students_learn_as_on_the_cpu(settings: list[str], near: float, pool: Ca
     same = [setting for setting in settings if "random_source" in setting]
     expected = train_students(config(pool, tmp_path / "cpu", "device=cpu", *same))
     result = train_students(config(pool, tmp_path / "gpu", f"device={GPU}", *settings))
-    for row, other in zip(expected.rows(), result.rows(), strict=True):
-        for name in ("mse", "xent") if row["arm"] != ALONE else ("xent",):
-            assert other[name] == pytest.approx(row[name], rel=near), (row["arm"], name)
+    assert_same_losses(expected, result, near)
 
 
 @pytest.mark.parametrize("source", ["live", "pool"])
@@ -75,7 +94,20 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(source: str, pool: Cache, tmp
     steps = trainer.steps(learners, batches, Position(epoch=1))
     next(steps)  # the order of the images is copied when an epoch starts
     with no_synchronisation():
-        assert len(list(steps)) == 9
+        for _ in range(9):
+            next(steps)
+    assert list(steps) == []  # the end of an epoch reads the metrics
+
+
+def test_a_run_resumes(pool: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Atomic additions of the GPU are in no particular order, so results are equal to rounding."""
+    expected = train_students(config(pool, tmp_path / "one", f"device={GPU}"))
+    settings = config(pool, tmp_path / "two", f"device={GPU}", "checkpoint_seconds=0")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 40)  # in the second epoch of three learners with ten batches each
+        with pytest.raises(KeyboardInterrupt):
+            train_students(settings)
+    assert_same_losses(expected, train_students(settings), 1e-3)
 
 
 def test_the_same_inputs_give_the_same_cache(teacher: Path, tmp_path: Path) -> None:
@@ -84,6 +116,48 @@ def test_the_same_inputs_give_the_same_cache(teacher: Path, tmp_path: Path) -> N
         for name in ("one", "two")
     )
     assert one == two
+
+
+def test_features_are_those_of_the_cpu(teacher: Path, pool: Cache, tmp_path: Path) -> None:
+    cache = extract(pool_config(teacher, tmp_path / "gpu.h5", f"compute.device={GPU}"))
+    expected, features = (np.asarray(c.train.features[:], np.float32) for c in (pool, cache))
+    np.testing.assert_allclose(features, expected, atol=2e-3 * np.abs(expected).max())  # float16 has 11 bits
+
+
+@pytest.mark.skipif(GPU != "cuda", reason="the memory of a CPU cannot be limited")
+def test_without_memory_a_batch_that_fits_is_named() -> None:
+    convolution = nn.Conv2d(3, 512, 3, padding=1)
+    backbone = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = FeatureNet(backbone, nn.Linear(512, 10)).cuda().eval()
+    pixels = np.zeros((256, 64, 64, 3), np.uint8)  # 2 GiB after the convolution
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    try:
+        with pytest.raises(OutOfMemory, match=r"batches of 256 images; batches of \d+ fit") as error:
+            run_teacher_on_blocks(network, Preprocess((0.5,) * 3, (0.5,) * 3), 256, pixels, "train", 0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 0 < error.value.fits < 256
+
+
+@pytest.mark.skipif(GPU != "cuda", reason="NCCL needs a GPU")
+def test_gradients_of_a_group_are_those_of_one_process() -> None:
+    """A group of one: NCCL takes no second process on the same GPU."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4)).cuda()
+    images = torch.rand(16, 3, 8, 8, device="cuda")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module(images).square().sum().backward()
+        expected = [parameter.grad.clone() for parameter in module.parameters()]
+        wrapped = Group().wrap_ddp(module.train(), torch.device("cuda", 0))
+        wrapped.zero_grad()
+        wrapped(images).square().sum().backward()
+        for parameter, gradient in zip(wrapped.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
