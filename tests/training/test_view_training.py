@@ -151,8 +151,8 @@ def test_students_see_what_the_teacher_saw(
     teacher = load_teacher(cache, load.load("folder"), (3, 16, 16), torch.device("cpu"))
     seen: list[list[int]] = []
     for epoch in range(2):
-        draw = words(0, "views", epoch, 0)
-        seen.append([next(draw) % V for _ in range(16)])
+        draw = words(0, "views", epoch // V, 0)
+        seen.append([(next(draw) + epoch) % V for _ in range(16)])
         for batch in batches.shuffled_batches(0, epoch, 16, 4):
             at = [i * V + seen[epoch][i] for i in batch.tolist()]
             for _ in arms:
@@ -306,9 +306,53 @@ def test_fresh_views_are_refused_if_an_arm_is_taught(tmp_path: Path) -> None:
         assert str(refused.value) == (
             "shapes.h5 has no views: its targets belong to unchanged images, so a taught student that sees "
             "shifted or flipped ones would learn the wrong targets. Make the cache again with views (tspipe "
-            "cache --views 8 --force), or train without: --set views.count=0"
+            "cache --views 8 --force), have the teacher label new ones (--set view_source=live), or train without "
+            "(--set views.count=0)."
         )
     assert not (tmp_path / "run1").exists()
+
+
+@given(count=st.integers(2, 6), seed=st.integers(0, 9), cycle=st.integers(0, 3))
+def test_as_many_epochs_as_views_show_each_view_once(count: int, seed: int, cycle: int) -> None:
+    stored = torch.arange(5 * count)[:, None].expand(-1, 3)
+    epoch_views = views.EpochViews(5, views.Views(count=count), stored, torch.device("cpu"))
+    epochs = [epoch_views.batches(seed, cycle * count + i, [torch.arange(5)]) for i in range(count)]
+    assert all(rows[0].tolist() == shown[0][:, 0].tolist() for rows, shown in epochs)
+    assert torch.stack([rows[0] for rows, _ in epochs]).sort(0).values.T.flatten().tolist() == list(range(5 * count))
+
+
+@pytest.mark.parametrize("labels", ["dataset", "teacher"])
+def test_the_teacher_labels_new_views_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
+    """Every arm sees the same views, and a resumed run those of an uninterrupted one."""
+    noted, folder = Noted(monkeypatch), tmp_path / "shapes"
+    cache = extract(small(folder))
+    settings = ["view_source=live", "views.shift=2", f"labels={labels}", "checkpoint_seconds=0", "epochs=1"]
+    run = train_students(stage_two(cache, folder, *settings, arms=(ALONE, TAUGHT, RANDOM)))
+    teacher = load_teacher(cache, load.load("folder"), (3, 16, 16), torch.device("cpu"))
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images_of(folder)])).permute(0, 3, 1, 2)
+    draw = words(0, "views", 0, 0)
+    drawn = torch.tensor([[next(draw) % 5 - 2, next(draw) % 5 - 2, next(draw) % 2] for _ in range(16)])
+    shown = Preprocess.from_dict(cache.manifest["preprocess"]).normalise(shift_and_flip(pixels, drawn))
+    for batch in batches.shuffled_batches(0, 0, 16, 4):
+        for _ in range(3):
+            result = noted.batches.pop(0)
+            output = run_teacher(teacher, shown[batch])
+            assert result.images.equal(shown[batch])
+            torch.testing.assert_close(result.target.features, output.features)
+            expected = output.logits.argmax(1) if labels == "teacher" else torch.from_numpy(cache.train.labels[batch])
+            assert result.target.labels.equal(expected)
+    assert all(row["seconds_teacher"] > 0 for row in run.rows())
+    if labels == "dataset":
+        config = replace(stage_two(cache, folder, *settings, arms=(ALONE, TAUGHT, RANDOM)), out=tmp_path / "killed")
+        interrupted_at(monkeypatch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train_students(config)
+        assert students(train_students(config)) == students(run)
+
+
+def test_live_views_must_differ_from_the_images() -> None:
+    with pytest.raises(RecipeError, match="view_source=live has nothing to draw"):
+        load.load("digits", ["view_source=live", "views.shift=0", "views.flip=false"])
 
 
 def test_students_alone_may_have_fresh_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Views: shifted and flipped training images. Stage one stores them with the teacher's targets, stage two replays them.
 
 A target belongs to exactly the pixels that the teacher saw. So stage one records the shift and flip of each view, and
-students replay them. Only students without targets from the teacher train on views that are drawn anew.
+students replay them. Views that are drawn anew are for students alone, or for a teacher that labels them in training.
 """
 
 from __future__ import annotations
@@ -76,26 +76,29 @@ def facts(manifest: Manifest) -> dict[str, dict[str, Any]]:
 class EpochViews:
     """The view of each training image in an epoch, and the row of its targets.
 
-    It is one of the cache's views; for a cache without views, one that is drawn anew.
+    It is one of the cache's views, a different one in each of V epochs, or else one that is drawn anew.
+
+    Args:
+        stored: (N·V, 3), the cache's views; None to draw new ones.
     """
 
-    def __init__(self, cache: Cache, views: Views, device: torch.device):
-        import torch
-
-        self._images, self._views, self._device = len(cache.train), views, device
-        self._stored = None if cache.train.views is None else torch.from_numpy(cache.train.views.load())
+    def __init__(self, images: int, views: Views, stored: Tensor | None, device: torch.device):
+        self._images, self._views, self._stored, self._device = images, views, stored, device
 
     @classmethod
-    def of_run(cls, cache: Cache, views: Views, taught: bool, device: torch.device) -> EpochViews | None:
-        """Return the views of a run, or None if it has none; `taught` says whether any arm learns from the targets.
+    def of_cache(cls, cache: Cache, views: Views, taught: bool, device: torch.device) -> EpochViews | None:
+        """Return the views of a run, or None if it has none; `taught` says whether any arm learns from cached targets.
 
         Raises CacheMismatch if the cache's targets belong to other views.
         """
+        import torch
+
         if (stored := cache.manifest["views"]) is None and views.count and taught:
             raise CacheMismatch(
                 f"{cache.path.name} has no views: its targets belong to unchanged images, so a taught student that "
                 "sees shifted or flipped ones would learn the wrong targets. Make the cache again with views "
-                f"(tspipe cache --views {views.count} --force), or train without: --set views.count=0"
+                f"(tspipe cache --views {views.count} --force), have the teacher label new ones (--set "
+                "view_source=live), or train without (--set views.count=0)."
             )
         for field, value in views.model_dump().items() if stored else ():
             if stored[field] != value:
@@ -103,7 +106,8 @@ class EpochViews:
                     f"{cache.path.name} was made with views.{field} = {stored[field]}, not {value}: its targets belong "
                     "to those views. Leave the setting out, or make another cache with it."
                 )
-        return cls(cache, views, device) if stored or views.count else None
+        rows = None if cache.train.views is None else torch.from_numpy(cache.train.views.load())
+        return cls(len(cache.train), views, rows, device) if stored or views.count else None
 
     def batches(self, seed: int, epoch: int, order: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return, for each batch of images (n,), their target rows (n,) int64, and their views (n, 3) on the device."""
@@ -111,12 +115,13 @@ class EpochViews:
 
         from tspipe.utils.device import batches_to_device
 
-        generator = stream(seed, "views", epoch)
         if self._stored is None:
+            generator = stream(seed, "views", epoch)
             views = torch.from_numpy(draw(generator, self._images, self._views.shift, self._views.flip))
             return order, batches_to_device([views[images] for images in order], self._device)
         count = self._views.count
-        selected = torch.from_numpy(np.arange(self._images) * count + _words(generator, self._images) % count)
+        first = _words(stream(seed, "views", epoch // count), self._images)  # then the others in order, each once
+        selected = torch.from_numpy(np.arange(self._images) * count + (first + epoch) % count)
         rows = [selected[images] for images in order]
         return rows, batches_to_device([self._stored[batch] for batch in rows], self._device)
 

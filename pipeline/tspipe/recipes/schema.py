@@ -137,6 +137,10 @@ class Recipe(Optimisation):
     features: Features = Features()
     compute: Compute = Compute()
     views: Views = Views()
+    view_source: Literal["stored", "live"] = Field(
+        "stored",
+        description="The views that students see: the cache's, or others in each epoch, which the teacher labels live.",
+    )
     student: list[str] = Field(["lenet5"], min_length=1, description="Networks to train: names or paths of files.")
     students: dict[str, Student] = Field({}, description="Settings of a student that replace the recipe's, by name.")
     alone: Overrides = Field(
@@ -231,21 +235,9 @@ class Recipe(Optimisation):
         raise ValueError("neither auto nor a number of 0 or more")
 
     @model_validator(mode="after")
-    def _random_images(self) -> Self:
-        if self.random_generator == "minstd" and (self.random_kind != "uniform" or self.random_balanced):
-            raise ValueError("random_generator=minstd draws plain uniform images only; use mt19937")
-        if self.random_from > self.epochs:
-            raise ValueError(f"random_from={self.random_from} is after the last epoch, {self.epochs}")
-        return self
-
-    @model_validator(mode="after")
-    def _known_names(self) -> Self:
-        networks = {*plugin_names("models.networks"), *map(_recorded_network, self.student)}
-        losses = {*plugin_names("losses"), *(recorded_name("losses", name) for name in self.loss)}
-        for kind, names, known in (("student", self.students, networks), ("loss", self.losses, losses)):
-            for name in names:
-                if name not in known and not (kind == "student" and name.startswith(LIBRARIES)):
-                    raise ValueError(unknown(kind, name, known))
+    def _check(self) -> Self:
+        _check_random_images_and_views(self)
+        _check_names(self)
         return self
 
     def loss_options(self, loss: str) -> dict[str, Any]:
@@ -280,3 +272,21 @@ class Recipe(Optimisation):
 
 def _recorded_network(name: str) -> str:
     return recorded_name("models.networks", name)
+
+
+def _check_random_images_and_views(recipe: Recipe) -> None:
+    if recipe.view_source == "live" and not (recipe.views.shift or recipe.views.flip):
+        raise ValueError("view_source=live has nothing to draw. Give a views.shift, or views.flip=true")
+    if recipe.random_generator == "minstd" and (recipe.random_kind != "uniform" or recipe.random_balanced):
+        raise ValueError("random_generator=minstd draws plain uniform images only; use mt19937")
+    if recipe.random_from > recipe.epochs:
+        raise ValueError(f"random_from={recipe.random_from} is after the last epoch, {recipe.epochs}")
+
+
+def _check_names(recipe: Recipe) -> None:
+    networks = {*plugin_names("models.networks"), *map(_recorded_network, recipe.student)}
+    losses = {*plugin_names("losses"), *(recorded_name("losses", name) for name in recipe.loss)}
+    for kind, names, known in (("student", recipe.students, networks), ("loss", recipe.losses, losses)):
+        for name in names:
+            if name not in known and not (kind == "student" and name.startswith(LIBRARIES)):
+                raise ValueError(unknown(kind, name, known))

@@ -16,6 +16,7 @@ from tspipe.training.targets import TargetLoader
 from tspipe.utils.rng import stream
 
 if TYPE_CHECKING:
+    from tspipe.training.live_views import LiveViews
     from tspipe.training.partition import Partition
     from tspipe.training.unlabelled import UnlabelledImages
 
@@ -93,6 +94,7 @@ class BatchSource:
     Attributes:
         random: where random images come from; None if this process's learners use none.
         unlabelled: images without labels that taught students see beside those of the batch; None without them.
+        live_views: the teacher of views that no cache holds; None if targets are cached.
         random_from: the first epoch with random images, counted from 0.
     """
 
@@ -103,6 +105,7 @@ class BatchSource:
     batch_size: int
     random_from: int = 0
     unlabelled: "UnlabelledImages | None" = None
+    live_views: "LiveViews | None" = None
 
     def epoch(self, seed: int, epoch: int, part: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
         """Yield the batches of an epoch, or a part of them, each with its number."""
@@ -112,17 +115,26 @@ class BatchSource:
         local = [self.partition.local_rows(batch) for batch in order]
         target_rows, views = self.data.views.batches(seed, epoch, local) if self.data.views else (local, None)
         images, random = self.data.train.normalised(local, views), self._random_batches(seed, epoch, numbers)
+        if self.live_views:
+            self.live_views.stopwatch.reset()
         unlabelled = self._unlabelled_batches(seed, epoch, numbers)
         random_count = self.random.spec.count if self.random and epoch >= self.random_from else 0
         unlabelled_count = self.unlabelled.count if self.unlabelled else 0
         for number, batch, target in zip(numbers, order, self.targets.batches(target_rows), strict=True):
             global_batch = self.partition.global_batch(len(batch), random_count, unlabelled_count)
             # No local names for the tensors: they would keep a batch's memory until the next batch is complete.
-            yield number, Batch(next(images), target, next(random), next(unlabelled), global_batch)
+            place = seed, epoch, number
+            yield (
+                number,
+                Batch(*self._labelled(next(images), target, place), next(random), next(unlabelled), global_batch),
+            )
 
     def teacher_seconds(self) -> float:
-        """Return how long the teacher has worked on random images in the last epoch."""
-        return self.random.stopwatch.seconds() if self.random else 0.0
+        """Return how long the teacher has worked on random images and views in the last epoch."""
+        return sum(source.stopwatch.seconds() for source in (self.random, self.live_views) if source)
+
+    def _labelled(self, images: Tensor, target: Target, place: tuple[int, int, int]) -> tuple[Tensor, Target]:
+        return images, self.live_views.target(images, target.labels, *place) if self.live_views else target
 
     def _random_batches(self, seed: int, epoch: int, numbers: range) -> Iterator[RandomImages | None]:
         if self.random:

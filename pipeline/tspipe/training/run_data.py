@@ -78,7 +78,10 @@ def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
     """
     recipe, cache = config.recipe, config.cache
     check_preprocess(cache, recipe.preprocess)
-    views = EpochViews.of_run(cache, recipe.views, not set(UNTAUGHT).issuperset(config.arms), device)
+    if recipe.view_source == "live":
+        views: EpochViews | None = EpochViews(len(cache.train), recipe.views, None, device)
+    else:
+        views = EpochViews.of_cache(cache, recipe.views, not set(UNTAUGHT).issuperset(config.arms), device)
     dataset, remaining_steps = open_images(cache, lambda: open_local_dataset(config))
     validation_count = round(recipe.val_fraction * len(dataset.train))
     _check_counts(config, dataset, validation_count)

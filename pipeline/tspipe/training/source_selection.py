@@ -1,6 +1,7 @@
 """Selects and opens the source of a run's random images: the live teacher or the random pool of the cache."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ from tspipe.cache import Cache
 from tspipe.data.random_images import Kind, make, pool
 from tspipe.data.random_images.minstd import period_warning
 from tspipe.errors import CacheMismatch
+from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import check_teacher, lacks_teacher, load_teacher
 from tspipe.recipes.schema import Recipe
 from tspipe.training.batches import shuffled_batches
@@ -39,25 +41,33 @@ def without_live_teacher(recipe: Recipe, cache: Cache) -> tuple[Recipe, str]:
     return recipe.model_copy(update=changes), f"The teacher of {cache.name} {remedy}, so {consequence}."
 
 
-def open_random_source(config: StudentConfig, data: RunData, partition: Partition) -> RandomSource:
-    """Open the cache's random pool, or load its teacher and compare it with the rows it wrote."""
+def open_live_teacher(config: StudentConfig, data: RunData) -> FeatureNet:
+    """Load the cache's teacher, and compare it with the rows it wrote."""
+    recipe, cache = config.recipe, config.cache
+    teacher = load_teacher(cache, recipe, data.train.shape, data.train.device)
+    (pixels,) = data.train.batches([torch.arange(min(8, len(data.train)))])
+    check_teacher(teacher, cache, data.preprocess.normalise(pixels))
+    teacher.precision = getattr(torch, recipe.live_precision)
+    return teacher
+
+
+def open_random_source(
+    config: StudentConfig, data: RunData, partition: Partition, open_teacher: Callable[[], FeatureNet]
+) -> RandomSource:
+    """Open the cache's random pool, or its teacher."""
     recipe, cache, shape, device = config.recipe, config.cache, data.train.shape, data.train.device
     batches_per_epoch = len(shuffled_batches(0, 0, data.train_count, recipe.batch_size))
     spec = RandomSpec(recipe.random_images, shape, batches_per_epoch, data.preprocess, device, partition.local_rows)
     if recipe.random_source == "pool":
         _check_pool(cache, recipe)
         return RandomPool(cache, spec, data.photos(torch.arange(len(data.train)), len(cache.classes)))
-    teacher = load_teacher(cache, recipe, shape, device)
-    (pixels,) = data.train.batches([torch.arange(min(8, len(data.train)))])
-    check_teacher(teacher, cache, data.preprocess.normalise(pixels))
-    teacher.precision = getattr(torch, recipe.live_precision)
     images = recipe.random_images * batches_per_epoch * recipe.epochs
     warning = period_warning(recipe.random_generator, images, "A seed", shape)
     if warning and partition.is_writer:
         warn(warning)
     rounds = recipe.random_rounds if recipe.random_balanced else None
     live = LiveSpec(functools.cache(partial(_kind, config, data)), len(cache.classes), recipe.random_generator, rounds)
-    return LiveTeacher(teacher, spec, live)
+    return LiveTeacher(open_teacher(), spec, live)
 
 
 def _check_pool(cache: Cache, recipe: Recipe) -> None:

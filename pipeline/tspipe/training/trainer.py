@@ -4,6 +4,7 @@ The learners of one seed are a cohort. They share every batch and one teacher pa
 of a student start from the same weights, so that arms can be compared pair by pair.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -23,12 +24,13 @@ from tspipe.training.checkpoint import Checkpointer, Position, without_prefix
 from tspipe.training.config import StudentConfig, identity
 from tspipe.training.evaluation import Evaluator
 from tspipe.training.learner import Learner, TaskShape
+from tspipe.training.live_views import LiveViews
 from tspipe.training.metrics_log import MetricsLog, loss_ratios, record_random_labels
 from tspipe.training.partition import Partition, choose_partition
 from tspipe.training.resume import WrittenResults, provenance
 from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run, results_sha256
-from tspipe.training.source_selection import open_random_source
+from tspipe.training.source_selection import open_live_teacher, open_random_source
 from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
 from tspipe.training.tensorboard import TensorBoard
 from tspipe.training.unlabelled import open_unlabelled_images
@@ -38,6 +40,7 @@ from tspipe.utils.files import lock
 from tspipe.utils.memory import keep_freed_memory, memory_limit, release_freed_memory
 from tspipe.utils.progress import Advance, progress, warn
 from tspipe.utils.rng import seed_torch_with, torch_seeds
+from tspipe.utils.timing import Stopwatch
 
 
 def train_students(config: StudentConfig, group: Group = ALONE) -> RunFolder:
@@ -320,11 +323,19 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     train = config.cache.train
     cohort = [build_learner(config, data, spec) for spec in learner_specs(config, 0)]
     partition = choose_partition(group, len(cohort))
-    uses_random = any(learner.spec.arm in WITH_RANDOM for learner in partition.local_learners(cohort))
-    random = open_random_source(config, data, partition) if recipe.random_images and uses_random else None
+    arms = {learner.spec.arm for learner in partition.local_learners(cohort)}
+    open_teacher = functools.cache(functools.partial(open_live_teacher, config, data))
+    random = None
+    if recipe.random_images and arms.intersection(WITH_RANDOM):
+        random = open_random_source(config, data, partition, open_teacher)
     needs = frozenset[str]().union(*(learner.needs for learner in cohort))
     columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3
-    targets = TargetLoader(columns, row_labels(config.cache, recipe), needs, memory, device)
+    labels, live_views = row_labels(config.cache, recipe), None
+    if recipe.view_source == "live":
+        columns, labels = {}, data.train_labels
+    targets = TargetLoader(columns, labels, needs, memory, device)
+    if recipe.view_source == "live" and arms.difference(UNTAUGHT):
+        live_views = LiveViews(open_teacher(), targets.select, recipe.labels == "teacher", Stopwatch(device))
     unlabelled = open_unlabelled_images(config, needs, device) if set(config.arms) - set(UNTAUGHT) else None
     board = TensorBoard(folder.path / "tensorboard") if recipe.tensorboard and partition.is_writer else None
     return Trainer(
@@ -332,7 +343,9 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
         folder,
         device,
         partition,
-        BatchSource(data, targets, random, partition, recipe.batch_size, recipe.random_from - 1, unlabelled),
+        BatchSource(
+            data, targets, random, partition, recipe.batch_size, recipe.random_from - 1, unlabelled, live_views
+        ),
         MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
         Checkpointer(folder.path / "checkpoint.safetensors", recipe.checkpoint_seconds, folder.identity),
         {learner.spec.student: learner.parameter_counts for learner in cohort},
