@@ -54,7 +54,7 @@ def load_recipe(arguments: list[str]) -> None:
     """Load the recipe that a command names, or cifar10, with the command's settings."""
     flags = dict(itertools.pairwise(arguments))
     settings = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
-    names = {"strong": "cifar10,strong", "my.toml": "cifar10"}
+    names = {"best": "cifar10,best", "strong": "cifar10,strong", "my.toml": "cifar10"}
     recipe = flags.get("--recipe", "cifar10")
     load.load(names.get(recipe, recipe), settings, {"loss": flags.get("--loss")})
 

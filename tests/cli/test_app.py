@@ -222,8 +222,8 @@ ERRORS = [
     (["teacher", "--dataset", "./mine.py", "--recipe", "digits"], "There is no file mine.py."),
     (
         ["teacher", "--dataset", "./mine.py"],
-        "There is no recipe for mine. Name one with --recipe: cifar10, cifar100, cub200, digits, fashion_mnist, "
-        "folder, strong, table1, table2_cifar10, table2_cifar100, table3, or a TOML file.",
+        "There is no recipe for mine. Name one with --recipe: best, cifar10, cifar100, cub200, digits, "
+        "fashion_mnist, folder, strong, table1, table2_cifar10, table2_cifar100, table3, or a TOML file.",
     ),
 ]
 

@@ -123,10 +123,12 @@ def test_the_cache_with_views_has_a_name_of_its_own(photos: Path) -> None:
 
 def test_a_pool_is_made_for_a_recipe_that_uses_one(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "POOL", 10)
-    (run,) = reproduce(replace(TABLE1, arms=("random",), settings=(*TINY, "random_source=pool")))
+    settings = (*TINY, "random_source=pool", "views.count=0")
+    (run,) = reproduce(replace(TABLE1, arms=("alone-random", "random"), recipe="best", settings=settings))
     cache = open_cache(Path("cache/photos-lenet5-pool10.h5"))
-    assert cache.manifest["random"]["rows"] == 10
+    assert (cache.manifest["random"]["rows"], cache.manifest["random"]["kind"]) == (10, "mixed")
     assert run.config["random_source"] == "pool"
+    assert [(row["arm"], row["loss"]) for row in run.rows()[:2]] == [("alone + random", "xent"), (RANDOM, "kd")]
 
 
 def test_the_progress_of_a_part_counts_the_images_of_the_others(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from tspipe.errors import RecipeError
 from tspipe.models.networks import names as network_names
 from tspipe.recipes import load
 from tspipe.recipes.schema import Overrides, Teacher
+from tspipe.training.arms import select_arms
 from tspipe.training.optimizers import set_learning_rate
 
 
@@ -24,7 +25,7 @@ def error_message(*args, **kwargs) -> str:
 
 @pytest.mark.parametrize("name", load.names())
 def test_every_recipe_loads(name):
-    recipe = load.load(name, flags={"dataset": "cifar10"} if name == "strong" else None)
+    recipe = load.load(name, flags={"dataset": "cifar10"} if name in ("best", "strong") else None)
     assert recipe.dataset in datasets.names()
     for network in {*recipe.student, *recipe.students, recipe.teacher.network}:
         assert network in network_names() or network.startswith("torchvision:")
@@ -136,7 +137,7 @@ def test_a_users_file(tmp_path):
 
 def test_unknown_recipe():
     assert error_message("cifar11") == (
-        "Unknown recipe 'cifar11'. There are: cifar10, cifar100, table2_cifar10, cub200, digits, fashion_mnist, "
+        "Unknown recipe 'cifar11'. There are: cifar10, cifar100, table2_cifar10, best, cub200, digits, fashion_mnist, "
         "folder, strong, table1, table2_cifar100, table3."
     )
 
@@ -275,6 +276,17 @@ def test_strong_is_based_on_the_recipe_of_the_dataset_or_of_a_table():
     table = load.load("table3,strong")
     assert (table.paper.title, table.optimizer, table.alone) == ("Table 3", "sgd", Overrides())
     assert load.load("table3").alone != Overrides()
+
+
+def test_best_is_based_on_any_recipe_and_has_the_baselines_of_mixing():
+    for base in ("cifar10", "digits", "table1", "table3"):
+        best = load.load(f"{base},best")
+        assert (best.loss, best.schedule, best.epochs) == (["kd"], "cosine", load.load(base).epochs)
+        assert select_arms(True, best) == ("alone", "alone + random", "taught", "taught + random")
+    assert (
+        error_message("best")
+        == "The recipe best lacks the field 'dataset'. Put a dataset's recipe before it: cifar10,best"
+    )
 
 
 def test_a_recipe_that_is_its_own_base(tmp_path):
