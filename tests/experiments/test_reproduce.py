@@ -12,7 +12,7 @@ from tspipe.errors import NetworkError, RecipeError
 from tspipe.experiments import reproduce as job
 from tspipe.experiments.reproduce import TableConfig, parts, reproduce, shortened
 from tspipe.recipes import load
-from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT
+from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT, select_arms
 from tspipe.training.run_folder import RunFolder
 
 TINY = (
@@ -110,7 +110,7 @@ def test_a_dataset_plug_in_replaces_the_papers(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_cache_with_views_has_a_name_of_its_own(photos: Path) -> None:
-    table_config = replace(TABLE1, arms=("taught",), recipe="strong", settings=(*TINY, "views.count=3"))
+    table_config = replace(TABLE1, arms="taught", recipe="strong", settings=(*TINY, "views.count=3"))
     (run,) = reproduce(table_config)
     assert open_cache(Path("cache/photos-lenet5-views3.h5")).manifest["views"]["count"] == 3
     student = run.config["students"]["lenet5_wide"]
@@ -124,7 +124,7 @@ def test_the_cache_with_views_has_a_name_of_its_own(photos: Path) -> None:
 def test_a_pool_is_made_for_a_recipe_that_uses_one(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "POOL", 10)
     settings = (*TINY, "random_source=pool", "views.count=0")
-    (run,) = reproduce(replace(TABLE1, arms=("alone-random", "random"), recipe="best", settings=settings))
+    (run,) = reproduce(replace(TABLE1, arms="alone-random,random", recipe="best", settings=settings))
     cache = open_cache(Path("cache/photos-lenet5-pool10.h5"))
     assert (cache.manifest["random"]["rows"], cache.manifest["random"]["kind"]) == (10, "mixed")
     assert run.config["random_source"] == "pool"
@@ -170,12 +170,18 @@ def test_a_dataset_selects_the_parts() -> None:
             TableConfig("table2", dataset="cub200=folder:birds"),
             "table2 does not use cub200. It uses: cifar10, cifar100.",
         ),
-        (TableConfig("table3", arms=("random",)), "table3 has no arm 'random'. There are: alone, own, taught."),
+        (
+            TableConfig("table3", arms="random"),
+            "There is no arm 'random' with these settings. There are: alone, own, taught.",
+        ),
         (
             TableConfig("table1", students=("lenet5", "lenet5")),
             "Two students are named lenet5. Name each once, and give files different names.",
         ),
-        (TableConfig("table1", arms=("alone", "own")), "table1 has no arm 'own'. There are: alone, taught, random."),
+        (
+            TableConfig("table1", arms="alone,own"),
+            "There is no arm 'own' with these settings. There are: alone, taught, random.",
+        ),
     ],
     ids=lambda value: "",
 )
@@ -202,7 +208,7 @@ def test_a_shorter_schedule_is_in_proportion() -> None:
     birds = shortened(load.load("table3"), 50)
     assert (birds.optimisation("mobilenet_v2").lr_drop_every, birds.alone.lr_drop_every) == (25, None)
     assert shortened(birds, 50).model_dump() == birds.model_dump()
-    assert OWN in job.arms_of(TableConfig("table3"), birds)
+    assert OWN in select_arms(True, birds)
 
 
 def test_on_the_command_line(tspipe: Callable, photos: Path) -> None:
@@ -217,4 +223,7 @@ def test_on_the_command_line(tspipe: Callable, photos: Path) -> None:
     assert result.out.endswith(f"Report: {page} (figures beside it)\n")
     assert "81.36" in page.read_text()
     refused = tspipe("reproduce", "table1", "--arms", "own")
-    assert (refused.code, refused.error) == (1, "table1 has no arm 'own'. There are: alone, taught, random.")
+    assert (refused.code, refused.error) == (
+        1,
+        "There is no arm 'own' with these settings. There are: alone, taught, random.",
+    )

@@ -8,11 +8,12 @@ from torch import nn
 
 from shared import interrupted_at, metrics_of, pool_config, weights_of
 from tspipe.data.random_images import KINDS
+from tspipe.errors import RecipeError
 from tspipe.extraction.extract import extract
 from tspipe.losses import Target, xent
 from tspipe.models.feature_net import FeatureNet
 from tspipe.recipes import load
-from tspipe.training.arms import ALONE, ALONE_RANDOM, RANDOM, TAUGHT, learner_name, select_arms
+from tspipe.training.arms import ALONE, ALONE_RANDOM, RANDOM, TAUGHT, learner_name, named_arms, select_arms
 from tspipe.training.batches import Batch, RandomImages
 from tspipe.training.config import StudentConfig
 from tspipe.training.learner import StudentWithLoss
@@ -24,6 +25,14 @@ def test_only_mixtures_have_labels_of_their_own(kind: str) -> None:
     arms = select_arms(True, load.load("digits", [f"random_kind={kind}"]))
     assert arms == (ALONE, *([ALONE_RANDOM] if kind in ("mixed", "cutmix") else []), TAUGHT, RANDOM)
     assert select_arms(True, load.load("digits", [f"random_kind={kind}", "random_images=0"])) == (ALONE, TAUGHT)
+
+
+def test_arms_are_named_briefly() -> None:
+    mixed = load.load("digits", ["random_kind=mixed"])
+    assert named_arms("taught,alone-random", mixed) == (ALONE_RANDOM, TAUGHT)
+    assert named_arms(None, mixed) == select_arms(True, mixed)
+    with pytest.raises(RecipeError, match="no arm 'own' with these settings"):
+        named_arms("own", mixed)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])

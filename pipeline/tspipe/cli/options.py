@@ -56,6 +56,10 @@ TeacherFile = Annotated[
     str | None,
     typer.Option("--teacher", help="The Python file of the teacher's network, if it is yours: ./mine.py."),
 ]
+Arms = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Train some of the arms alone, own, alone-random, taught and random."),
+]
 Download = Annotated[
     bool,
     typer.Option(

@@ -17,6 +17,7 @@ def student(
     compare: Annotated[
         bool, typer.Option("--compare", help="Train all arms: alone, taught, taught + random images.")
     ] = False,
+    arms: options.Arms = None,
     random_images: Annotated[int | None, typer.Option(help="Random images added to every batch.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds (default: the recipe's).")] = None,
     epochs: options.Epochs = None,
@@ -44,7 +45,7 @@ def student(
     from tspipe.experiments import report
     from tspipe.recipes.load import recipe_for_cache
     from tspipe.training import trainer
-    from tspipe.training.arms import select_arms
+    from tspipe.training.arms import named_arms, select_arms
     from tspipe.training.config import LocalInputs, StudentConfig
     from tspipe.training.source_selection import without_live_teacher
     from tspipe.utils import distributed
@@ -60,9 +61,9 @@ def student(
                 chosen, remark = without_live_teacher(chosen, opened)
                 if remark and not group.rank:
                     warn(remark)
-            arms = select_arms(compare, chosen)
+            selected = named_arms(arms, chosen) if arms else select_arms(compare, chosen)
         inputs = LocalInputs(data or default_folder, unlabelled, download, trust_data)
-        run = trainer.train_students(StudentConfig(chosen, opened, arms, inputs, out), group)
+        run = trainer.train_students(StudentConfig(chosen, opened, selected, inputs, out), group)
     if not group.rank:
         report.show(run)
 
@@ -81,9 +82,7 @@ def report(
 def reproduce(
     table: Annotated[str, typer.Argument(help="table1, table2 or table3.")],
     students: Annotated[str | None, typer.Option(metavar="A,B", help="Some of the table's students.")] = None,
-    arms: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Some of alone, own, alone-random, taught and random.")
-    ] = None,
+    arms: options.Arms = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs (default: the paper's 200).")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds (default: 1).")] = None,
     dataset: Annotated[
@@ -103,11 +102,9 @@ def reproduce(
     from tspipe.utils import distributed
 
     figures.check()
-    chosen_students, chosen_arms = (tuple(text.split(",")) if text else () for text in (students, arms))
+    chosen_students = tuple(students.split(",")) if students else ()
     sources = dataset, data, weights, cache, recipe
-    config = job.TableConfig(
-        table, chosen_students, chosen_arms, epochs, seeds, *sources, tuple(settings or ()), download
-    )
+    config = job.TableConfig(table, chosen_students, arms, epochs, seeds, *sources, tuple(settings or ()), download)
     with distributed.group() as group:
         runs = job.reproduce(config, group)
     if not group.rank:

@@ -27,7 +27,6 @@ from tspipe.utils.distributed import ALONE, Group
 from tspipe.utils.plugins import is_file, unknown
 
 TABLES = {"table1": ("table1",), "table2": ("table2_cifar10", "table2_cifar100"), "table3": ("table3",)}
-ARMS = dict(zip(("alone", "own", "alone-random", "taught", "random"), arms.ARMS, strict=True))
 POOL = 50_000  # random images, where a recipe takes them from a pool: 280 batches of 178
 
 
@@ -37,7 +36,8 @@ class TableConfig:
 
     Attributes:
         table: one of `TABLES`.
-        students, arms: some of the table's; all if empty. Arms are named as in `ARMS`.
+        students: some of the table's; all if empty.
+        arms: some of the table's, as `training.arms.named_arms` takes them; None for all.
         epochs: in place of the paper's; the learning-rate schedule is shortened in proportion.
         dataset: a dataset in place of the paper's; `cifar10=folder:photos` names which one, and runs that part only.
         recipe: a recipe on top of the table's, such as `strong`.
@@ -46,7 +46,7 @@ class TableConfig:
 
     table: str
     students: tuple[str, ...] = ()
-    arms: tuple[str, ...] = ()
+    arms: str | None = None
     epochs: int | None = None
     seeds: int | None = None
     dataset: str | None = None
@@ -76,7 +76,7 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
         selected = parts(config)
         for part in selected:  # errors that can be detected now must not wait for hours of stage one
             recipe = load.load(part.recipes, config.settings, {"student": list(config.students) or None})
-            arms_of(config, recipe)
+            arms.named_arms(config.arms, recipe)
             check_names(recipe)
             for student in recipe.student:
                 networks.check_exists(student)
@@ -120,16 +120,6 @@ def parts(config: TableConfig) -> list[Part]:
     return [Part(name, name + on_top, dataset) for name, dataset in selected.items()]
 
 
-def arms_of(config: TableConfig, recipe: Recipe) -> tuple[str, ...]:
-    """Return the arms to train, by their full names, in the paper's order."""
-    available = arms.select_arms(True, recipe)
-    for name in config.arms:
-        if ARMS.get(name) not in available:
-            short = [name for name, arm in ARMS.items() if arm in available]
-            raise RecipeError(f"{config.table} has no arm {name!r}. There are: {', '.join(short)}.")
-    return tuple(arm for arm in available if not config.arms or arm in {ARMS[name] for name in config.arms})
-
-
 def _cache(config: TableConfig, part: Part, group: Group) -> Path:
     """Make a part's cache unless it is finished, after training the teacher if it has no weights."""
     flags = {"dataset": part.dataset}
@@ -139,7 +129,7 @@ def _cache(config: TableConfig, part: Part, group: Group) -> Path:
             datasets.parse(part.dataset, config.data).name,
         )
         network, views = recipe.teacher.network, recipe.views.count
-        pool = POOL if recipe.random_source == "pool" and arms.RANDOM in arms_of(config, recipe) else 0
+        pool = POOL if recipe.random_source == "pool" and arms.RANDOM in arms.named_arms(config.arms, recipe) else 0
         default = load.load(part.name if is_file(part.dataset) else load.default_recipe(part.dataset), flags=flags)
         path = cache_path(dataset, network, default.teacher.network)
         path = path.with_stem(f"{path.stem}{f'-views{views}' if views else ''}{f'-pool{pool}' if pool else ''}")
@@ -175,7 +165,9 @@ def _job(config: TableConfig, part: Part, cache: Cache) -> StudentConfig:
     if recipe.paper:
         recipe = recipe.model_copy(update={"paper": recipe.paper.model_copy(update={"differs": differs})})
     folder = config.data or datasets.parse(part.dataset, config.data).folder or default_folder
-    return StudentConfig(recipe, cache, arms_of(config, recipe), LocalInputs(folder, download=config.download))
+    return StudentConfig(
+        recipe, cache, arms.named_arms(config.arms, recipe), LocalInputs(folder, download=config.download)
+    )
 
 
 def _differences(config: TableConfig, recipe: Recipe, paper: Recipe, cache: Cache) -> list[str]:

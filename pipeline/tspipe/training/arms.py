@@ -7,6 +7,7 @@ from typing import Any
 
 from tspipe import losses
 from tspipe.cache.layout import FROM_PHOTOS
+from tspipe.errors import RecipeError
 from tspipe.models import networks
 from tspipe.recipes.schema import Overrides, Recipe
 
@@ -17,6 +18,7 @@ ALONE, OWN, ALONE_RANDOM, TAUGHT, RANDOM = ARMS = (
     "taught",
     "taught + random",
 )
+SHORT_NAMES = dict(zip(("alone", "own", "alone-random", "taught", "random"), ARMS, strict=True))
 UNTAUGHT = (ALONE, OWN, ALONE_RANDOM)
 WITH_RANDOM = (ALONE_RANDOM, RANDOM)
 
@@ -38,6 +40,19 @@ def select_arms(compare: bool, recipe: Recipe) -> tuple[str, ...]:
         RANDOM: recipe.random_images > 0,
     }
     return tuple(arm for arm in ARMS if available[arm])
+
+
+def named_arms(names: str | None, recipe: Recipe) -> tuple[str, ...]:
+    """Return the arms of these short names, separated by commas; all of a comparison for None.
+
+    Raises RecipeError for a name that the recipe has no arm of.
+    """
+    available = select_arms(True, recipe)
+    short = {name: arm for name, arm in SHORT_NAMES.items() if arm in available}
+    chosen = names.split(",") if names else list(short)
+    if unknown := next((name for name in chosen if name not in short), None):
+        raise RecipeError(f"There is no arm {unknown!r} with these settings. There are: {', '.join(short)}.")
+    return tuple(arm for name, arm in short.items() if name in chosen)
 
 
 def arm_losses(arm: str, names: Sequence[str]) -> Sequence[str]:
