@@ -78,6 +78,8 @@ def cache(
 
 def _show_finished(finished: "Cache", next_command: list[str]) -> None:
     info(str(finished.path))
+    if finished.manifest["views"]:
+        echo(options.VIEWS_ADVICE)
     if finished.random is not None:
         from tspipe.cli.render import show_scores
         from tspipe.extraction.score_kinds import stored_scores

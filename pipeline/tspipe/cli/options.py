@@ -9,6 +9,9 @@ import typer
 
 from tspipe.utils import plugins
 
+# What `tspipe cache` says of the number of views, from the measurements in docs/results.md.
+VIEWS_ADVICE = "As many views as epochs equal new crops and flips in every epoch."
+
 
 def _completion(names: Callable[[], list[str]]) -> Callable[[str], list[str]]:
     """Return a shell completion for these names."""
@@ -137,7 +140,9 @@ RandomPool = Annotated[
 StoredViews = Annotated[
     int | None,
     typer.Option(
-        metavar="V", help="Store V shifted and flipped views of each training image.", rich_help_panel=_CONTENTS
+        metavar="V",
+        help=f"Store V shifted and flipped views of each training image. {VIEWS_ADVICE}",
+        rich_help_panel=_CONTENTS,
     ),
 ]
 SkipBroken = Annotated[

@@ -21,7 +21,7 @@ from tspipe.data.image_loader import input_shape
 from tspipe.data.local import add_unlabelled
 from tspipe.data.random_images.minstd import period_warning
 from tspipe.errors import CacheError, CacheMismatch, OutOfMemory, RecipeError, TspipeError
-from tspipe.extraction import broken, forward
+from tspipe.extraction import broken, forward, view_cost
 from tspipe.extraction.blocks import Block, split_blocks
 from tspipe.extraction.pool_blocks import PoolBlocks, pool_section
 from tspipe.extraction.portable import check_program, export_program
@@ -297,7 +297,11 @@ def _write_share(writer: CacheWriter, job: Job, missing: dict[str, list[int]], g
         for blocks in (missing, local)
     )
     with progress("teacher", total, "views" if sizes.views else "images", total - all_left, not group.rank) as advance:
-        try:  # the progress assumes that all ranks are equally fast
+        try:
+            if sizes.views and missing["train"] and not group.rank:
+                shape = tuple(job.plan["teacher"]["options"]["input_shape"])
+                warn(view_cost.describe(sizes, job.teacher, job.config.recipe.preprocess, shape))
+            # the progress assumes that all ranks are equally fast
             return write_rows(writer, job, local, lambda count, what: advance(count * all_left / local_left, what))
         except OutOfMemory as error:
             begun = group.size > 1 or any(len(writer.written(split)) for split in missing)
