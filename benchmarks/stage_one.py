@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,15 +41,23 @@ BLOCKS = 4  # decoded blocks that are computed again and again
 
 
 def main(path: str, data: str | None = None, seconds: float = 60) -> None:
-    for source, (floor, ours) in measure(path, data, seconds).items():
+    for source, (floor, ours, part) in measure(path, data, seconds).items():
         ratios = [a / b for a, b in zip(ours, floor, strict=True)]
         medians = (statistics.median(times) * 1e3 for times in (floor, ours))
-        line = "stage one{} / bare: {:.3g} ms beside {:.3g} ms, ratio {:.3g}, n {}"
-        print(line.format(source, *reversed(list(medians)), statistics.median(ratios), len(ratios)))
+        line = "stage one{} / bare: {:.3g} ms beside {:.3g} ms, ratio {:.3g}, n {}; {}-bound"
+        print(line.format(source, *reversed(list(medians)), statistics.median(ratios), len(ratios), part))
 
 
-def measure(path: str, data: str | None, seconds: float) -> dict[str, tuple[list[float], list[float]]]:
-    """The seconds per image of the floor and of stage one in each turn, by source: decoded images, files."""
+class Times(NamedTuple):
+    """The seconds per image of the floor and of stage one in each turn, and the part of it that takes longest."""
+
+    floor: list[float]
+    ours: list[float]
+    longest_part: str
+
+
+def measure(path: str, data: str | None, seconds: float) -> dict[str, Times]:
+    """Return the times by source: decoded images, files. The floor's decoded images are on the device."""
     cache = open_cache(path)
     recipe, default_folder = recipe_for_cache(path, cache.manifest, None, None, {})
     config = StudentConfig(recipe, cache, inputs=LocalInputs(Path(data) if data else default_folder))
@@ -68,31 +77,39 @@ def measure(path: str, data: str | None, seconds: float) -> dict[str, tuple[list
         for batch in block.split(batch_size):
             teacher(remaining.normalise(batch.to(device).permute(0, 3, 1, 2)))
 
+    longest = {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.h5"
         arrays = in_memory(dataset, torch.cat(decoded))
         job = stage_one_job(cache, recipe, teacher, arrays, replace(remaining, resize=None, crop=None), out)
         with job.writer() as writer:
 
-            def write_blocks(job: extract.Job, count: int) -> Way:
+            def write_blocks(source: str, job: extract.Job, count: int) -> Way:
+                def note(_: float, progress: str) -> None:
+                    longest[source] = progress.removeprefix("train, ").removesuffix("-bound")
+
                 numbers = itertools.cycle(range(count))
                 return lambda repeat: extract.write_rows(
-                    writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, lambda *_: None
+                    writer, job, {"train": list(itertools.islice(numbers, repeat)), "test": []}, note
                 )
 
+            on_device = [block.to(device) for block in decoded]
             ways = {
-                "ours": write_blocks(job, len(decoded)),
-                "floor": as_way(bare(block) for block in itertools.cycle(decoded)),
+                "ours": write_blocks("", job, len(decoded)),
+                "floor": as_way(bare(block) for block in itertools.cycle(on_device)),
             }
             if files := open_files(config, dataset):  # all of them in turn: a few would stay in the processor's cache
                 steps = Preprocess.from_dict(cache.manifest["preprocess"])
                 one_by_one = (decode_rows(block, files, steps) for block in itertools.cycle(blocks))
                 job = stage_one_job(cache, recipe, teacher, replace(dataset, train=files), steps, out)
-                ways |= {"ours, files": write_blocks(job, len(blocks)), "floor, files": as_way(map(bare, one_by_one))}
+                ours = write_blocks(", files", job, len(blocks))
+                ways |= {"ours, files": ours, "floor, files": as_way(map(bare, one_by_one))}
             times = Timer(device, seconds / len(ways)).turns(ways)
     per_image = {way: [seconds / len(blocks[0]) for seconds in turns] for way, turns in times.items()}
     sources = [source for source in ("", ", files") if f"ours{source}" in ways]
-    return {source: (per_image[f"floor{source}"], per_image[f"ours{source}"]) for source in sources}
+    return {
+        source: Times(per_image[f"floor{source}"], per_image[f"ours{source}"], longest[source]) for source in sources
+    }
 
 
 def decode_rows(rows: range, images: Images, preprocess: Preprocess) -> Tensor:

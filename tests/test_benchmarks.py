@@ -34,7 +34,8 @@ def test_stage_one_is_timed_from_decoded_images_and_from_files(
     capsys.readouterr()
     times = stage_one.measure(str(cache.path), str(folder), 0.1)
     assert list(times) == ["", ", files"]
-    assert all(min(floor + ours) > 0 for floor, ours in times.values())
+    assert all(min(floor + ours) > 0 for floor, ours, _ in times.values())
+    assert {part for *_, part in times.values()} <= {"decoding", "teacher", "writing"}
     assert capsys.readouterr().err == ""
     folder.rename(tmp_path / "elsewhere")
     if images:
