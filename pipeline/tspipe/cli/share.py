@@ -163,10 +163,10 @@ def list_(
 
         print(*names(), sep="\n")
     elif what == "settings":
-        from tspipe.recipes.settings import settings_table
+        from tspipe.recipes.settings import settings_text
         from tspipe.utils.console import stdout_console
 
-        stdout_console().print(settings_table())
+        stdout_console().print(settings_text())
     elif what == "random-kinds":
         _list_random_kinds(cache, data, settings)
     elif what == "caches":
@@ -195,7 +195,7 @@ def recipe(
     import json
 
     from tspipe.recipes import load
-    from tspipe.recipes.settings import recipe_table, recipe_values
+    from tspipe.recipes.settings import recipe_text, recipe_values
     from tspipe.utils.console import stdout_console
 
     chosen, automatic = load.load(name, settings or ()), load.automatic_settings(name, settings or ())
@@ -212,7 +212,7 @@ def recipe(
         ]
         print(json.dumps(rows, indent=2))
     else:
-        stdout_console().print(recipe_table(chosen, automatic))
+        stdout_console().print(recipe_text(chosen, automatic))
 
 
 def _list_random_kinds(cache: str | None, data: Path | None, settings: list[str] | None) -> None:

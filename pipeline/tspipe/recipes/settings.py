@@ -1,14 +1,15 @@
 """The list of all settings, generated from the schema of recipes."""
 
+import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.table import Table
 from rich.text import Text
 
 from tspipe.recipes.schema import Optimisation, Recipe
-from tspipe.utils.console import plain_table
 
 _TYPES = {"boolean": "true or false", "null": "none", "object": "table"}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -45,12 +46,9 @@ def settings_markdown() -> str:
     return "\n".join(["| setting | values | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def settings_table() -> Table:
-    """Return all settings as a table for a terminal."""
-    table = plain_table(("setting", "default", "meaning"))
-    for setting in settings():
-        table.add_row(Text(setting.name), Text(setting.default), Text(setting.description))
-    return table
+def settings_text() -> Text:
+    """Return all settings with their defaults and the values that they accept, for a terminal."""
+    return _grouped(_entry(one, one.default, one.type) for one in settings())
 
 
 def recipe_values(recipe: Recipe, automatic: Collection[str] = ()) -> Iterator[tuple[Setting, Any]]:
@@ -64,17 +62,30 @@ def recipe_values(recipe: Recipe, automatic: Collection[str] = ()) -> Iterator[t
             yield setting._replace(name=name), "auto" if name in automatic else value
 
 
-def recipe_table(recipe: Recipe, automatic: Collection[str] = ()) -> Table:
-    """Return the values of `recipe_values` as a table for a terminal; those that are not the default are bold."""
-    table = plain_table(("setting", "value", "default", "meaning"))
-    table.columns[0].no_wrap = True
-    table.columns[1].max_width, table.columns[2].max_width = 16, 12
+def recipe_text(recipe: Recipe, automatic: Collection[str] = ()) -> Text:
+    """Return the values of `recipe_values` for a terminal; those that are not the default are bold and state it."""
+    entries = []
     for setting, value in recipe_values(recipe, automatic):
         text = _text(value)
-        style = "" if text == setting.default else "bold"
-        row = (Text(setting.name, style), Text(text, style), Text(setting.default), Text(setting.description))
-        table.add_row(*row)
-    return table
+        changed = text != setting.default
+        note = f"default {setting.default}" if changed and setting.default else ""
+        entries.append(_entry(setting, text, note, "bold" if changed else ""))
+    return _grouped(entries)
+
+
+def _entry(setting: Setting, value: str, note: str, style: str = "") -> Text:
+    text = Text(f"{setting.name} = {value}" if value else setting.name, style)
+    if note:
+        text.append(f"  ({note})", "not bold dim")
+    indent = " " * 4
+    meaning = textwrap.fill(setting.description, 80, initial_indent=indent, subsequent_indent=indent)
+    return text.append(f"\n{meaning}", "not bold")
+
+
+def _grouped(entries: Iterable[Text]) -> Text:
+    """Join entries, with an empty line between sections, such as `teacher`."""
+    sections = itertools.groupby(entries, lambda entry: (re.match(r"\w+\.", entry.plain) or [""])[0])
+    return Text("\n\n").join(Text("\n").join(entries) for _, entries in sections)
 
 
 def _values(fields: Any, path: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
