@@ -38,7 +38,6 @@ class LiveTeacher(RandomSource):
         super().__init__(spec)
         self.teacher, self.live = teacher, live
         self._stream = torch.cuda.Stream(spec.device) if spec.device.type == "cuda" else None
-        self._candidates = np.empty(0, np.int64)  # the labels of the last balanced batch's candidates
         probe = torch.from_numpy(stream(0, "probe").random((1, *spec.shape), dtype=np.float32)).to(spec.device)
         self._stochastic = draws_at_random(teacher, spec.preprocess.normalise(probe))
         free_cores = available_cores() if self._stream else available_cores() - torch.get_num_threads()
@@ -60,13 +59,13 @@ class LiveTeacher(RandomSource):
         return self._wait_for_teacher(self._label(images))
 
     def first_labels(self, count: int) -> RandomLabels:
-        labels, candidates = list[Tensor](), list[Tensor]()
-        while sum(map(len, labels)) < count:
-            labels.append(self.batch(0, 0, len(labels)).output.logits.argmax(1))
-            candidates.append(torch.from_numpy(self._candidates))
+        labels = list[RandomLabels]()
+        while sum(len(part.labels) for part in labels) < count:
+            batch = self.batch(0, 0, len(labels))
+            labels.append(self._balanced if self.live.rounds else RandomLabels(batch.output.logits.argmax(1)))
         if self.live.rounds:
-            return RandomLabels(torch.cat(labels), torch.cat(candidates))
-        return RandomLabels(torch.cat(labels)[:count])
+            return RandomLabels(*map(torch.cat, zip(*labels, strict=True)))
+        return RandomLabels(torch.cat([part.labels for part in labels])[:count])
 
     def _draw(self, seed: int, epoch: int, number: int) -> Drawn:
         """Draw a batch; images that are to be balanced have further rounds of candidates, drawn when they are used."""
@@ -82,7 +81,8 @@ class LiveTeacher(RandomSource):
                 numbers = minstd.numbers(seed, _PURPOSE, step * size, size).reshape(spec.count, kind.draws)
             else:
                 numbers = kind.numbers(generator, spec.count)
-            numbers = spec.local_rows(torch.from_numpy(numbers)).numpy()
+            if not self.live.rounds:  # balancing needs the candidates of all processes
+                numbers = spec.local_rows(torch.from_numpy(numbers)).numpy()
             images, labels = (torch.from_numpy(array) for array in (kind.images(numbers), kind.labels(numbers)))
             yield images.contiguous(memory_format=torch.channels_last), labels  # as the image loader yields them
 
@@ -100,7 +100,7 @@ class LiveTeacher(RandomSource):
         return RandomBatch(images, run_teacher(self.teacher, images), labels)
 
     def _balance(self, first: _Images, rounds: Iterator[_Images]) -> RandomBatch:
-        """Run the teacher on rounds of candidates, and return those whose labels spread evenly."""
+        """Run the teacher on rounds of candidates; return this process's part of those whose labels spread evenly."""
         assert self.live.rounds
         labelled: list[RandomBatch] = []
 
@@ -109,8 +109,9 @@ class LiveTeacher(RandomSource):
             labels: NDArray[np.int64] = labelled[-1].output.logits.argmax(1).cpu().numpy()
             return labels
 
-        chosen, self._candidates = choose(label, len(first[0]), self.live.classes, self.live.rounds)
-        rows = torch.from_numpy(chosen).to(self.spec.device)
+        chosen, candidates = map(torch.from_numpy, choose(label, len(first[0]), self.live.classes, self.live.rounds))
+        self._balanced = RandomLabels(candidates[chosen], candidates)  # of the last batch
+        rows = self.spec.local_rows(chosen).to(self.spec.device)
         images, outputs, labels = zip(*labelled, strict=True)
         output = Output(*(torch.cat(parts)[rows] for parts in zip(*outputs, strict=True)))
         chosen_images = torch.cat(images)[rows].contiguous(memory_format=torch.channels_last)
