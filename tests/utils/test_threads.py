@@ -2,12 +2,11 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tspipe.utils import threads as overlap
-from tspipe.utils.threads import TimeBreakdown, background_writer, prefetch, prefetch_map
+from tspipe.utils.threads import TimeBreakdown, background_writer, prefetch_map
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -25,22 +24,6 @@ def test_results_come_in_order_and_so_many_are_worked_on_ahead(threads: int) -> 
     assert not any(event.is_set() for event in begun[threads + 1 :])
     assert list(results) == [10, 20, 30, 40, 50]
     assert list(prefetch_map(work, [])) == []
-
-
-def test_one_item_is_made_ahead() -> None:
-    made = [threading.Event() for _ in range(4)]
-
-    def items() -> Iterator[int]:
-        for number, event in enumerate(made):
-            yield number
-            event.set()  # the next is asked for
-
-    result = prefetch(items())
-    assert next(result) == 0
-    assert made[0].wait(60)
-    assert not made[1].is_set()
-    assert list(result) == [1, 2, 3]
-    assert list(prefetch([])) == []
 
 
 def test_what_work_ahead_raises_comes_in_its_place() -> None:

@@ -21,7 +21,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import DatasetError
 from tspipe.utils.device import batches_to_device, to_device
 from tspipe.utils.progress import progress
-from tspipe.utils.threads import available_cores, prefetch
+from tspipe.utils.threads import available_cores
 
 T = TypeVar("T")
 _Keyed = tuple[str, NDArray[np.uint8]]  # an image with its key
@@ -170,13 +170,11 @@ class ImageLoader:
         return map(self._replay, self._stored_batches(order), views or itertools.repeat(None))
 
     def normalised(self, order: Sequence[Tensor], views: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
-        """Yield `batches` normalised, float32; on the CPU a thread prepares each while the previous one is used.
+        """Yield `batches` normalised, float32.
 
-        That shortens a training step of LeNet-5 by 2 % even where PyTorch uses all cores, since it cannot fill them.
-        Forward passes alone do fill them, and would be slower.
+        No thread prepares them ahead: where PyTorch's threads use all cores, one more makes each of their regions wait.
         """
-        normalised = map(self._preprocess.normalise, self.batches(order, views))
-        return prefetch(normalised) if self.device.type == "cpu" else normalised
+        return map(self._preprocess.normalise, self.batches(order, views))
 
     def _stored_batches(self, order: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield batches from memory, or decoded."""

@@ -1,7 +1,6 @@
 """Parts of a loop that overlap in threads, and a clock that says which part the others wait for."""
 
 import contextlib
-import itertools
 import math
 import os
 import time
@@ -27,15 +26,6 @@ def prefetch_map(work: Callable[[T], U], items: Iterable[T], threads: int = 1) -
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items; a thread produces each while the caller uses the previous one."""
-    source = iter(items)
-    for batch in prefetch_map(lambda _: list(itertools.islice(source, 1)), itertools.count()):
-        if not batch:
-            return
-        yield batch.pop()
 
 
 @contextlib.contextmanager
