@@ -131,7 +131,7 @@ class BatchSource:
 
     def teacher_seconds(self) -> float:
         """Return how long the teacher has worked on random images and views in the last epoch."""
-        return sum(source.stopwatch.seconds() for source in (self.random, self.live_views) if source)
+        return sum((source.stopwatch.seconds() for source in (self.random, self.live_views) if source), 0.0)
 
     def _labelled(self, images: Tensor, target: Target, place: tuple[int, int, int]) -> tuple[Tensor, Target]:
         return images, self.live_views.target(images, target.labels, *place) if self.live_views else target
