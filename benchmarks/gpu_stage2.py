@@ -199,7 +199,8 @@ def convolution_rate(session: Session) -> float:
 
 def resnet18(session: Session, cache: Cache, fastest: float, *, compiled: bool) -> None:
     """Record the rate of its training steps in bfloat16, data handling included, beside the fastest convolution."""
-    settings = ["precision=bfloat16", f"compile={str(compiled).lower()}", "student=resnet18"]
+    precision = "float32" if session.tiny else "bfloat16"
+    settings = [f"precision={precision}", f"compile={str(compiled).lower()}", "student=resnet18"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(session, cache, folder, *settings)
         (learner,) = learners_of(trainer, [TAUGHT])
@@ -215,7 +216,7 @@ def resnet18(session: Session, cache: Cache, fastest: float, *, compiled: bool) 
             graph = bare_step(learner, batch.images, batch.target, session.device)
             ways[", in a CUDA graph"] = gpu_measure.seconds(graph, session.device)
         for way, each in ways.items():
-            name = f"resnet18, bfloat16{', compiled' if compiled else ''}{way}"
+            name = f"resnet18, {precision}{', compiled' if compiled else ''}{way}"
             rate, share = counted / each / 1e12, counted / each / fastest
             session.record("stage2", name, ms=1e3 * each, tflops=rate, share=share, first_step_seconds=first)
         kernels = gpu_measure.top_kernels(step, session.device, 5)

@@ -27,7 +27,7 @@ from tspipe.training.checkpoint import Position
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import open_trainer, train_students
-from tspipe.utils.distributed import Group
+from tspipe.utils import distributed
 
 pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU: make test-gpu")
 ARMS = (ALONE, TAUGHT, RANDOM)
@@ -151,13 +151,14 @@ def test_gradients_of_a_group_are_those_of_one_process() -> None:
     try:
         module(images).square().sum().backward()
         expected = [parameter.grad.clone() for parameter in module.parameters()]
-        wrapped = Group().wrap_ddp(module.train(), torch.device("cuda", 0))
+        wrapped = distributed.Group().wrap_ddp(module.train(), torch.device("cuda", 0))
         wrapped.zero_grad()
         wrapped(images).square().sum().backward()
         for parameter, gradient in zip(wrapped.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3)
     finally:
         dist.destroy_process_group()
+        distributed._nccl_group.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -177,12 +177,14 @@ def _scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and shift of (x / 255 − mean) / std for a line of pixels, channels innermost.
 
-    Cached, since creating them waits for a GPU.
+    Cached, since the copy to a GPU waits for it. They are computed on the CPU, so that they are complete when this
+    returns: a caller may use them in another CUDA stream.
     """
     import torch
 
-    means, deviations = (torch.tensor(v, device=device).repeat(pixels) for v in (mean, std))
-    return 1 / ((255.0 if is_uint8 else 1.0) * deviations), means / deviations
+    means, deviations = (torch.tensor(v).repeat(pixels) for v in (mean, std))
+    scale = 1 / ((255.0 if is_uint8 else 1.0) * deviations)
+    return scale.to(device), (means / deviations).to(device)
 
 
 def shift_and_flip(images: Tensor, views: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tspipe.training.arms import UNTAUGHT
 from tspipe.training.config import StudentConfig
 from tspipe.training.statistics import cache_statistics
 from tspipe.training.targets import row_labels
+from tspipe.utils.device import separate_stream
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.rng import stream
 
@@ -51,8 +52,9 @@ class RunData:
         """Return the training images in these rows (n,) int64, to make random images from."""
 
         def read(indices: Tensor) -> Tensor:
-            (images,) = self.train.batches([rows[indices]])
-            return images.cpu()
+            with separate_stream(self.train.device):  # else it waits for the training steps in the queue
+                (images,) = self.train.batches([rows[indices]])
+                return images.cpu()
 
         return Photos(len(rows), read, labels=self.train_labels.cpu()[rows].numpy(), classes=num_classes)
 

@@ -24,6 +24,7 @@ from tspipe.training.checkpoint import Checkpointer, Position, load_training_sta
 from tspipe.training.evaluation import count_correct, predict
 from tspipe.training.optimizers import make_optimizer, set_batch_norm_momentum, set_learning_rate
 from tspipe.training.run_folder import Row, write_rows
+from tspipe.utils.device import batches_to_device, to_device
 from tspipe.utils.files import write_whole
 from tspipe.utils.memory import memory_limit
 from tspipe.utils.progress import progress, warn
@@ -85,9 +86,11 @@ class TeacherTraining:
         set_learning_rate(self.optimizer, settings, epoch)
         self.network.train()
         order = shuffled_batches(SEED, epoch, len(self.train.images), settings.batch_size)[first_batch:]
-        for batch, (rows, pixels) in enumerate(zip(order, self.train.images.batches(order), strict=True), first_batch):
+        device_order = batches_to_device(order, self.train.labels.device)
+        batches = zip(device_order, self.train.images.batches(order), strict=True)
+        for batch, (rows, pixels) in enumerate(batches, first_batch):
             images = self.recipe.preprocess.normalise(_augment(pixels, self.recipe, epoch, batch))
-            labels = self.train.labels[rows.to(self.train.labels.device)]
+            labels = self.train.labels[rows]
             seed_torch(SEED, "dropout", epoch, batch)
             loss, logits = teacher_loss(self.network, images, labels)
             self.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +206,7 @@ def _augment(pixels: Tensor, recipe: Recipe, epoch: int, batch: int) -> Tensor:
         shifts = generator.integers(low, high + 1, (count, 2))
         flips = generator.integers(0, 1 + settings.flip, (count, 1))
         views = torch.from_numpy(np.concatenate([shifts, flips], axis=1))
-        pixels = shift_and_flip(pixels, views.to(pixels.device))
+        pixels = shift_and_flip(pixels, to_device(views, pixels.device))
     if crop is None:
         return pixels
     top, left = centre

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ def batches_to_device(batches: Sequence[Tensor], device: torch.device) -> Sequen
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a copy of a CPU tensor on a device; the copy to a GPU is asynchronous."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def separate_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context whose GPU work waits only for itself, for a thread that reads tensors which do not change."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def pick_device(name: str = "auto") -> torch.device:
