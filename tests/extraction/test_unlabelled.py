@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import Result
 from shared import TEACHER, spoil
-from tspipe.cache import Cache
+from tspipe.cache import Cache, diff
 from tspipe.cache.layout import digest
 from tspipe.data.datasets import open_dataset
 from tspipe.errors import CacheMismatch, DatasetError
@@ -90,6 +90,10 @@ def test_killed_in_the_new_split_it_ends_with_the_same_bytes(
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(other / "00.png")
     with pytest.raises(CacheMismatch, match=r"at unlabelled index 0, the pixels of '00\.png' differ"):
         extract(stage_one(teacher, config.out, other))
+    (other / "02.png").unlink()
+    difference = diff.compare(cache, extract(stage_one(teacher, tmp_path / "other.h5", other))).splits["unlabelled"]
+    assert (difference.common, difference.only, difference.edited) == (COUNT - 1, (["02.png"], []), ["00.png"])
+    assert (difference.relabelled, difference.features, difference.argmax) == ([], 0.0, 0)
 
 
 def test_verify_compares_and_repairs_them(tspipe: Tspipe, cache: Cache, folder: Path, tmp_path: Path) -> None:

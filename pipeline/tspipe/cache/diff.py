@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tspipe.cache.column import Column
-from tspipe.cache.layout import SPLITS
+from tspipe.cache.layout import NO_LABEL
 from tspipe.cache.manifest import differing_fields
 from tspipe.cache.read import Cache, Pool, read_keys
 
@@ -71,7 +71,8 @@ def compare(first: Cache, second: Cache) -> Diff:
         }
         for cache in (first, second)
     ]
-    splits = {split: _compare_split(first, second, split) for split in SPLITS}
+    common = [split for split in first.dimensions.splits if split in second.dimensions.splits]
+    splits = {split: _compare_split(first, second, split) for split in common}
     if first.random and second.random and _pool_definition(first) == _pool_definition(second):
         splits["random"] = _compare_pools(first.random, second.random)
     return Diff(list(differing_fields(descriptions[0], descriptions[1])), splits)
@@ -104,7 +105,7 @@ def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
     common = [key for key in row_of[0] if key in row_of[1]]
     rows = [np.array([index[key] for key in common], np.int64) for index in row_of]
     digests = [split.digests.take(indices) for split, indices in zip(splits, rows, strict=True)]
-    labels = [np.array(caches[i].classes)[splits[i].labels[rows[i]]] for i in range(2)]
+    labels = [_class_names(caches[i], splits[i].labels[rows[i]]) for i in range(2)]
     unchanged = (digests[0] == digests[1]).all(axis=1)
     difference = SplitDiff(
         common=len(common),
@@ -118,6 +119,11 @@ def _compare_split(first: Cache, second: Cache, name: str) -> SplitDiff:
     difference.features, _ = _compare_columns(splits[0].features, splits[1].features, *plain)
     difference.logits, difference.argmax = _compare_columns(splits[0].logits, splits[1].logits, *plain)
     return difference
+
+
+def _class_names(cache: Cache, labels: NDArray[np.int64]) -> NDArray[np.str_]:
+    names = np.array([*cache.classes, ""])
+    return names[np.where(labels == NO_LABEL, len(cache.classes), labels)]
 
 
 def _compare_columns(
