@@ -1,6 +1,7 @@
 """The benchmark: its comparisons, and the equal work of both sides."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,8 @@ import torch
 
 from conftest import Result
 from tspipe.cache import Cache
-from tspipe.experiments import bench, turns
+from tspipe.errors import RecipeError
+from tspipe.experiments import bench, turns, wall_clock
 from tspipe.experiments.baselines import as_way, bare_steps, joined
 from tspipe.experiments.turns import Timer, Way
 from tspipe.recipes import load
@@ -21,7 +23,7 @@ from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import Trainer, open_trainer
 
 LINES = [
-    "lenet5 epoch / bare",
+    "lenet5 step ratio",
     "lenet5 epoch / live",
     "cohort of 2 / bare",
 ]
@@ -122,3 +124,27 @@ def test_a_pool_is_compared_with_the_live_teacher(pool: Cache) -> None:
         "random images, pool / live",
         *LINES[2:],
     ]
+
+
+def test_an_epoch_is_a_long_command_less_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def seconds(command: list[str]) -> float:
+        commands.append(command)
+        is_floor, epochs = (
+            command[1] == "loop.py",
+            int(command[command.index("--epochs") + 1 if "--out" in command else -1]),
+        )
+        return 5 + 2 * epochs if is_floor else 9 + 3 * epochs
+
+    monkeypatch.setattr(wall_clock, "_seconds", seconds)
+    floor, ours = wall_clock.epoch_seconds(Path("loop.py"), Path("x.h5"), "lenet5", 128, ["--set=lr=1"], 1e-9)
+    assert (floor, ours) == ([2] * 3, [3] * 3)
+    assert commands[0][1:] == ["loop.py", "x.h5", "lenet5", "128", "1"]
+    assert "--set=lr=1" in commands[2]
+    assert commands[2][commands[2].index("--random-images") + 1] == "0"
+
+
+def test_a_loop_that_fails_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="no pixels"):
+        wall_clock._seconds([sys.executable, "-c", "raise SystemExit('no pixels')"])

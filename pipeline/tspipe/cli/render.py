@@ -102,8 +102,9 @@ def show_bench(result: dict[str, Any]) -> None:
     out.print(table)
     out.print(
         "\nEach line compares tspipe with a floor: an epoch with its test, the random images of a batch, or a batch of "
-        "a cohort. bare: the same steps and tests on tensors in memory, for a cohort with one teacher pass; live: with "
-        "the teacher in the loop. Times are medians of n turns; a ratio is the median over turns, with its quartiles."
+        "a cohort. step ratio: the learner's steps in tspipe's loop beside the same steps alone, on tensors in memory; "
+        "bare: the same for a cohort, with one teacher pass; live: with the teacher in the loop. Times are "
+        "medians of n turns; a ratio is the median over turns, with its quartiles."
     )
     for name, value in result["facts"].items():
         out.print(Text(printable(f"{name}: {value:.3g}")))

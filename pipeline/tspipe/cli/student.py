@@ -121,6 +121,12 @@ def bench(
     seconds: Annotated[
         float, typer.Option(min=1, help="About how long to measure; longer if one step takes seconds.")
     ] = 120,
+    floor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also time whole commands beside your own training loop, such as bare_loop.py."
+        ),
+    ] = None,
     json_: options.Json = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -138,7 +144,9 @@ def bench(
     flags = {"student": student or None, "teacher.network": teacher}
     chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
     config = StudentConfig(chosen, opened, inputs=LocalInputs(data or default_folder))
-    result = asdict(stage.bench(config, seconds))
+    same: list[str] = [] if recipe is None else ["--recipe", recipe]
+    same += [*(["--data", str(data)] if data else []), *(f"--set={setting}" for setting in settings or ())]
+    result = asdict(stage.bench(config, seconds, stage.Floor(floor, same) if floor else None))
     if json_:
         print(json.dumps(result, indent=2))
     else:

@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from tspipe.experiments.baselines import as_way, bare_steps, joined, labelled
 from tspipe.experiments.turns import Timer
+from tspipe.experiments.wall_clock import epoch_seconds
 from tspipe.models import feature_net, networks
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.probe import probe_images
@@ -63,8 +64,23 @@ class Result:
     sentence: str
 
 
-def bench(config: StudentConfig, seconds: float = 120) -> Result:
-    """Measure what `config` would train, for about `seconds`; keep nothing of it. Raises as `train_students`."""
+@dataclass(frozen=True)
+class Floor:
+    """A training loop that does not use tspipe, and the flags of `tspipe student` for the same work.
+
+    Attributes:
+        path: a Python file, run as `epoch_seconds` says.
+    """
+
+    path: Path
+    options: Sequence[str] = ()
+
+
+def bench(config: StudentConfig, seconds: float = 120, floor: Floor | None = None) -> Result:
+    """Measure what `config` would train, for about `seconds`; keep nothing of it. Raises as `train_students`.
+
+    With `floor`, whole commands are timed too, for as long again for each student.
+    """
     device = pick_device(config.recipe.device)
     use_full_precision()
     keep_freed_memory()
@@ -72,10 +88,18 @@ def bench(config: StudentConfig, seconds: float = 120) -> Result:
     live = config.recipe.model_copy(update={"random_source": "live"})  # drawing from a pool costs next to nothing
     config = replace(config, arms=arms, recipe=live)
     machine = environment(device.type, torch.get_num_threads())
+    lines = list(_wall_clock_lines(config, floor, seconds)) if floor else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(config, RunFolder(Path(folder), {}, machine), device)
-        lines, facts = _measure(trainer, seconds)
+        measured, facts = _measure(trainer, seconds)
+    lines += measured
     return Result(config.cache.id, machine, lines, facts, _advice(config, facts))
+
+
+def _wall_clock_lines(config: StudentConfig, floor: Floor, seconds: float) -> Iterator[Line]:
+    for student in config.recipe.student:
+        work = floor.path, config.cache.path, student, config.recipe.batch_size, floor.options
+        yield _line(f"{networks.recorded_name(student)} epoch / {floor.path.stem}", *epoch_seconds(*work, seconds))
 
 
 def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, float]]:
@@ -118,7 +142,7 @@ def _student_lines(trainer: Trainer, student: str, timer: Timer, facts: dict[str
         facts[f"{name}: seconds of a taught step"] = statistics.median(times["ours"])
         return epochs["floor"], [t * save_share for t in epochs["ours"]]
 
-    yield _line(f"{name} epoch / bare", *compare(bare_steps(learner, itertools.cycle(prepared)), 1.5))
+    yield _line(f"{name} step ratio", *compare(bare_steps(learner, itertools.cycle(prepared)), 1.5))
     if trainer.batches.random:
         live_loop = bare_steps(learner, labelled(_plain_teacher(trainer), itertools.cycle(prepared)))
         line = _line(f"{name} epoch / live", *compare(live_loop, 0.5))
