@@ -17,6 +17,7 @@ from tspipe.training.arms import TAUGHT, LearnerSpec
 from tspipe.training.config import StudentConfig
 from tspipe.training.learner import Learner, TaskShape
 from tspipe.training.statistics import cache_statistics
+from tspipe.training.targets import row_labels
 from tspipe.training.trainer import train_students
 
 
@@ -78,7 +79,7 @@ def test_a_classifier_of_other_rows_is_refused(digits: Cache) -> None:
     recipe = load.load("digits", facts={"preprocess": digits.manifest["preprocess"]})
     swapped = replace(digits, train=replace(digits.train, logits=digits.train.logits.load()[::-1].copy()))
     with pytest.raises(CacheMismatch) as refused:
-        _ = cache_statistics(swapped, recipe, (1, 16, 16)).classifier
+        _ = cache_statistics(swapped, row_labels(swapped), recipe, (1, 16, 16)).classifier
     assert str(refused.value) == (
         "digits.h5: the last layer of its teacher does not map the cached features to the cached logits, so no loss "
         "can use it. Choose another loss than simkd and srrl."

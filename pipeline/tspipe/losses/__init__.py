@@ -16,8 +16,11 @@ Two more members are optional:
 
 - `start_epoch(epoch)`: called before each epoch, counted from 0, for weights that change during training;
 - `student_head`: an `nn.Linear` that replaces the student's classifier and is not trained.
+
+A buffer that changes in training must be persistent, so that checkpoints hold it.
 """
 
+import copy
 import functools
 import inspect
 import math
@@ -145,7 +148,7 @@ def _check_needs(loss: nn.Module, name: str) -> Collection[str]:
 
 def _check_terms(loss: nn.Module, name: str, needs: Collection[str], sizes: Sizes) -> list[str]:
     d, c, w = sizes
-    buffers = [buffer.clone() for buffer in loss.buffers()]
+    state = copy.deepcopy(loss.state_dict())
     # Training must not depend on the numbers that the check draws; PyTorch warns of widths that differ.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(0)
@@ -161,8 +164,7 @@ def _check_terms(loss: nn.Module, name: str, needs: Collection[str], sizes: Size
                 f"The loss {name} cannot compare the student's {w} features with {d} of the teacher's. "
                 "Use --match linear, or a loss of logits."
             ) from problem
-    for buffer, before in zip(loss.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+    loss.load_state_dict(state)
     if not isinstance(terms, dict):
         returned = f"a {type(terms).__name__}"
     elif not terms:

@@ -27,7 +27,7 @@ class RunData:
     """Training and test images with their labels, loaded from memory or decoded as they are needed.
 
     Attributes:
-        train_labels: (N,) int64 on the device, the teacher's with `labels=teacher`.
+        row_labels: (N·V,) int64 on the device, the label of each row of targets; the teacher's with `labels=teacher`.
         test_labels: (N,) int64 on the device, always the dataset's.
         views: which view of each training image an epoch shows; None if the images are used as they are.
         validation_count: how many training images each seed holds back.
@@ -37,11 +37,16 @@ class RunData:
     preprocess: Preprocess
     train: ImageLoader
     test: ImageLoader
-    train_labels: Tensor
+    row_labels: Tensor
     test_labels: Tensor
     views: EpochViews | None
     validation_count: int
     statistics: TeacherStatistics
+
+    @property
+    def train_labels(self) -> Tensor:
+        """The label of each training image, (N,) int64 on the device."""
+        return self.row_labels[:: len(self.row_labels) // len(self.train)]
 
     @property
     def train_count(self) -> int:
@@ -88,17 +93,17 @@ def open_run_data(config: StudentConfig, device: torch.device) -> RunData:
     validation_count = round(recipe.val_fraction * len(dataset.train))
     _check_counts(config, dataset, validation_count)
     memory = (recipe.memory or memory_limit(device)) // 3
-    train_labels = row_labels(cache, recipe)[:: cache.dimensions.views_of("train")].to(device)
+    labels = row_labels(cache, recipe.labels)
     train = ImageLoader(dataset.train, remaining_steps, "train", memory, device, views=views is not None)
     return RunData(
         Preprocess.from_dict(cache.manifest["preprocess"]),
         train,
         ImageLoader(dataset.test, remaining_steps, "test", memory, device),
-        train_labels,
+        labels.to(device),
         torch.from_numpy(cache.test.labels).to(device),
         views,
         validation_count,
-        cache_statistics(cache, recipe, train.shape),
+        cache_statistics(cache, labels, recipe, train.shape),
     )
 
 

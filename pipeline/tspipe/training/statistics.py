@@ -10,20 +10,21 @@ from tspipe.errors import CacheMismatch
 from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models.teacher import ROUNDING, load_teacher
 from tspipe.recipes.schema import Recipe
-from tspipe.training.targets import row_labels
 
 _CHECKED_ROWS = 256
 
 
-def cache_statistics(cache: Cache, recipe: Recipe, input_shape: tuple[int, int, int]) -> TeacherStatistics:
+def cache_statistics(
+    cache: Cache, labels: Tensor, recipe: Recipe, input_shape: tuple[int, int, int]
+) -> TeacherStatistics:
     """Return the statistics of a cache's training rows; with views, of all views.
 
     Args:
+        labels: (N·V,) int64, the label of each row.
         input_shape: (C, H, W) of an image.
     """
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        labels = row_labels(cache, recipe)
         for first, rows in cache.train.features.pieces():
             yield torch.from_numpy(rows), labels[first : first + len(rows)]
 

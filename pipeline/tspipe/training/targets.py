@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -120,9 +121,9 @@ def resolve_mse_weight(recipe: Recipe, cache: Cache) -> Recipe:
     return recipe.model_copy(update={"mse_weight": 1 / variance})
 
 
-def row_labels(cache: Cache, recipe: Recipe) -> Tensor:
+def row_labels(cache: Cache, labels: Literal["dataset", "teacher"] = "dataset") -> Tensor:
     """Return the label of each row of the training targets, (N·V,) int64: the dataset's or the teacher's."""
-    if recipe.labels == "teacher":
+    if labels == "teacher":
         return teacher_labels(cache.train.logits)
     return torch.from_numpy(cache.train.labels).repeat_interleave(cache.dimensions.views_of("train"))
 

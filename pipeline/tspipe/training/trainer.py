@@ -31,7 +31,7 @@ from tspipe.training.resume import WrittenResults, provenance
 from tspipe.training.run_data import RunData, open_run_data
 from tspipe.training.run_folder import RunFolder, environment, find_run, results_sha256
 from tspipe.training.source_selection import open_live_teacher, open_random_source
-from tspipe.training.targets import TargetLoader, resolve_mse_weight, row_labels
+from tspipe.training.targets import TargetLoader, resolve_mse_weight
 from tspipe.training.tensorboard import TensorBoard
 from tspipe.training.unlabelled import open_unlabelled_images
 from tspipe.utils.device import pick_device, use_full_precision
@@ -330,7 +330,7 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
         random = open_random_source(config, data, partition, open_teacher)
     needs = frozenset[str]().union(*(learner.needs for learner in cohort))
     columns, memory = {"features": train.features, "logits": train.logits}, (recipe.memory or memory_limit(device)) // 3
-    labels, live_views = row_labels(config.cache, recipe), None
+    labels, live_views = data.row_labels, None
     if recipe.view_source == "live":
         columns, labels = {}, data.train_labels
     targets = TargetLoader(columns, labels, needs, memory, device)
