@@ -131,7 +131,9 @@ def run_jobs(session: Session, jobs: list[Job], workers: int) -> None:
             ready = [job for job in waiting if not job.needs or (session.work / job.needs).exists()]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
-                process = session.start(["-m", "tspipe", *job.arguments], session.work, OMP_NUM_THREADS="2")
+                process = session.start(
+                    ["-m", "tspipe", *job.arguments], session.work, OMP_NUM_THREADS="1" if session.tiny else "2"
+                )
                 running[job] = process, time.monotonic()
             if not running:  # what the rest needs has failed
                 break

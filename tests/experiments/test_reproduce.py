@@ -29,8 +29,12 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_folder(tmp_path / "photos", 16, 8)
 
 
-def test_a_finished_table_is_left_unchanged(photos: Path) -> None:
+def test_a_finished_table_is_left_unchanged(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run,) = reproduce(TABLE1)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "Table 1: lenet5 runs on 48 images; 3 students of 2 epochs take 24 steps of 8 images, some with 3 random "
+        "images more, which the teacher labels live"
+    )
     assert run.config["arms"] == [ALONE, TAUGHT, RANDOM]
     assert list(run.config["students"]) == ["lenet5_wide"]
     assert len(run.rows()) == 2 * 3
@@ -134,6 +138,7 @@ def test_a_pool_is_made_for_a_recipe_that_uses_one(photos: Path, monkeypatch: py
 def test_the_progress_of_a_part_counts_the_images_of_the_others(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time left is that of the whole table."""
     jobs = []
+    monkeypatch.setattr(job, "_print_work", lambda *_: None)
     monkeypatch.setattr(job, "_cache", lambda *_: digits.path)
     monkeypatch.setattr(job, "train_students", lambda table_config, _group: jobs.append(table_config))
     monkeypatch.setattr(job, "_record_paper", lambda *_: None)

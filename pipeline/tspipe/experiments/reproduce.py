@@ -82,6 +82,8 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
                 networks.check_exists(student)
             for loss in recipe.loss:
                 losses.build(loss, losses.Sizes(8, 8, 8), recipe.stated_loss_options(loss))
+            if not group.rank:
+                _print_work(config, part, recipe)
     caches = [config.cache or _cache(config, part, group) for part in selected]
     with group.rank_zero_first():
         jobs = [_job(config, part, open_cache(path)) for part, path in zip(selected, caches, strict=True)]
@@ -96,6 +98,36 @@ def reproduce(config: TableConfig, group: Group = ALONE) -> list[RunFolder]:
             _record_paper(run, job.recipe.paper)
         runs.append(run)
     return runs
+
+
+def _print_work(config: TableConfig, part: Part, recipe: Recipe) -> None:
+    """Print what a part takes: the passes of the teacher and the steps of the students."""
+    if config.cache:
+        rows = open_cache(config.cache).manifest["dataset"]["rows"]
+        teacher = f"the teacher's outputs are in {config.cache.name}"
+    else:
+        dataset = datasets.open_dataset(part.dataset, config.data, download=config.download, split=recipe.split)
+        rows = {split: len(dataset.split(split)) for split in dataset.splits}
+        images = rows["train"] * max(1, recipe.views.count) + rows["test"]
+        teacher = f"{networks.recorded_name(recipe.teacher.network)} runs on {images:,} images"
+    selected = arms.named_arms(config.arms, recipe)
+    learners = len(recipe.student) * sum(len(arms.arm_losses(arm, recipe.loss)) for arm in selected)
+    learners *= config.seeds or recipe.seeds
+    epochs = config.epochs or recipe.epochs
+    steps = learners * epochs * -(-rows["train"] // recipe.batch_size)
+    title = recipe.paper.title if recipe.paper else part.name
+    echo(
+        f"{title}: {teacher}; {pluralize(learners, 'student')} of {pluralize(epochs, 'epoch')} take {steps:,} steps of "
+        f"{recipe.batch_size} images{_random_work(recipe, selected)}"
+    )
+
+
+def _random_work(recipe: Recipe, selected: tuple[str, ...]) -> str:
+    """Say how many random images the steps have, and whether the teacher labels them during training."""
+    if not recipe.random_images or arms.RANDOM not in selected:
+        return ""
+    live = ", which the teacher labels live" if recipe.random_source == "live" else ""
+    return f", some with {recipe.random_images} random images more{live}"
 
 
 def parts(config: TableConfig) -> list[Part]:
