@@ -118,6 +118,7 @@ def run_jobs(session: Session, jobs: list[Job], workers: int) -> None:
     """Run jobs, at most `workers` at a time, the first ones first, and record what became of each."""
     waiting = [job for job in jobs if not (job.makes and (session.work / job.makes).exists())]
     running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
+    threads = "1" if session.tiny else "2"
 
     def record(job: Job, state: str) -> None:
         seconds = time.monotonic() - running.pop(job)[1]
@@ -131,9 +132,7 @@ def run_jobs(session: Session, jobs: list[Job], workers: int) -> None:
             ready = [job for job in waiting if not job.needs or (session.work / job.needs).exists()]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
-                process = session.start(
-                    ["-m", "tspipe", *job.arguments], session.work, OMP_NUM_THREADS="1" if session.tiny else "2"
-                )
+                process = session.start(["-m", "tspipe", *job.arguments], session.work, OMP_NUM_THREADS=threads)
                 running[job] = process, time.monotonic()
             if not running:  # what the rest needs has failed
                 break

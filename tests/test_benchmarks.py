@@ -1,14 +1,18 @@
 """The benchmarks that are programs of their own: they run on a small cache."""
 
 import importlib.util
+import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from shared import small
+from shared import make_folder, small
 from tspipe.cache import Cache
 from tspipe.extraction.extract import Contents, extract
 
@@ -53,3 +57,21 @@ def test_a_killed_push_ends_as_an_undisturbed_one(digits: Cache, tmp_path: Path)
     count, finished, equal, missing, left_over = kills.run_scenario(kills.push(tmp_path), tmp_path / "push", 1)
     assert finished == equal == count
     assert missing == left_over == 0
+
+
+def test_packed_images_are_unpacked_as_they_were(tmp_path: Path) -> None:
+    """A piece has some of the classes; a changed pixel is noticed."""
+    pack_images, folder = load_benchmark("pack_images"), make_folder(tmp_path / "shapes")
+    pack_images.pack(folder, str(tmp_path / "piece"))
+    for number, name in enumerate(("a", "b")):
+        for split in ("train", "test"):
+            pack_images.unpack_class(tmp_path / "again", str(tmp_path / f"piece-{number}.zip"), f"{split}/{name}")
+    images = sorted(path.relative_to(folder) for path in folder.glob("*/*/*.png"))
+    for image in images:
+        assert np.array_equal(Image.open(folder / image), Image.open(tmp_path / "again" / image)), image
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as piece:
+        piece.writestr("train/a.json", json.dumps({"names": ["1.png"], "shape": pixels.shape, "sha256": "0"}))
+        piece.writestr("train/a.pixels", pack_images.encode(pixels))
+    with pytest.raises(SystemExit, match="train/a has other pixels than were packed"):
+        pack_images.unpack_class(tmp_path / "again", str(tmp_path / "bad.zip"), "train/a")
