@@ -11,7 +11,15 @@ from made_runs import ALONE, PAPER, RANDOM, TAUGHT, make_run
 from tspipe.errors import ReportError, TspipeError
 from tspipe.experiments.results import open_run, read
 from tspipe.experiments.statistics import Sample
-from tspipe.experiments.tables import accuracies, beside_paper, differences, initial_weights, paper_notes, verdicts
+from tspipe.experiments.tables import (
+    accuracies,
+    beside_paper,
+    differences,
+    initial_weights,
+    paper_notes,
+    teacher_cost,
+    verdicts,
+)
 from tspipe.training.arms import ALONE_RANDOM, OWN
 
 
@@ -166,6 +174,24 @@ def test_the_ratio_of_the_losses(tmp_path: Path) -> None:
     ]
     kd = make_run(tmp_path / "kd", {(TAUGHT, "kd"): [[0.5]]}, columns={"kl": 10.0, "xent": 0.626})
     assert read(kd).ratios == ["lenet5, taught, kd, epoch 1: kl 10 / xent 0.626 = 16, as expected"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "balanced", "expected"),
+    [
+        (0, False, "2,000 passes of an image; none in training."),
+        (900, False, "2,000 passes of an image; 900 an epoch, which take 3.25 s in training."),
+        (900, True, "at least 2,000 passes of an image; at least 900 an epoch, which take 3.25 s in training."),
+    ],
+)
+def test_the_cost_of_the_teacher(tmp_path: Path, passes: int, balanced: bool, expected: str) -> None:
+    """The first epoch is slower, because it includes the warm-up."""
+    cost = {"cache_bytes": 2**21, "cached_passes": 2000, "epoch_passes": passes}
+    seconds = {"seconds_teacher": [9.0, 3.25, 3.25]}
+    run = make_run(tmp_path / "run", {ALONE: [[0.6, 0.6, 0.6]]}, columns=seconds, cost=cost)
+    run.config["random_balanced"] = balanced
+    assert teacher_cost(read(run)) == f"The teacher's cost: a cache of 2.0 MiB, made once with {expected}"
+    assert teacher_cost(read(make_run(tmp_path / "old", {ALONE: [[0.6]]}))) == ""
 
 
 def test_the_table_of_accuracies(tmp_path: Path) -> None:

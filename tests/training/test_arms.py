@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import interrupted_at, metrics_of, pool_config, weights_of
+from shared import POOL_ROWS, interrupted_at, metrics_of, pool_config, weights_of
 from tspipe.data.random_images import KINDS
 from tspipe.errors import RecipeError
 from tspipe.extraction.extract import extract
@@ -74,6 +74,8 @@ def test_a_resumed_run_with_mixed_labels(
     run = train_students(config)
     weights = weights_of(run)
     assert len(set(weights.values())) == 3
+    cost = {"cache_bytes": cache.size, "cached_passes": 1000 + 797 + POOL_ROWS, "epoch_passes": 0}
+    assert run.read_json("summary.json")["cost"] == {**cost, "epoch_passes": 4 * 7 * (source == "live")}
     interrupted_at(monkeypatch, 5)
     config = StudentConfig(recipe, cache, config.arms, out=tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):

@@ -342,6 +342,7 @@ def test_the_teacher_labels_new_views_live(tmp_path: Path, monkeypatch: pytest.M
             expected = output.logits.argmax(1) if labels == "teacher" else torch.from_numpy(cache.train.labels[batch])
             assert result.target.labels.equal(expected)
     assert all(row["seconds_teacher"] > 0 for row in run.rows())
+    assert run.read_json("summary.json")["cost"]["epoch_passes"] == 16 + 4 * 2
     if labels == "dataset":
         config = replace(stage_two(cache, folder, *settings, arms=(ALONE, TAUGHT, RANDOM)), out=tmp_path / "killed")
         interrupted_at(monkeypatch, 7)

@@ -125,6 +125,8 @@ def _print_tables(findings: Findings, choices: Sequence[str]) -> None:
     marks = ", ".join(text for choice, text in _MARKS.items() if choice in findings.choices)
     deployed = " Parameters: in training → deployed." if findings.summary.deployed_parameters else ""
     _print(f"Test accuracy in %, mean ± sample deviation; {marks}.{deployed}")
+    if cost := tables.teacher_cost(findings):
+        _print(cost)
     for choice in choices if findings.comparisons else ():
         if choice in findings.choices:
             _print(_OVER[choice])

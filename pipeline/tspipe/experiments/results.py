@@ -93,6 +93,14 @@ class Teacher(BaseModel):
     parameters: Count | None
 
 
+class Cost(BaseModel):
+    """What the teacher costs, in summary.json; a pass is that of one image."""
+
+    cache_bytes: Count
+    cached_passes: Count
+    epoch_passes: Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Initial(BaseModel):
     """The weights that a student starts from, in summary.json."""
 
@@ -109,6 +117,7 @@ class Summary(BaseModel):
     parameters: dict[str, Count]
     deployed_parameters: dict[str, Count] = {}
     initial: dict[str, Initial] = {}
+    cost: Cost | None = None
     paper: Paper | None = None
     mse_weight: float | None = None
 
@@ -143,6 +152,7 @@ class _Row(BaseModel):
     val_accuracy: Fraction | None = None
     seconds_training: Annotated[Finite, Field(ge=0)]
     seconds_testing: Annotated[Finite, Field(ge=0)]
+    seconds_teacher: Annotated[Finite, Field(ge=0)] = 0.0
     mse: Finite | None = None
     kl: Finite | None = None
     vid: Finite | None = None
@@ -158,6 +168,7 @@ class Findings:
     summary: Summary
     results: list[Result]
     ratios: list[str]  # a sentence per taught result: its loss terms in the first epoch
+    teacher_seconds: float  # median per epoch, for live passes
     random_labels: dict[str, int]
 
     @property
@@ -261,7 +272,8 @@ def read(run: RunFolder) -> Findings:
         results = [_result(group, config, summary) for group in groups]
         first = [_first_epoch(group, result) for group, result in zip(groups, results, strict=True) if result.taught]
         ratios = list(loss_ratios(first, hint=config.mse_weight != "auto"))
-    return Findings(run, config, summary, results, ratios, labels)
+    teacher_seconds = statistics.median(row.seconds_teacher for row in groups[-1][1:] or groups[-1])
+    return Findings(run, config, summary, results, ratios, teacher_seconds, labels)
 
 
 @contextlib.contextmanager

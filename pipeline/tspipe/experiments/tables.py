@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tspipe.experiments.results import Compared, Findings
 from tspipe.experiments.statistics import Sample
-from tspipe.utils.console import format_count
+from tspipe.utils.console import format_bytes, format_count
 
 ACROSS_RUNS = (
     "Test accuracy in % after the last epoch, and the difference from the student alone in points, with the 95 % "
@@ -45,6 +45,18 @@ def accuracies(findings: Findings, *, narrow: bool = False) -> Table:
     headings = ["network", "arm", *findings.choices, "parameters", "s/epoch"]
     end = -2 if narrow and "chosen" in findings.choices else len(headings)
     return Table(f"{findings.summary.dataset}: {findings.duration}", headings[:end], [row[:end] for row in rows])
+
+
+def teacher_cost(findings: Findings) -> str:
+    """Say what the teacher costs: the cache, and passes in training; nothing of a run that does not state it."""
+    if not (cost := findings.summary.cost):
+        return ""
+    least = "at least " if findings.run.config.get("random_balanced") else ""
+    live = f"{least}{cost.epoch_passes:,} an epoch, which take {findings.teacher_seconds:.3g} s"
+    return (
+        f"The teacher's cost: a cache of {format_bytes(cost.cache_bytes)}, made once with {least}"
+        f"{cost.cached_passes:,} passes of an image; {live if cost.epoch_passes else 'none'} in training."
+    )
 
 
 def initial_weights(findings: Findings) -> list[str]:

@@ -303,7 +303,24 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
         "parameters": {student: trained for student, (trained, _) in trainer.parameters.items()},
         "deployed_parameters": {student: deployed for student, (_, deployed) in trainer.parameters.items()},
         **({"mse_weight": recipe.mse_weight} if folder.config.get("mse_weight") == "auto" else {}),
+        "cost": _teacher_cost(trainer),
         "files": folder.describe(files),
+    }
+
+
+def _teacher_cost(trainer: Trainer) -> dict[str, int]:
+    """Return the bytes of the cache, the teacher's passes in it, and its passes in an epoch of training, at least.
+
+    A pass is that of one image. Balancing takes more, up to `random_rounds` for each random image.
+    """
+    config, source = trainer.config, trainer.batches
+    sizes = config.cache.dimensions
+    live = source.random.spec if source.random and config.recipe.random_source == "live" else None
+    return {
+        "cache_bytes": config.cache.size,
+        "cached_passes": sum(sizes.images(section) * sizes.views_of(section) for section in sizes.sections),
+        "epoch_passes": (live.count * live.batches_per_epoch if live else 0)
+        + (source.data.train_count if source.live_views else 0),
     }
 
 
