@@ -1,5 +1,6 @@
 """Loading weights into a network, and the messages for weights that do not fit."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def test_load_network_returns_the_options_that_the_weights_imply() -> None:
     loaded, implied = loading.load_network(spec, module.state_dict(), "w.pt")
     assert implied == {"input_shape": [3, 32, 32], "shortcut": "B"}
     assert weights.canonical_bytes(loaded) == weights.canonical_bytes(module)
+
+
+def test_weights_are_counted_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import of it fails
+    assert loading.NetworkSpec("resnet20", 10, SHAPE, {}).count_parameters() == 269_722
 
 
 def test_load_into_copies_and_does_not_need_counters():

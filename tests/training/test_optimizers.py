@@ -1,6 +1,7 @@
 """Optimisers and schedules, against their definitions."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,24 @@ def test_weight_decay_of_adamw_is_decoupled_from_the_gradient() -> None:
     weight.grad = torch.zeros(1)
     optimizer.step()
     assert weight.item() == pytest.approx(1 - 0.5 * 0.1)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_steps_are_those_of_pytorch_without_its_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    theirs = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]([weights[0]], lr=0.1, fused=True)
+    for _ in range(3):
+        weights[0].grad = weights[0].detach() ** 2
+        theirs.step()
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import of it fails
+    settings = Optimisation(optimizer=name, lr=0.1, momentum=0, weight_decay=0)
+    ours = make_optimizer(settings, [weights[1]], torch.device("cpu"))
+    for _ in range(3):
+        ours.zero_grad()
+        weights[1].grad = weights[1].detach() ** 2
+        ours.step()
+    assert torch.equal(*weights)
+    assert ours.state_dict()["param_groups"]
 
 
 def test_batch_norms_keep_their_momentum_unless_the_recipe_states_one() -> None:

@@ -40,7 +40,7 @@ class NetworkSpec(NamedTuple):
     def build_on_meta(self) -> nn.Module:
         """Build the network without memory for its weights."""
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _NoNormalWeights():
                 return self.build()
         except (NetworkError, RuntimeError):  # RegNet computes its widths with tensors
             with _WeightsOnMeta():
@@ -49,6 +49,13 @@ class NetworkSpec(NamedTuple):
     def count_parameters(self) -> int:
         """Return the number of the network's parameters."""
         return count_parameters(self.build_on_meta())
+
+
+class _NoNormalWeights(TorchFunctionMode):
+    """Leaves out weights from a normal distribution: on the meta device they import PyTorch's compiler, a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function is Tensor.normal_ else function(*args, **(kwargs or {}))
 
 
 class _WeightsOnMeta(TorchFunctionMode):

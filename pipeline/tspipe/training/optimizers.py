@@ -1,7 +1,9 @@
 """Optimisers and learning-rate schedules, as a recipe states them."""
 
+import inspect
 import math
 from collections.abc import Iterable
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,32 @@ from tspipe.recipes.schema import Optimisation
 
 def make_optimizer(settings: Optimisation, parameters: Iterable[Tensor], device: torch.device) -> torch.optim.Optimizer:
     """Return Adam, AdamW (decoupled weight decay) or SGD, fused into one kernel where PyTorch supports it."""
+    _know_uncompiled_methods()
     fused = device.type in ("cpu", "cuda")
     lr, weight_decay = settings.lr, settings.weight_decay
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=weight_decay, fused=fused)
-    optimizer = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return optimizer(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+        optimizer = torch.optim.SGD(
+            parameters, lr=lr, momentum=settings.momentum, weight_decay=weight_decay, fused=fused
+        )
+    else:
+        adam = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+        optimizer = adam(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    # `step` without its wrappers, of which one imports the compiler, and the others serve hooks and profilers.
+    step = MethodType(inspect.unwrap(type(optimizer).step), optimizer)
+    optimizer.step = torch.no_grad()(step)  # type: ignore[method-assign]
+    return optimizer
+
+
+def _know_uncompiled_methods() -> None:
+    """Let optimisers work without PyTorch's compiler, whose import takes a second.
+
+    Some methods import it when they are first called, to exclude themselves from compilation, unless their excluded
+    form is already known. Optimisers are never compiled here, so that form is the method itself.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if function := getattr(method, "__wrapped__", None):
+            function.__dict__.setdefault("__dynamo_disable", function)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: Optimisation, epoch: int) -> None:
