@@ -136,9 +136,9 @@ def test_arms_of_several_runs_are_paired_with_the_student_alone_of_the_first(
     report.make([run, mixed, short, other], tmp_path / "out")
     text = capsys.readouterr().out.partition("lenet5: 2 epochs, 3 seeds")[2]
     ranked = [" ".join(line.split()) for line in text.splitlines() if "±" in line]
-    assert ranked[0] == "mixed taught + random 67.00 ± 1.00 +6.00 (+3.52 to +8.48)"
+    assert ranked[0] == "mixed taught + random 67.00 ± 1.00 +6.00 (+3.52 to +8.48) 2.50"
     assert [line.partition(" ")[0] for line in ranked] == ["mixed", *["run"] * 4]
-    assert "run alone 61.00 ± 1.00" in ranked
+    assert "run alone 61.00 ± 1.00 2.50" in ranked
     page = Page((tmp_path / "out/report.html").read_text())
     assert "All runs of lenet5: 2 epochs, 3 seeds" in page.text
     assert "+6.00 (+3.52 to +8.48)" in page.text

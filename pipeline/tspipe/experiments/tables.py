@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tspipe.experiments.results import Compared, Findings
+from tspipe.experiments.results import Compared, Findings, Result
 from tspipe.experiments.statistics import Sample
 from tspipe.utils.console import format_bytes, format_count
 
@@ -37,11 +37,9 @@ def accuracies(findings: Findings, *, narrow: bool = False) -> Table:
     rows = [[teacher.network, "teacher", f"{100 * teacher.test_accuracy:.2f}", *empty, parameters, ""]]
     for result in findings.results:
         samples = [percent(result.accuracy[choice]) for choice in findings.choices]
-        pace = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
-        pace = f"≤ {pace}" if findings.config.epochs == findings.config.seeds == 1 else pace  # with the warm-up
         parameters = " → ".join(map(count, (result.parameters, *([result.deployed] if result.deployed else []))))
         mark = " *" if result.student in findings.summary.initial else ""
-        rows.append([result.student + mark, result.name, *samples, parameters, pace])
+        rows.append([result.student + mark, result.name, *samples, parameters, _pace(findings, result)])
     headings = ["network", "arm", *findings.choices, "parameters", "s/epoch"]
     end = -2 if narrow and "chosen" in findings.choices else len(headings)
     return Table(f"{findings.summary.dataset}: {findings.duration}", headings[:end], [row[:end] for row in rows])
@@ -86,8 +84,15 @@ def across_runs(compared: Sequence[Compared]) -> Table:
     rows = []
     for findings, c in ranked:
         difference = "" if c.result is c.base else interval(c.difference("last"))
-        rows.append([findings.name, c.result.name, percent(c.result.accuracy["last"]), difference])
-    return Table(f"{comparison.result.student}: {run.duration}", ["run", "arm", "last", "over alone"], rows)
+        last = percent(c.result.accuracy["last"])
+        rows.append([findings.name, c.result.name, last, difference, _pace(findings, c.result)])
+    return Table(f"{comparison.result.student}: {run.duration}", ["run", "arm", "last", "over alone", "s/epoch"], rows)
+
+
+def _pace(findings: Findings, result: Result) -> str:
+    """Return the seconds of an epoch of training and testing; a single epoch includes the warm-up."""
+    seconds = f"{result.seconds:.2f}" if result.seconds < 10 else f"{result.seconds:.0f}"
+    return f"≤ {seconds}" if findings.config.epochs == findings.config.seeds == 1 else seconds
 
 
 def beside_paper(findings: Findings) -> Table:
