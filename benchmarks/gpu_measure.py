@@ -75,7 +75,7 @@ def graphed(step: Work, device: torch.device) -> Work:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the live teacher may work in another thread
         step()
     return graph.replay
 
@@ -116,7 +116,7 @@ def top_kernels(work: Work, device: torch.device, repeats: int, top: int = 20) -
         synchronize(device)
         wall = time.perf_counter() - start
     averages = trace.key_averages()
-    kernels = [event for event in averages if event.device_type == DeviceType.CUDA]
+    kernels = [e for e in averages if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     operators = [event for event in averages if event.device_type == DeviceType.CPU]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     operators.sort(key=lambda event: -event.self_cpu_time_total)
