@@ -23,12 +23,11 @@ class Images(mixed.Images):
         return np.where(self._rectangles(numbers)[:, None], second, first)
 
     def shares(self, numbers: NDArray[Any]) -> NDArray[np.float64]:
-        outside: NDArray[np.float64] = 1 - self._rectangles(numbers).mean((1, 2))
-        return outside
+        return 1 - self._rectangles(numbers).mean((1, 2))  # type: ignore[no-any-return]
 
     def _rectangles(self, numbers: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which pixels (n, H, W) are those of the second image."""
-        side = np.sqrt(1 - (numbers[:, 8] >> 24) / 256)
+        side = np.sqrt(1 - super().shares(numbers))
         spans = []
         for size, centre in zip(self.shape[1:], (numbers[:, 9], numbers[:, 10]), strict=True):
             length = (size * side).astype(np.int64)

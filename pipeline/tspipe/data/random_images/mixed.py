@@ -29,7 +29,7 @@ class Images(Kind):
 
     def images(self, numbers: NDArray[Any]) -> NDArray[Any]:
         first, second = self.pair(numbers)
-        share = _share(numbers)[:, None, None, None]
+        share = (numbers[:, 8, None, None, None] >> 24).astype(np.uint16)
         mixture = first * share + second * (256 - share) + np.uint16(128)  # at most 255 · 256 + 128: no overflow
         return (mixture >> 8).astype(np.uint8)
 
@@ -44,7 +44,7 @@ class Images(Kind):
 
     def shares(self, numbers: NDArray[Any]) -> NDArray[np.float64]:
         """Return the share of a in each image, (n,)."""
-        return _share(numbers) / 256
+        return (numbers[:, 8] >> 24) / 256
 
     def pair(self, numbers: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return the images a and b (n, C, H, W) that the first eight words of each row select."""
@@ -60,8 +60,3 @@ class Images(Kind):
         images: Tensor = shift_and_flip(self.photos.read(words[:, 0] % self.photos.count), views)
         pairs = images.numpy().reshape(len(numbers), 2, *images.shape[1:])
         return pairs[:, 0], pairs[:, 1]
-
-
-def _share(numbers: NDArray[Any]) -> NDArray[np.uint16]:
-    """Return 256 λ for each image, (n,)."""
-    return (numbers[:, 8] >> 24).astype(np.uint16)
