@@ -19,6 +19,8 @@ from tspipe.recipes import load
 from tspipe.training import batches, learner
 from tspipe.training.run_folder import RunFolder
 
+HOSTILE = "<script>alert('it\"s')</script>\x1b[31m"  # in a page and on a terminal
+
 # LeNet-5 teaches LeNet-5: the digits in a tenth of a second an epoch.
 TEACHER = [
     "teacher.network=lenet5",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from shared import HOSTILE
 from tspipe.cache import Cache
 from tspipe.deploy.counts import Counts
 from tspipe.deploy.evaluate import Evaluation
@@ -18,8 +19,6 @@ from tspipe.deploy.scores import score
 from tspipe.experiments import evaluation, figures
 from tspipe.experiments.figures import Drawing
 from tspipe.experiments.pareto import Point, front
-
-HOSTILE = "<script>alert('it\"s')</script>\x1b[31m"
 
 
 def words(page: str) -> str:
@@ -70,8 +69,12 @@ def test_the_page_shows_confusions_and_mistakes_and_loads_nothing(
     assert text.index("59.0%") < text.index("55.0%") < text.index("53.0%")
     monkeypatch.setattr(evaluation, "_MOST_CLASSES", 9)
     monkeypatch.setattr(figures, "render", lambda name, paint: Drawing(name, "", "", "<svg></svg>", b""))
+    large = evaluation._uri(torch.randint(0, 256, (3, 128, 96), dtype=torch.uint8))
+    monkeypatch.setattr(evaluation, "_uri", lambda pixels: large)
     evaluation.write(tmp_path / "page.html", [one], [test])
-    assert f"{label} as {predicted}: 1" in words((tmp_path / "page.html").read_text())
+    text = (tmp_path / "page.html").read_text()
+    assert f"{label} as {predicted}: 1" in words(text)
+    assert large in text  # other long text is shortened
 
 
 def test_the_front_has_what_no_other_model_beats() -> None:

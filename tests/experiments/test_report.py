@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from made_runs import ALONE, PAPER, RANDOM, TAUGHT, make_run
+from shared import HOSTILE
 from tspipe.cli.app import app
 from tspipe.errors import ReportError
 from tspipe.experiments import report
@@ -18,7 +19,6 @@ from tspipe.training.run_folder import RunFolder
 
 FIGURES = [f"{name}.{kind}" for name in ("accuracy", "increase", "curves", "pareto") for kind in ("png", "svg")]
 VOID = {"meta", "br", "img"}
-HOSTILE = "<script>alert('it\"s')</script>\x1b[31m"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Mistake(NamedTuple):
     label: str
     predicted: str
     confidence: float
-    uri: str
+    uri: Markup
 
 
 class Section(NamedTuple):
@@ -181,11 +182,12 @@ def _mistakes(one: Evaluation, test: LabelledImages) -> list[Mistake]:
     ]
 
 
-def _uri(pixels: Tensor) -> str:
+def _uri(pixels: Tensor) -> Markup:
     """Return an image (C, H, W) uint8 as the data: URI of a JPEG of at most 96 pixels."""
     array = pixels.permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    # Text in a page is shortened; Markup is not.
+    return Markup(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")

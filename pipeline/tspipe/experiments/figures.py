@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tspipe.errors import ReportError
-from tspipe.experiments.pareto import Point, pareto
+from tspipe.experiments.pareto import COLOURS, GREY, Point, pareto
 from tspipe.experiments.results import Compared, Findings, Result
 from tspipe.experiments.tables import percent, points, verdict
 from tspipe.training.arms import ALONE, ARMS
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GROUND = "#1c1c1e", "#fffffe"
-_GREY = "#808080"
-_COLOURS = defaultdict(lambda: _GREY, zip(ARMS, ("#0072B2", "#B5659A", "#56B4E9", "#D55E00", "#009E73"), strict=True))
+_COLOURS = defaultdict(lambda: GREY, zip(ARMS, COLOURS, strict=True))
 _HATCHES, _DASHES = ("", "///", "...", "xxx"), ("-", "--", ":", "-.")  # of one arm's losses
 _MARKERS = ("o", "s", "^", "v")
-_SEED: dict[str, Any] = {"marker": ".", "color": _GREY, "markersize": 4, "linestyle": ""}
+_SEED: dict[str, Any] = {"marker": ".", "color": GREY, "markersize": 4, "linestyle": ""}
 _PAPER: dict[str, Any] = {"marker": "D", "color": INK, "markerfacecolor": "none", "markersize": 6, "linestyle": ""}
 _WIDTH, _LONGEST = 4.9, 40  # inches, so that on a phone its 9 points are 9 pixels; characters of a name
 _STYLE = {
@@ -96,7 +95,7 @@ def draw_teacher(metrics: Sequence[Row], network: str, dataset: str) -> Drawing:
     def plot(figure: "Figure") -> tuple[str, str]:
         figure.set_size_inches(_WIDTH, 3.1)
         axes, epochs, ends = figure.subplots(), [row["epoch"] for row in metrics], []
-        for split, colour in (("train", _GREY), ("test", _COLOURS[ALONE])):
+        for split, colour in (("train", GREY), ("test", _COLOURS[ALONE])):
             if values := [100 * row[f"{split}_accuracy"] for row in metrics if f"{split}_accuracy" in row]:
                 axes.plot(epochs, values, color=colour, label=split, marker="o" if len(epochs) == 1 else "")
                 ends.append(f"{split} {values[0]:.2f} to {values[-1]:.2f}")
@@ -136,7 +135,7 @@ def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
     groups = [(teacher.network, [("teacher", f"{100 * teacher.test_accuracy:.2f}")])]
     groups += [(rs[0].student, [(r.name, percent(r.accuracy["last"])) for r in rs]) for rs in by_student]
     axes, (top, *places) = _rows(figure, groups)
-    axes.barh(top, 100 * teacher.test_accuracy, color=_GREY, height=0.76)
+    axes.barh(top, 100 * teacher.test_accuracy, color=GREY, height=0.76)
     for y, result in zip(places, itertools.chain(*by_student), strict=True):
         last, hatch = result.accuracy["last"], _HATCHES[_loss(findings, result)]
         look: dict[str, Any] = {"color": _COLOURS[result.arm], "edgecolor": GROUND, "linewidth": 0, "hatch": hatch}
@@ -148,7 +147,7 @@ def _accuracy(figure: "Figure", findings: Findings) -> tuple[str, str]:
             axes.plot(100 * result.paper, y, **_PAPER)
     axes.set(xlim=(0, 100), title=_title(findings), xlabel="test accuracy, %")
     entries: dict[str, dict[str, Any]] = {
-        "last epoch, ± sample deviation": {"marker": "s", "color": _GREY},
+        "last epoch, ± sample deviation": {"marker": "s", "color": GREY},
         "best epoch, selected by the test set": {"marker": "|", "color": INK, "markersize": 12},
     }
     _legend(figure, entries, paper=any(r.paper is not None for r in findings.results))
@@ -210,7 +209,7 @@ def _curves(figure: "Figure", findings: Findings) -> tuple[str, str]:
             (line,) = axes.plot(epochs, means, style, color=colour, label=printable(result.name, _LONGEST))
             line.set_marker("o" if len(epochs) == 1 else "")
             axes.fill_between(epochs, means - spread, means + spread, color=colour, alpha=0.2, linewidth=0)
-        axes.axhline(100 * findings.summary.teacher.test_accuracy, color=_GREY, linestyle=(0, (1, 1)), label="teacher")
+        axes.axhline(100 * findings.summary.teacher.test_accuracy, color=GREY, linestyle=(0, (1, 1)), label="teacher")
         axes.set(title=_title(findings, student), ylabel="test accuracy, %")
         _over_epochs(axes)
     panels[-1].set_xlabel("epoch")
@@ -244,7 +243,7 @@ _FIGURES: dict[str, Callable[["Figure", Findings], tuple[str, str]]] = {
 
 def _over_epochs(axes: Any) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color=_GREY, alpha=0.3, linewidth=0.5)
+    axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
 
 
 def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> tuple["Axes", list[float]]:
@@ -272,7 +271,7 @@ def _rows(figure: "Figure", groups: list[tuple[str, list[tuple[str, str]]]]) -> 
     axes.set_ylim(y - 0.7, -0.5)
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=_GREY, alpha=0.3, linewidth=0.5)
+    axes.grid(axis="x", color=GREY, alpha=0.3, linewidth=0.5)
     axes.set_axisbelow(True)
     return axes, places
 

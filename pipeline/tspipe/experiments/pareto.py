@@ -8,7 +8,7 @@ from tspipe.utils.console import format_count, printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B5659A", "#808080")
+COLOURS, GREY = ("#0072B2", "#B5659A", "#56B4E9", "#D55E00", "#009E73"), "#808080"
 _LONGEST, _WIDTH = 50, 4.9  # characters of a name; inches
 
 
@@ -41,9 +41,9 @@ def pareto(figure: "Figure", points: Sequence[Point], cost: str, dataset: str) -
     axes, best = figure.subplots(), front(points)
     axes.set_xscale("log")
     steps = [point.cost for point in best], [100 * point.accuracy for point in best]
-    axes.plot(*steps, color=_COLOURS[-1], linewidth=1, linestyle="--", drawstyle="steps-post", zorder=1)
+    axes.plot(*steps, color=GREY, linewidth=1, linestyle="--", drawstyle="steps-post", zorder=1)
     for number, point in enumerate(points, 1):
-        place, colour = (point.cost, 100 * point.accuracy), _COLOURS[(number - 1) % len(_COLOURS)]
+        place, colour = (point.cost, 100 * point.accuracy), COLOURS[(number - 1) % len(COLOURS)]
         filled = colour if point in best else "none"
         label = f"{number}  {printable(point.name, _LONGEST)}"
         axes.plot(*place, "o", color=colour, markerfacecolor=filled, markersize=7, label=label)
@@ -52,7 +52,7 @@ def pareto(figure: "Figure", points: Sequence[Point], cost: str, dataset: str) -
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: _label(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color=_COLOURS[-1], alpha=0.3, linewidth=0.5)
+    axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
     axes.set(title=printable(dataset, _LONGEST), xlabel=cost, ylabel="test accuracy, %")
     figure.legend(loc="outside lower left")
     numbers = "; ".join(f"{i} {p.name}: {_label(p.cost)}, {100 * p.accuracy:.2f} %" for i, p in enumerate(points, 1))
