@@ -9,6 +9,7 @@ from torch import nn
 
 from shared import equal, error_message
 from tspipe.data.preprocess import Preprocess
+from tspipe.errors import NetworkError
 from tspipe.models import initial, networks, weights
 from tspipe.models.feature_net import FeatureNet, student_of
 from tspipe.models.initial import InitialWeights
@@ -127,6 +128,17 @@ def test_a_url_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert start is not None
         assert start.name == "model.pth"
     assert fetched == [url, url]
+
+
+def test_a_sound_download_with_several_sets_of_weights_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = spec("lenet5").build().state_dict()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        "torch.hub.download_url_to_file", lambda _, path: torch.save({"first": state, "second": dict(state)}, path)
+    )
+    for download in (True, False):
+        with pytest.raises(NetworkError, match="Save those to start from in a file of their own"):
+            initial.find("https://host/two.pth", spec("lenet5"), download=download)
 
 
 def test_published_weights_come_with_their_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,10 @@ _UNNAMED = re.compile(rf"{_EMA.pattern}|(^|[._])shadow([._]|$)", re.IGNORECASE)
 _OPTIMIZER = re.compile(r"(^|_)(optim|optimizers?|schedulers?|scaler)(_|$)")
 
 
+class AmbiguousWeights(NetworkError):
+    """A sound file that holds several sets of weights, none of which is preferred."""
+
+
 def damaged(source: str) -> str:
     """Return the message for a file whose bytes are not weights."""
     return f"{source} is damaged, or not a file of weights. Download it again and compare its checksum."
@@ -75,8 +79,8 @@ def choose(
     """Return the path of the state dict to load, and the state dict.
 
     Without a `key`, averaged weights (EMA) are preferred, then a common name. A `key` is a path, or a path and a prefix
-    of the keys there; its beginning may be left out if the rest is unique. Raises NetworkError, which lists the
-    paths and ends with `ambiguous`, if the choice is not unique, or there is no such key.
+    of the keys there; its beginning may be left out if the rest is unique. Raises AmbiguousWeights, which lists
+    the paths and ends with `ambiguous`, if the choice is not unique, or there is no such key.
     """
     if key is not None and key in states:
         return key, states[key]
@@ -95,7 +99,7 @@ def choose(
                 break
     listed = ", ".join(sorted(path or TOP for path in states)[:10])
     problem = "several sets of weights" if key is None else f"no weights {key!r}, only"
-    raise NetworkError(f"{source} holds {problem}: {listed}. {ambiguous}")
+    raise AmbiguousWeights(f"{source} holds {problem}: {listed}. {ambiguous}")
 
 
 def check_kinds(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -15,6 +15,7 @@ from tspipe.cache.address import is_url, without_secrets
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 from tspipe.models import networks, weights
+from tspipe.models.checkpoints import AmbiguousWeights
 from tspipe.models.loading import NetworkSpec, adapt, load_into, misfit
 from tspipe.models.weights import AbsentWeights, Weights
 
@@ -127,8 +128,8 @@ def _from_file(init: str, download: bool) -> Weights:
         raise NetworkError(f"There is no file {init} to start from. Name one, a URL, {IMAGENET}, {AUTO} or {RANDOM}.")
     try:
         read = weights.read(path, ambiguous="Save those to start from in a file of their own: torch.save(…)")
-    except NetworkError:
-        if is_url(init):
+    except NetworkError as error:
+        if is_url(init) and not isinstance(error, AmbiguousWeights):
             path.unlink()  # so that the next --download fetches it again
         raise
     return read._replace(source=without_secrets(init))
