@@ -47,7 +47,9 @@ Dataset = Annotated[
     str,
     typer.Option(help="A name (see tspipe list datasets), folder:PATH, or a file ./mine.py.", autocompletion=DATASETS),
 ]
-Data = Annotated[Path | None, typer.Option(help="The dataset's folder (default: data/<name>, or PATH of folder:PATH).")]
+Data = Annotated[
+    Path | None, typer.Option(help="The dataset's folder (default: data/<name>; of photos PATH, or <name>).")
+]
 Split = Annotated[
     float | None,
     typer.Option(

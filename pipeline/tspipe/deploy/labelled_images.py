@@ -59,9 +59,9 @@ def find_cache(cache_id: str, file: Path | None = None, folder: Path = Path("cac
 
 
 def open_labelled_images(cache: Cache, data: Path | None = None) -> LabelledImages:
-    """Open the test split of a cache, from the file or else from the local dataset, by default in `data/<name>`."""
+    """Open the test split of a cache, from the file or else from the local dataset, see `default_folder`."""
     name = cache.manifest["dataset"]["name"]
-    folder = data or Path("data") / datasets.stem(name)
+    folder = data or datasets.default_folder(name)
     dataset, remaining = open_images(cache, lambda: open_local(cache, name, folder, download=False, trust=False))
     test = ImageLoader(dataset.test, remaining, "test", memory_limit(CPU) // 3, CPU)
     train = ImageLoader(dataset.train, remaining, "train", 0, CPU)  # of which a few images are read

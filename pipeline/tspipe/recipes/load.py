@@ -142,7 +142,7 @@ def recipe_for_cache(
     chosen = load(name, settings or (), flags, facts, choose)
     if chosen.random_source == "pool":
         chosen = load(name, settings or (), {**pool.facts(manifest), **flags}, facts, choose)
-    return chosen, Path("data") / datasets.stem(dataset)
+    return chosen, datasets.default_folder(dataset)
 
 
 def _read(name: str, dataset: str | None, parents: tuple[str, ...] = ()) -> dict[str, Any]:

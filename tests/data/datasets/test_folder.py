@@ -9,7 +9,7 @@ from unicodedata import normalize
 import pytest
 from PIL import Image
 
-from tspipe.data.datasets import folder, open_dataset
+from tspipe.data.datasets import default_folder, folder, open_dataset
 from tspipe.data.hold_out import HoldOut
 from tspipe.errors import DatasetError
 
@@ -206,6 +206,15 @@ def test_names_in_the_unicode_form_of_macos(tmp_path, picture):
     assert str(refused.value) == (
         f"{tmp_path}/NFC/train has two class folders of one name, in different Unicode forms. Merge them."
     )
+
+
+def test_photos_of_a_cache_are_sought_in_data_then_in_this_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("photos", "data/photos"):
+        (tmp_path / path).mkdir(parents=True)
+        assert default_folder("folder:photos") == Path(path)
+    (tmp_path / "digits").mkdir()
+    assert default_folder("digits") == Path("data/digits")
 
 
 def test_a_home_folder_is_expanded(root, monkeypatch):

@@ -155,6 +155,12 @@ def stem(name: str) -> str:
     return name.removeprefix("folder:")
 
 
+def default_folder(name: str) -> Path:
+    """Return where a dataset's images are sought: `data/<name>`, or `NAME` for `folder:NAME` if only that exists."""
+    folder, local = Path("data") / stem(name), Path(stem(name))
+    return local if name.startswith("folder:") and local.is_dir() and not folder.is_dir() else folder
+
+
 def open_dataset(
     spec: str, data: Path | None = None, *, download: bool = False, split: HoldOut | None = None
 ) -> Dataset:
@@ -166,7 +172,7 @@ def open_dataset(
     or splits that break the contract of `Images`.
     """
     reference = parse(spec, data)
-    module, root = reference.module, data or reference.folder or Path("data") / stem(reference.name)
+    module, root = reference.module, data or reference.folder or default_folder(reference.name)
     if download and hasattr(module, "download"):  # without one, `load` says where to get what is missing
         module.download(root)
     if split and split.fraction:
