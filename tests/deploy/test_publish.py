@@ -72,6 +72,9 @@ def test_the_card_of_a_student_alone_names_no_teacher_and_that_of_a_users_networ
     card = model_card.model_card(facts, "hf://me/digits/x.safetensors", "0" * 64)
     assert "An image classifier, trained without a teacher, with tspipe." in card
     assert "| Teacher | none |" in card
+    card = model_card.model_card(facts.model_copy(update={"labels": "teacher"}), "hf://me/digits/x.pt", "0" * 64)
+    assert "An image classifier, trained on a teacher's labels, with tspipe." in card
+    assert "| Teacher | `lenet5` |" in card
     card = model_card.model_card(facts.model_copy(update={"network": "mine"}), "hf://me/digits/x.safetensors", "0" * 64)
     assert "    tspipe predict hf://me/digits/x.safetensors IMAGE --network ./mine.py\n" in card
     assert "load_student(\"x.safetensors\", network='./mine.py')" in card

@@ -199,6 +199,7 @@ def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
     return {
         **{name: json.dumps(value, sort_keys=True) for name, value in facts.items()},
         "arm": student.facts.arm,
+        "labels": student.facts.labels,
         "cache": student.facts.cache,
         "dataset": student.facts.dataset,
         "dataset_license": student.facts.dataset_license,

@@ -27,6 +27,7 @@ class Facts(BaseModel):
         network: the network's name; `mine` for a user's `./mine.py`.
         options: the network's own options.
         arm: how it was trained: alone, taught, taught + random; empty in exports of older versions.
+        labels: whose labels it was trained on.
         test_accuracy: its accuracy on the test split; None for an int8 export.
     """
 
@@ -38,6 +39,7 @@ class Facts(BaseModel):
     dataset_license: str = ""
     teacher: str = ""
     arm: str = ""
+    labels: Literal["dataset", "teacher"] = "dataset"
     test_accuracy: _Fraction | None = None
     input_shape: Json[tuple[_Channels, _Side, _Side]]
     preprocess: Json[Preprocess]

@@ -33,7 +33,10 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
     """Return the card of a pushed file: front matter, facts and how to load it, then a checksum of all of it."""
     name = PurePosixPath(address).name
     accuracy = facts.test_accuracy
-    origin = "trained without a teacher, with tspipe" if facts.arm in UNTAUGHT else "distilled with tspipe"
+    alone, origin = facts.arm in UNTAUGHT, "distilled with tspipe"
+    if alone:
+        source = "on a teacher's labels" if facts.labels == "teacher" else "without a teacher"
+        origin = f"trained {source}, with tspipe"
     dataset = _code(facts.dataset) if facts.dataset else "not recorded"
     rows = {
         "Network": _code(facts.network),
@@ -42,7 +45,7 @@ def model_card(facts: Facts, address: str, sha256: str) -> str:
         "Input": f"{'×'.join(map(str, facts.input_shape))} (channels×height×width)",
         "Preprocessing": _code(json.dumps(facts.preprocess.as_dict())),
         "Data": f"{dataset}; its licence: {_code(facts.dataset_license) if facts.dataset_license else 'not stated'}",
-        "Teacher": "none" if facts.arm in UNTAUGHT else _code(facts.teacher) if facts.teacher else "not recorded",
+        "Teacher": "none" if alone and facts.labels == "dataset" else _code(facts.teacher or "not recorded"),
         "Cache": f"tspipe cache `{facts.cache[:12]}`",
         "Test accuracy": "not recorded" if accuracy is None else f"{accuracy:.2%}",
         **({"Weights": f"of {facts.describe_epoch()}"} if isinstance(facts, StudentFacts) else {}),

@@ -278,6 +278,7 @@ def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec, wi
         "options": json.dumps(config.student_options(spec.student), sort_keys=True),
         "preprocess": json.dumps(data.preprocess.as_dict(), sort_keys=True),
         **({} if config.recipe.match == "project" else {"native_width": "true"}),
+        **({"labels": "teacher"} if config.recipe.labels == "teacher" else {}),
         "teacher": config.cache.manifest["teacher"]["network"],
         "width": str(width),
     }
