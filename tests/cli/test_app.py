@@ -156,7 +156,7 @@ def test_a_recipe_is_shown_with_values_and_defaults(tspipe: Callable) -> None:
     command = "recipe", "cifar10,strong", "--set", "teacher.lr=0.2"
     shown = tspipe(*command)
     assert all(len(line) <= 80 for line in shown.out.splitlines())
-    assert "\n\nteacher.epochs = \n    " in shown.out
+    assert "\n\nteacher.epochs = 200\n    " in shown.out
     assert "\nteacher.lr = 0.2  (default 0.1)\n    The initial learning rate.\n" in shown.out
     rows = {setting["setting"]: setting for setting in json.loads(tspipe(*command, "--json").out)}
     assert all(name in shown.out for name in rows)

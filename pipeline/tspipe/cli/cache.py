@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tspipe.cli import options
-from tspipe.cli.share import find_damage, local_path
+from tspipe.cli.share import StudentInputs, find_damage, local_path, student_command
 from tspipe.errors import CacheDamaged
-from tspipe.utils.console import echo, format_bytes, quote
+from tspipe.utils.console import echo, format_bytes
 
 if TYPE_CHECKING:
     from tspipe.cache import Cache
@@ -73,10 +73,10 @@ def cache(
         extraction = extract.ExtractConfig(chosen, teacher_weights, out, data, contents, force, download, skip_broken)
         finished = extract.extract(extraction, group)
     if finished is not None:
-        _show_finished(finished, _student_command(extraction, recipe))
+        _show_finished(finished, student_command(finished, str(out), _student_inputs(extraction, recipe)))
 
 
-def _show_finished(finished: "Cache", next_command: list[str]) -> None:
+def _show_finished(finished: "Cache", next_command: str) -> None:
     info(str(finished.path))
     if finished.manifest["views"]:
         echo(options.VIEWS_ADVICE)
@@ -85,7 +85,7 @@ def _show_finished(finished: "Cache", next_command: list[str]) -> None:
         from tspipe.extraction.score_kinds import stored_scores
 
         show_scores(stored_scores(finished), finished.classes)
-    echo("Next: " + " ".join(map(quote, next_command)))
+    echo(f"Next: {next_command}")
 
 
 def info(file: options.FileOrUrl) -> None:
@@ -166,27 +166,21 @@ def diff(
         raise typer.Exit(1)
 
 
-def _student_command(extraction: "ExtractConfig", recipe: str | None) -> list[str]:
-    """Return the command of stage two, with what the cache does not hold: folders, Python files and the recipe."""
+def _student_inputs(extraction: "ExtractConfig", recipe: str | None) -> StudentInputs:
+    """Return what stage two needs beside the cache: folders, Python files and the recipe."""
     from tspipe.data import datasets
     from tspipe.utils import plugins
 
     dataset, network, contents = extraction.recipe.dataset, extraction.recipe.teacher.network, extraction.contents
-    folder = extraction.data or datasets.parse(dataset, extraction.data).folder
-    words = ["tspipe", "student", "--cache", str(extraction.out)]
-    if folder and not contents.images:
-        words += ["--data", str(folder)]
-    if recipe:
-        words += ["--recipe", recipe]
-    if plugins.is_file(dataset) and not contents.images:
-        words += ["--set", f"dataset={dataset}"]
-    if plugins.is_file(network) and not contents.portable_teacher:
-        words += ["--teacher", network]
-    if network.startswith("hub:") and not (contents.portable_teacher or contents.random_pool):
-        words += ["--trust-remote-code"]
-    if contents.random_pool:
-        words += ["--set", "random_source=pool"]
+    more = []
     if contents.unlabelled:
-        words += [] if contents.images else ["--unlabelled", str(contents.unlabelled)]
-        words += ["--set", f"unlabelled_images={extraction.recipe.batch_size}"]
-    return words
+        more += [] if contents.images else ["--unlabelled", str(contents.unlabelled)]
+        more += ["--set", f"unlabelled_images={extraction.recipe.batch_size}"]
+    folder = extraction.data or datasets.parse(dataset, extraction.data).folder
+    return StudentInputs(
+        data=str(folder) if folder else None,
+        recipe=recipe,
+        dataset=dataset if plugins.is_file(dataset) else None,
+        teacher=network if plugins.is_file(network) or network.startswith("hub:") else None,
+        more=more,
+    )

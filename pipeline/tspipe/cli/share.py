@@ -1,7 +1,8 @@
 """The commands that share caches, and the list of what there is."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -12,6 +13,23 @@ from tspipe.utils.console import echo, quote
 if TYPE_CHECKING:
     from tspipe.cache import Cache
     from tspipe.cache.verify import Damage
+
+
+class StudentInputs(NamedTuple):
+    """What stage two may need beside a cache, as words of its command line; None for what it need not be told.
+
+    Attributes:
+        data: the folder of the dataset's images.
+        dataset: the Python file of the dataset.
+        teacher: the Python file of the teacher's network, or its name if that is one of torch.hub.
+        more: further words.
+    """
+
+    data: str | None = None
+    recipe: str | None = None
+    dataset: str | None = None
+    teacher: str | None = None
+    more: Sequence[str] = ()
 
 
 def push(
@@ -112,34 +130,53 @@ def _receiver(opened: "Cache", address: str) -> tuple[list[str], str]:
     from tspipe.models import networks
 
     name, network = opened.manifest["dataset"]["name"], opened.manifest["teacher"]["network"]
-    lines, words = [], ["tspipe", "student", "--cache", address]
     own_dataset = name.partition(":")[0] not in datasets.names()
-    own_network = networks.is_user_network(network)
-    if opened.has_images:
-        lines.append("Training needs no dataset: the pixels are in the file.")
-    else:
-        lines.append(f"Training needs the dataset {name}, whose images are not in the file.")
-        words += ["--data", "FOLDER"] if own_dataset or name.startswith("folder") else []
-        words += ["--set", f"dataset=./{name}.py"] if own_dataset else []
-    if own_dataset:
-        words += ["--recipe", "folder"]
+    inputs = StudentInputs(
+        data="FOLDER" if own_dataset or name.startswith("folder") else None,
+        recipe="folder" if own_dataset else None,
+        dataset=f"./{name}.py" if own_dataset else None,
+    )
+    lines = ["Training needs no dataset: the pixels are in the file."]
+    if not opened.has_images:
+        lines = [f"Training needs the dataset {name}, whose images are not in the file."]
+    own_network, is_portable = networks.is_user_network(network), "program_sha256" in opened.manifest["teacher"]
     if opened.manifest["random"]:
         lines.append("Random images come from the pool in the file, without the teacher.")
-        words += ["--set", "random_source=pool"]
     elif not opened.has_teacher:
         lines.append("Random images need the teacher's weights, which are not in the file, and are left out.")
-        words += ["--random-images", "0"]
-    elif "program_sha256" in opened.manifest["teacher"] and (own_network or network.startswith("hub:")):
+    elif is_portable and (own_network or network.startswith("hub:")):
         lines.append("Random images need no file of the teacher: the cache has its operations.")
     elif own_network:
         lines.append(f"Random images need the teacher's file (--teacher ./{network}.py), and are left out without it.")
-        words += ["--random-images", "0"]
     elif network.startswith("hub:"):
         lines.append(f"Random images need the code of {network}, which runs only with --trust-remote-code.")
     elif networks.is_from_library(network):
         library = opened.manifest["teacher"].get("library", network.partition(":")[0])  # `timm 1.0.31`
         lines.append(f"Random images need {library}, for the teacher {network}.")
-    return lines, " ".join(map(quote, words))
+    return lines, student_command(opened, address, inputs)
+
+
+def student_command(opened: "Cache", address: str, inputs: StudentInputs) -> str:
+    """Return the command that trains from a cache, with those of the inputs that the file does not hold."""
+    from tspipe.models import networks
+
+    words, network = ["tspipe", "student", "--cache", address], opened.manifest["teacher"]["network"]
+    if inputs.data and not opened.has_images:
+        words += ["--data", inputs.data]
+    if inputs.recipe:
+        words += ["--recipe", inputs.recipe]
+    if inputs.dataset and not opened.has_images:
+        words += ["--set", f"dataset={inputs.dataset}"]
+    if opened.manifest["random"]:
+        words += ["--set", "random_source=pool"]
+    elif not opened.has_teacher:
+        words += ["--random-images", "0"]
+    elif "program_sha256" not in opened.manifest["teacher"]:
+        if inputs.teacher:
+            words += ["--trust-remote-code"] if network.startswith("hub:") else ["--teacher", inputs.teacher]
+        elif networks.is_user_network(network):
+            words += ["--random-images", "0"]
+    return " ".join(map(quote, [*words, *inputs.more]))
 
 
 def list_(

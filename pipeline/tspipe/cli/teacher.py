@@ -28,6 +28,7 @@ def teacher(
     from dataclasses import replace
     from functools import partial
 
+    from tspipe.data import datasets
     from tspipe.experiments import report
     from tspipe.models import weights as weight_files
     from tspipe.recipes import load as recipes
@@ -40,4 +41,4 @@ def teacher(
     start = weight_files.read(weights, chosen.teacher.weights_key) if weights else None
     config = TeacherConfig(chosen, data, start, out, force, download)
     trained = teachers.train_and_report(replace(config, recipe=teachers.load_recipe(load, start, config)))
-    report.show_teacher(trained, chosen.teacher.network, dataset)
+    report.show_teacher(trained, chosen.teacher.network, datasets.parse(dataset, data).name)
