@@ -379,8 +379,8 @@ def test_random_images_need_the_teacher(digits: Cache, tmp_path: Path) -> None:
     with pytest.raises(CacheError) as refused:
         train_students(config(replace(digits, _weights=None), tmp_path / "x"))
     assert str(refused.value) == (
-        "digits.h5 does not carry its teacher, so nothing can label random images. Train without them: "
-        "--random-images 0"
+        "digits.h5 does not carry its teacher, so nothing can label random images or live views. Train without them: "
+        "--random-images 0 --set view_source=stored"
     )
 
 

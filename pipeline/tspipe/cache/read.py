@@ -132,8 +132,8 @@ class Cache:
         """Return the teacher's weights as safetensors bytes, checked against the manifest's SHA-256."""
         if self._weights is None:
             raise CacheError(
-                f"{self.path.name} does not carry its teacher, so nothing can label random images. "
-                "Train without them: --random-images 0"
+                f"{self.path.name} does not carry its teacher, so nothing can label random images or live "
+                "views. Train without them: --random-images 0 --set view_source=stored"
             )
         data = self._weights.load().tobytes()
         if hashlib.sha256(data).hexdigest() != self.manifest["teacher"]["weights_sha256"]:
