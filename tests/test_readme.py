@@ -21,7 +21,7 @@ from tspipe.cli.app import app
 from tspipe.data import datasets
 from tspipe.data.random_images.score import label_shares
 from tspipe.experiments import tables
-from tspipe.experiments.results import open_run, read
+from tspipe.experiments.results import across_runs, open_run, read
 from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import networks, weights
 from tspipe.recipes import load
@@ -154,15 +154,30 @@ def make_photos(root: Path) -> None:
             Image.new("RGB", (250 + 20 * i, 300 - 10 * i), (200 * (index % 2), 20 * i, 90)).save(folder / f"{i}.jpg")
 
 
-@pytest.mark.parametrize("run", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda run: run.name)
+RUNS = [path.parent for path in sorted((ROOT / "docs").glob("results*/*/config.json"))]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_the_results_are_those_of_the_recorded_runs(run: Path) -> None:
     """Every accuracy and every verdict of a recorded run is on the page as computed from its files."""
     findings = read(open_run(run))
-    page = " ".join(PAGES["docs/results.md"].split())
-    for row in [*tables.accuracies(findings).rows, *tables.beside_paper(findings).rows]:
+    page = " ".join(PAGES[f"docs/{run.parent.name}.md"].split())
+    for row in [*tables.accuracies(findings, narrow=True).rows, *tables.beside_paper(findings).rows]:
         assert " ".join(" ".join(row).split()) in page
     for sentence in tables.verdicts(findings):
         assert sentence in page
+
+
+def test_the_ranking_of_all_arms_is_that_of_the_recorded_runs() -> None:
+    findings = [read(open_run(run)) for run in RUNS if run.parent.name == "results"]
+    page = " ".join(PAGES["docs/results.md"].split())
+    (compared,) = across_runs(findings)
+    for row in tables.across_runs(compared).rows:
+        assert " ".join(" ".join(row).split()) in page
+    for interval in re.findall(
+        r"[+-]\d+\.\d\d \([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", PAGES["README.md"].partition("## Does it")[2]
+    ):
+        assert interval in page
 
 
 def test_the_page_of_recipes_is_generated_from_the_schema() -> None:
