@@ -56,7 +56,7 @@ def test_the_size_follows_from_the_weights_or_the_images(
 
 def test_every_setting_that_may_be_auto_has_a_value() -> None:
     values = auto.settings(photos((9, 9)), {}, {}, pretrained=True)
-    others = {"student", "teacher.pretrained"}  # chosen for the cache, and with the weights
+    others = {"epochs", "student", "teacher.pretrained"}  # chosen for the cache, and with the weights
     assert values.keys() | others == auto.DEFAULTS.keys()
 
 
@@ -86,7 +86,7 @@ def test_auto_is_replaced_unless_a_recipe_or_the_user_states_a_value(tmp_path: P
 def test_a_recipe_is_shown_with_auto() -> None:
     recipe, automatic = load.load("folder"), load.automatic_settings("folder", ["batch_size=8"])
     values = {setting.name: value for setting, value in recipe_values(recipe, automatic)}
-    assert (values["preprocess.resize"], values["teacher.epochs"], values["epochs"]) == ("auto", "auto", 30)
+    assert (values["preprocess.resize"], values["teacher.epochs"], values["epochs"]) == ("auto", "auto", "auto")
     assert "batch_size" not in automatic
 
 

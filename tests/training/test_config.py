@@ -1,14 +1,17 @@
 """A run's identity: every setting that may change its results."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tspipe.cache import Cache
+from tspipe.models import networks
 from tspipe.recipes import load
 from tspipe.recipes.schema import Recipe
-from tspipe.training.config import IRRELEVANT, LocalInputs, StudentConfig, identity
+from tspipe.training.config import IRRELEVANT, LocalInputs, StudentConfig, identity, starts_from_weights
 
 
 def config(cache: Cache, *overrides: str) -> StudentConfig:
@@ -54,3 +57,23 @@ def test_trusting_the_data_changes_the_identity_and_their_path_does_not(digits: 
     plain = config(digits)
     assert identity(replace(plain, inputs=LocalInputs(Path("elsewhere")))) == identity(plain)
     assert identity(replace(plain, inputs=LocalInputs(trust=True))) != identity(plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        (["epochs=auto"], 30),
+        (["epochs=auto", "init=w.pth"], 10),
+        (["epochs=auto", 'student=["lenet5", "resnet20"]', "students.lenet5.init=w.pth"], 30),
+        (["epochs=7", "init=w.pth"], 7),
+    ],
+)
+def test_students_that_all_start_from_weights_need_fewer_epochs(
+    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], epochs: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = digits.manifest["teacher"]["options"]["input_shape"]
+    torch.save(networks.build("lenet5", 10, shape).state_dict(), "w.pth")
+    pretrained = partial(starts_from_weights, cache=digits, download=False)
+    recipe, _ = load.recipe_for_cache("digits.h5", digits.manifest, "digits", settings, {}, pretrained=pretrained)
+    assert recipe.epochs == epochs

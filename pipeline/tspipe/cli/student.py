@@ -1,5 +1,6 @@
 """The commands on students: train them, report them, reproduce the paper, measure what a cache saves."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ def student(
     from tspipe.recipes.load import recipe_for_cache
     from tspipe.training import trainer
     from tspipe.training.arms import named_arms, select_arms
-    from tspipe.training.config import LocalInputs, StudentConfig
+    from tspipe.training.config import LocalInputs, StudentConfig, starts_from_weights
     from tspipe.training.source_selection import without_live_teacher
     from tspipe.utils import distributed
     from tspipe.utils.progress import warn
@@ -56,7 +57,10 @@ def student(
     with distributed.group() as group:
         with group.rank_zero_first():
             opened = open_cache(local_path(cache))
-            chosen, default_folder = recipe_for_cache(cache, opened.manifest, recipe, settings, flags)
+            pretrained = partial(starts_from_weights, cache=opened, download=download)
+            chosen, default_folder = recipe_for_cache(
+                cache, opened.manifest, recipe, settings, flags, pretrained=pretrained
+            )
             if random_images is None and not any(setting.startswith("random_") for setting in settings or ()):
                 chosen, remark = without_live_teacher(chosen, opened)
                 if remark and not group.rank:

@@ -8,6 +8,7 @@ import numpy as np
 from tspipe.data.datasets import Images
 from tspipe.errors import DatasetError
 
+_FINE_TUNING_EPOCHS = 10
 _SIDE, _SMALL_SIDE = 224, 64  # pixels; MobileNetV3 reduces 32 to one
 IMAGENET: dict[str, Any] = {
     "mean": (0.485, 0.456, 0.406),
@@ -19,9 +20,10 @@ IMAGENET: dict[str, Any] = {
 # The settings that may be `auto`, with the values for a recipe that is loaded without images.
 DEFAULTS: dict[str, Any] = {
     "batch_size": 32,
+    "epochs": 30,
     "student": "torchvision:mobilenet_v3_small",
     "teacher.batch_size": 32,
-    "teacher.epochs": 10,
+    "teacher.epochs": _FINE_TUNING_EPOCHS,
     "teacher.pretrained": "imagenet",
     "teacher.shift": 0,
     "views.count": 0,
@@ -40,10 +42,17 @@ def batch_size(images: int) -> int:
     return min(32, max(4, images // 8))
 
 
-def for_students(images: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values for stage two, for the number of training images and the preprocessing of the cache."""
+def for_students(images: int, preprocess: Mapping[str, Any], *, pretrained: bool = False) -> dict[str, Any]:
+    """Return the values for stage two, for the number of training images and the preprocessing of the cache.
+
+    `pretrained` says whether all students start from weights.
+    """
     small = _input_side(preprocess) <= _SMALL_SIDE
-    return {"batch_size": batch_size(images), "student": "resnet20" if small else DEFAULTS["student"]}
+    return {
+        "batch_size": batch_size(images),
+        "epochs": _FINE_TUNING_EPOCHS if pretrained else DEFAULTS["epochs"],
+        "student": "resnet20" if small else DEFAULTS["student"],
+    }
 
 
 def settings(images: Images, known: Mapping[str, Any], stated: Mapping[str, Any], pretrained: bool) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def settings(images: Images, known: Mapping[str, Any], stated: Mapping[str, Any]
     return {
         "batch_size": batch,
         "teacher.batch_size": batch,
-        "teacher.epochs": 10 if pretrained else 60,
+        "teacher.epochs": _FINE_TUNING_EPOCHS if pretrained else 60,
         "teacher.shift": 0 if preprocess["crop"] else shift,  # the crop moves instead
         "views.count": _VIEWS,
         "views.shift": shift,

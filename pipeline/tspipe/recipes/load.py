@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -117,12 +117,18 @@ def _validated(fields: Mapping[str, Any], name: str) -> Recipe:
 
 
 def recipe_for_cache(
-    file: str, manifest: dict[str, Any], recipe: str | None, settings: Iterable[str] | None, flags: Mapping[str, Any]
+    file: str,
+    manifest: dict[str, Any],
+    recipe: str | None,
+    settings: Iterable[str] | None,
+    flags: Mapping[str, Any],
+    *,
+    pretrained: Callable[[Recipe], bool] = lambda _: False,
 ) -> tuple[Recipe, Path]:
     """Return the recipe for a cache's dataset, preprocessing and views, and the default folder of the dataset.
 
     Errors name the cache as `file`. Without `recipe`, it is that of the dataset. `settings` are `overrides` of `load`,
-    and `flags` are its flags.
+    and `flags` are its flags. If `epochs` is `auto`, `pretrained` says whether all students start from weights.
     """
     dataset: str = manifest["dataset"]["name"]
     if recipe is None and dataset.partition(":")[0] not in datasets.names():
@@ -141,7 +147,10 @@ def recipe_for_cache(
     choose = partial(auto.for_students, manifest["dataset"]["rows"]["train"])
     chosen = load(name, settings or (), flags, facts, choose)
     if chosen.random_source == "pool":
-        chosen = load(name, settings or (), {**pool.facts(manifest), **flags}, facts, choose)
+        flags = {**pool.facts(manifest), **flags}
+        chosen = load(name, settings or (), flags, facts, choose)
+    if "epochs" in _automatic(_fields(name, settings or (), flags, facts)) and pretrained(chosen):
+        chosen = load(name, settings or (), flags, facts, partial(choose, pretrained=True))
     return chosen, datasets.default_folder(dataset)
 
 

@@ -84,6 +84,12 @@ class StudentConfig:
         return weights.options if weights else self.recipe.student_options(student)
 
 
+def starts_from_weights(recipe: Recipe, cache: Cache, download: bool) -> bool:
+    """Return whether all students of a recipe start from weights; with `download`, from those that it fetches, too."""
+    config = StudentConfig(recipe, cache, inputs=LocalInputs(download=download))
+    return len(config.initial) == len(recipe.student)
+
+
 def check_names(recipe: Recipe) -> None:
     """Raise RecipeError if two students, losses or learners have the same name."""
     students = [networks.recorded_name(name) for name in recipe.student]
