@@ -2,16 +2,17 @@
 
 Computes the rows of a cache's training images again, with the checksums and the writing, and prints the time per image
 beside that of the teacher alone. The images come from memory, decoded, and from their files, if they are on this
-machine in DATA; the floor for files decodes one image at a time.
+machine in DATA. Decoding the files alone, in all threads, is timed too: the slower of the two is the floor that
+overlapping them can reach, their sum the floor where both need the same cores.
 """
 
 import itertools
 import statistics
 import sys
 import tempfile
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from tspipe.errors import CacheMismatch, DatasetError
 from tspipe.experiments.baselines import as_way
 from tspipe.experiments.turns import Timer, Way
 from tspipe.extraction import extract
+from tspipe.extraction.blocks import decode_blocks
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.teacher import load_teacher
 from tspipe.models.weights import Weights
@@ -41,23 +43,26 @@ BLOCKS = 4  # decoded blocks that are computed again and again
 
 
 def main(path: str, data: str | None = None, seconds: float = 60) -> None:
-    for source, (floor, ours, part) in measure(path, data, seconds).items():
-        ratios = [a / b for a, b in zip(ours, floor, strict=True)]
-        medians = (statistics.median(times) * 1e3 for times in (floor, ours))
-        line = "stage one{} / bare: {:.3g} ms beside {:.3g} ms, ratio {:.3g}, n {}; {}-bound"
-        print(line.format(source, *reversed(list(medians)), statistics.median(ratios), len(ratios), part))
+    times, longest = measure(path, data, seconds)
+    report("stage one / bare", times["ours"], times["teacher"])
+    if "ours, files" in times:
+        alone = list(zip(times["decoding"], times["teacher"], strict=True))
+        report("decoding / teacher", *map(list, zip(*alone, strict=True)))
+        report("stage one, files / slower of the two", times["ours, files"], [max(pair) for pair in alone])
+        report("stage one, files / both in turn", times["ours, files"], [sum(pair) for pair in alone])
+    print(", ".join(f"{source} is {part}-bound" for source, part in longest.items()))
 
 
-class Times(NamedTuple):
-    """The seconds per image of the floor and of stage one in each turn, and the part of it that takes longest."""
+def report(what: str, ours: list[float], floor: list[float]) -> None:
+    """Print the medians of seconds per image, and the median and quartiles of the ratios of turns."""
+    ratios = [a / b for a, b in zip(ours, floor, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    medians = " beside ".join(f"{statistics.median(times) * 1e3:.3g} ms" for times in (ours, floor))
+    print(f"{what}: {medians}, ratio {middle:.3g} ({low:.3g} to {high:.3g}), n {len(ratios)}")
 
-    floor: list[float]
-    ours: list[float]
-    longest_part: str
 
-
-def measure(path: str, data: str | None, seconds: float) -> dict[str, Times]:
-    """Return the times by source: decoded images, files. The floor's decoded images are on the device."""
+def measure(path: str, data: str | None, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the seconds per image in each turn, by what was done, and the part of stage one that takes longest."""
     cache = open_cache(path)
     recipe, default_folder = recipe_for_cache(path, cache.manifest, None, None, {})
     config = StudentConfig(recipe, cache, inputs=LocalInputs(Path(data) if data else default_folder))
@@ -95,21 +100,19 @@ def measure(path: str, data: str | None, seconds: float) -> dict[str, Times]:
 
             on_device = [block.to(device) for block in decoded]
             ways = {
-                "ours": write_blocks("", job, len(decoded)),
-                "floor": as_way(bare(block) for block in itertools.cycle(on_device)),
+                "ours": write_blocks("stage one", job, len(decoded)),
+                "teacher": as_way(bare(block) for block in itertools.cycle(on_device)),
             }
             if files := open_files(config, dataset):  # all of them in turn: a few would stay in the processor's cache
                 steps = Preprocess.from_dict(cache.manifest["preprocess"])
-                one_by_one = (decode_rows(block, files, steps) for block in itertools.cycle(blocks))
                 job = stage_one_job(cache, recipe, teacher, replace(dataset, train=files), steps, out)
-                ours = write_blocks(", files", job, len(blocks))
-                ways |= {"ours, files": ours, "floor, files": as_way(map(bare, one_by_one))}
+                ranges = itertools.cycle(blocks)
+                ways["ours, files"] = write_blocks("from files", job, len(blocks))
+                ways["decoding"] = lambda repeat: deque(
+                    decode_blocks(files, steps, list(itertools.islice(ranges, repeat))), maxlen=0
+                )
             times = Timer(device, seconds / len(ways)).turns(ways)
-    per_image = {way: [seconds / len(blocks[0]) for seconds in turns] for way, turns in times.items()}
-    sources = [source for source in ("", ", files") if f"ours{source}" in ways]
-    return {
-        source: Times(per_image[f"floor{source}"], per_image[f"ours{source}"], longest[source]) for source in sources
-    }
+    return {way: [seconds / len(blocks[0]) for seconds in turns] for way, turns in times.items()}, longest
 
 
 def decode_rows(rows: range, images: Images, preprocess: Preprocess) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from tspipe.recipes import load
 from tspipe.training import run_folder
 from tspipe.training.checkpoint import Checkpointer
 from tspipe.training.config import StudentConfig
+from tspipe.training.evaluation import Evaluator
 from tspipe.training.run_folder import RunFolder
 from tspipe.training.trainer import train_students
 
@@ -256,6 +258,23 @@ def test_a_file_without_permission_is_one_sentence(digits: Cache, copy: Path, mo
     with pytest.raises(RecipeError) as refused:
         train_students(config(digits, copy))
     assert str(refused.value) == f"{copy}/config.json cannot be read: Permission denied."
+
+
+def test_a_run_does_not_write_into_a_folder_that_was_replaced(
+    digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = tmp_path / "run", Evaluator.rows
+
+    def replace_folder(*arguments: Any) -> Any:
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "run.lock").write_text("process 1 on another-host")
+        return rows(*arguments)
+
+    monkeypatch.setattr(Evaluator, "rows", replace_folder)
+    with pytest.raises(RecipeError, match=f"^{out} was deleted or replaced while this process was writing it"):
+        train_students(config(digits, out))
+    assert [path.name for path in out.iterdir()] == ["run.lock"]
 
 
 def test_what_a_kill_at_the_very_end_leaves_is_removed(digits: Cache, copy: Path) -> None:

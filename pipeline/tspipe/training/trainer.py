@@ -36,7 +36,7 @@ from tspipe.training.tensorboard import TensorBoard
 from tspipe.training.unlabelled import open_unlabelled_images
 from tspipe.utils.device import pick_device, use_full_precision
 from tspipe.utils.distributed import ALONE, Group
-from tspipe.utils.files import lock
+from tspipe.utils.files import check_lock, lock
 from tspipe.utils.memory import keep_freed_memory, memory_limit, release_freed_memory
 from tspipe.utils.progress import Advance, progress, warn
 from tspipe.utils.rng import seed_torch_with, torch_seeds
@@ -134,6 +134,7 @@ class Trainer:
                             warn(sentence)
                     rows = self.partition.gather_rows(rows)
                     if is_writer:
+                        self._check_folder()
                         rows = self.log.write(rows)
                         self.checkpointer.files |= self.folder.describe(["metrics.csv"])
                         if (seed, epoch) == (0, 0):
@@ -178,7 +179,12 @@ class Trainer:
         """Write a checkpoint of the learners of all processes."""
         states = self.partition.gather_states(learners)
         if self.partition.is_writer:
+            self._check_folder()
             self.checkpointer.save(states, position)
+
+    def _check_folder(self) -> None:
+        """Raise RecipeError if the run folder was deleted, or is now another process's."""
+        check_lock(self.folder.path / "run", RecipeError, self.folder.path)
 
     def _resume(self) -> tuple[Position, dict[str, Tensor]]:
         """Return where an earlier run stopped and its learners' state; drop the metrics of epochs to be run again."""

@@ -132,8 +132,27 @@ def lock(path: Path, error: type[TspipeError], target: Path | None = None) -> It
         remove_abandoned(path.parent)
         yield
     finally:
-        name.unlink(missing_ok=True)
+        if _is_held(name):
+            name.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def check_lock(path: Path, error: type[TspipeError], target: Path) -> None:
+    """Raise `error` if this process no longer holds `<path>.lock`, since `target` was deleted or replaced."""
+    if not _is_held(path.with_name(path.name + ".lock")):
+        raise error(f"{target} was deleted or replaced while this process was writing it. Run the command again.")
+
+
+def _is_held(name: Path) -> bool:
+    """Return whether a lock file names this process."""
+    try:
+        return name.read_bytes() == _holder()
+    except OSError:
+        return False
+
+
+def _holder() -> bytes:
+    return f"process {os.getpid()} on {socket.gethostname()}".encode()
 
 
 def remove_stale_lock(path: Path) -> None:
@@ -168,6 +187,6 @@ def _create_lock(name: Path) -> int | str | None:
         if not new:  # its holder has died
             name.unlink()
             return None
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(descriptor, _holder(), 0)
         stack.pop_all()
         return descriptor
