@@ -182,6 +182,22 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     )
 
 
+def test_the_part_file_of_another_process_is_not_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, manifest = tmp_path / "pets.h5", plan({"train": 10, "test": 3})
+    others = {f"{path}.part": b"half", f"{path}.lock": b"process 1 on another-host"}
+
+    def replaced(*_: object) -> dict[str, int]:
+        for name, content in others.items():
+            Path(name).unlink()
+            Path(name).write_bytes(content)
+        return dict.fromkeys(SPLITS, 0)
+
+    monkeypatch.setattr("tspipe.cache.write.count_correct", replaced)
+    with pytest.raises(CacheError, match=f"^{path}.part was deleted or replaced while this process was writing it"):
+        write(path, manifest)
+    assert {str(file): file.read_bytes() for file in tmp_path.iterdir()} == others
+
+
 @pytest.mark.parametrize("moment", [1, 2])
 def test_killed_while_finishing_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
     """The manifest is complete before the id is written; both are synced to the disk, which takes a while."""

@@ -29,7 +29,7 @@ from tspipe.cache.manifest import (
 from tspipe.cache.read import Split
 from tspipe.cache.skeleton import write_skeleton
 from tspipe.errors import CacheBusy, CacheError, CacheMismatch
-from tspipe.utils.files import lock, new_file, sync_folder, writing
+from tspipe.utils.files import check_lock, lock, new_file, sync_folder, writing
 
 
 class CacheWriter:
@@ -153,6 +153,7 @@ class CacheWriter:
             for name, data in (("manifest", encoded), ("id", identity)):  # each on the disk before the next step
                 self._columns[name].write(0, data)
                 self._columns[name].file.sync()
+            check_lock(self.path, CacheError, self.part)  # else the part file may be another process's
             self.part.replace(self.path)
             sync_folder(self.path.parent)
         return identity.decode("ascii")
