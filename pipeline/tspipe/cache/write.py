@@ -96,9 +96,8 @@ class CacheWriter:
         stored = self._columns[f"{split}_checksums"].load()
         return [
             block
-            for block in range(self.dimensions.blocks(split))
-            if not stored[block].any()
-            or stored[block].tobytes() != block_checksums(self._columns, self.dimensions, split, block)
+            for block, sums in enumerate(stored)
+            if not sums.any() or sums.tobytes() != block_checksums(self._columns, self.dimensions, split, block)
         ]
 
     def written(self, split: str) -> NDArray[np.int64]:
@@ -144,15 +143,15 @@ class CacheWriter:
         correct = {split: count_correct(self._columns, self.dimensions, split) for split in SPLITS}
         manifest = {
             **self.plan,
-            "dataset": {**self.plan["dataset"], "fingerprint": fingerprint(classes, self._columns)},
-            "teacher": {**self.plan["teacher"], "correct": correct},
+            "dataset": self.plan["dataset"] | {"fingerprint": fingerprint(classes, self._columns)},
+            "teacher": self.plan["teacher"] | {"correct": correct},
         }
         encoded = encode_manifest(manifest)
         identity = identify(encoded, [self._columns[n].load().tobytes() for n in checksum_names(self._columns)])
         with writing(self.part, CacheError):
-            for name, data in (("manifest", encoded), ("id", identity)):  # each on the disk before the next step
-                self._columns[name].write(0, data)
-                self._columns[name].file.sync()
+            for column, data in ((self._columns["manifest"], encoded), (self._columns["id"], identity)):
+                column.write(0, data)
+                column.file.sync()  # each is on the disk before the next step
             check_lock(self.path, CacheError, self.part)  # else the part file may be another process's
             self.part.replace(self.path)
             sync_folder(self.path.parent)
