@@ -25,9 +25,11 @@ from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import weights
 from tspipe.recipes import load
 from tspipe.training.train_teacher import TeacherConfig, train_teacher
+from zygote import save_time
 
 GPU = os.environ.get("TSPIPE_TEST_GPU")
 torch.set_num_threads(1)
+save_time()
 if not GPU:
     torch.backends.mps.is_available = lru_cache(lambda: False)
 settings.register_profile("suite", deadline=None, max_examples=25)  # timings are for benchmarks

@@ -35,7 +35,7 @@ from tspipe.losses._statistics import TeacherStatistics
 from tspipe.models import feature_net, initial, networks
 from tspipe.models.teacher import load_teacher
 from tspipe.recipes import load
-from tspipe.training import batches, checkpoint, learner
+from tspipe.training import batches, checkpoint, learner, metrics_log
 from tspipe.training.arms import ALONE, OWN, RANDOM, TAUGHT, LearnerSpec, select_arms
 from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder
@@ -54,8 +54,10 @@ def config(cache: Cache, out: Path, *overrides: str, arms: tuple[str, ...] = ARM
 
 @pytest.fixture(scope="module")
 def run(digits: Cache, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Train three arms, two seeds, two epochs."""
-    return train_students(config(digits, tmp_path_factory.mktemp("runs") / "run", "seeds=2"))
+    """Train three arms, two seeds, two epochs; count the labels of as many random images as outside tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_log, "_LABELLED", 1000)
+        return train_students(config(digits, tmp_path_factory.mktemp("runs") / "run", "seeds=2"))
 
 
 def test_a_batch_reuses_memory(digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
