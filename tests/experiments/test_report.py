@@ -12,7 +12,7 @@ from made_runs import ALONE, PAPER, RANDOM, TAUGHT, make_run
 from shared import HOSTILE
 from tspipe.cli.app import app
 from tspipe.errors import ReportError
-from tspipe.experiments import report
+from tspipe.experiments import report, tables
 from tspipe.experiments.figures import Drawing
 from tspipe.experiments.results import read
 from tspipe.training.run_folder import RunFolder
@@ -143,6 +143,23 @@ def test_arms_of_several_runs_are_paired_with_the_student_alone_of_the_first(
     assert "All runs of lenet5: 2 epochs, 3 seeds" in page.text
     assert "+6.00 (+3.52 to +8.48)" in page.text
     assert (tmp_path / "out/across-runs-1.png").exists()
+
+
+def test_a_report_names_what_to_try_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what none of the runs has."""
+    noise = make_run(tmp_path / "noise", {ALONE: [[0.6]], RANDOM: [[0.6]]})
+    report.make([noise])
+    text = capsys.readouterr().out
+    for option in ("--loss kd", "--random-images 128 --set random_kind=mixed", "--arms alone-random"):
+        assert f"  {option}: " in text
+        assert f"{option}: " in Page((noise.path / "report.html").read_text()).text
+    mixed = make_run(tmp_path / "mixed", {(RANDOM, "kd"): [[0.6]]})
+    mixed.config["random_kind"] = "mixed"
+    report.make([noise, mixed], tmp_path / "out")
+    text = capsys.readouterr().out.partition(tables.UNTRIED)[2]
+    assert "--arms alone-random" in text
+    assert "--loss kd" not in text
+    assert "random_kind=mixed" not in text
 
 
 def test_text_of_a_run_folder_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,10 @@ def make(runs: Sequence[RunFolder], out: Path | None = None) -> None:
     for compared in across_runs(all_findings):
         _print(tables.across_runs(compared))
         _print(tables.ACROSS_RUNS)
+    if untried := tables.untried(all_findings):
+        _print(tables.UNTRIED)
+        for sentence in untried:
+            _print(f"  {sentence}")
     _print(f"Report: {page} (figures beside it)")
 
 

@@ -129,6 +129,7 @@ class Config(BaseModel):
     epochs: Count
     cache: str = ""
     mse_weight: float | str = 1.0
+    random_kind: str = "uniform"
     trust_data: bool = False
 
 

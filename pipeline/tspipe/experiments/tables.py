@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tspipe.cache.layout import FROM_PHOTOS
 from tspipe.experiments.results import Compared, Findings, Result
 from tspipe.experiments.statistics import Sample
+from tspipe.training.arms import ALONE_RANDOM, RANDOM
 from tspipe.utils.console import format_bytes, format_count
 
 ACROSS_RUNS = (
     "Test accuracy in % after the last epoch, and the difference from the student alone in points, with the 95 % "
     "interval of the paired seeds. An interval without zero shows a difference."
 )
+UNTRIED = "Not in these runs, and the most helpful on CIFAR-10 (docs/results.md):"
 UNCHECKED = "The images were not compared with those of the cache (--trust-data)."
 
 
@@ -123,6 +126,18 @@ def paper_notes(findings: Findings) -> Iterator[str]:
         )
         if paper.differs:
             yield f"Differences from the paper: {'; '.join(paper.differs)}."
+
+
+def untried(runs: Sequence[Findings]) -> list[str]:
+    """Return what helped most in docs/results.md and is in none of the runs, as options of `tspipe student`."""
+    results = [(run.config.random_kind, result) for run in runs for result in run.results]
+    with_mixtures = {result.arm for kind, result in results if kind in FROM_PHOTOS}
+    advice = [
+        ("kd" in {result.loss for _, result in results}, "--loss kd: Hinton's loss"),
+        (RANDOM in with_mixtures, "--random-images 128 --set random_kind=mixed: mixtures of training images"),
+        (ALONE_RANDOM in with_mixtures, "--arms alone-random: the same mixtures without a teacher, to compare with"),
+    ]
+    return [sentence for is_tried, sentence in advice if not is_tried]
 
 
 def verdict(difference: Sample) -> str:
