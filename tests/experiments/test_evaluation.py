@@ -18,7 +18,7 @@ from tspipe.deploy.latency import Latency
 from tspipe.deploy.scores import score
 from tspipe.experiments import evaluation, figures
 from tspipe.experiments.figures import Drawing
-from tspipe.experiments.pareto import Point, front
+from tspipe.experiments.pareto import Point, close_groups, front, ticks
 
 
 def words(page: str) -> str:
@@ -80,3 +80,20 @@ def test_the_page_shows_confusions_and_mistakes_and_loads_nothing(
 def test_the_front_has_what_no_other_model_beats() -> None:
     cheap, dear, beaten, equal = Point("a", 1, 0.5), Point("b", 9, 0.9), Point("c", 5, 0.4), Point("d", 9, 0.8)
     assert front([dear, beaten, equal, cheap]) == [cheap, dear]
+
+
+def test_points_whose_labels_would_overlap_share_one() -> None:
+    assert close_groups([(0, 0), (40, 0), (3, 4), (0, 90)]) == [[0, 2], [1], [3]]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (268e3, 291e3, [270e3, 276e3, 282e3, 288e3]),
+        (235e3, 980e3, [3e5, 4e5, 5e5, 7e5]),
+        (0.08, 9, [0.1, 0.2, 0.5, 1, 2, 5]),
+        (4e5, 7e9, [1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9, 3e9]),
+    ],
+)
+def test_ticks_are_few_enough_to_read(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)

@@ -1,5 +1,6 @@
 """The Pareto plot: test accuracy against a cost, with the models that no other one beats in both."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 COLOURS, GREY = ("#0072B2", "#B5659A", "#56B4E9", "#D55E00", "#009E73"), "#808080"
 _LONGEST, _WIDTH = 50, 4.9  # characters of a name; inches
+_OVERLAP, _MOST_TICKS = 12, 8  # pixels; on the horizontal axis
 
 
 class Point(NamedTuple):
@@ -29,14 +31,24 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
+def close_groups(places: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Return the indices of places in pixels, those together whose labels would overlap."""
+    groups: list[list[int]] = []
+    for index, place in enumerate(places):
+        near = (group for group in groups if math.dist(place, places[group[0]]) < _OVERLAP)
+        if group := next(near, None):
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 def pareto(figure: "Figure", points: Sequence[Point], cost: str, dataset: str) -> tuple[str, str]:
     """Draw the points, numbered in their order; return the caption and the text for screen readers.
 
     Args:
         cost: what the horizontal axis shows.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     figure.set_size_inches(_WIDTH, 3.2 + 0.17 * len(points))
     axes, best = figure.subplots(), front(points)
     axes.set_xscale("log")
@@ -47,11 +59,16 @@ def pareto(figure: "Figure", points: Sequence[Point], cost: str, dataset: str) -
         filled = colour if point in best else "none"
         label = f"{number}  {printable(point.name, _LONGEST)}"
         axes.plot(*place, "o", color=colour, markerfacecolor=filled, markersize=7, label=label)
-        axes.annotate(str(number), place, (5, 4 if number % 2 else -10), textcoords="offset points")
     axes.margins(0.12, 0.15)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda value, _: _label(value))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.autoscale_view()
+    pixels = axes.transData.transform([(point.cost, 100 * point.accuracy) for point in points])
+    for number, group in enumerate(close_groups(pixels.tolist())):
+        first = points[group[0]]
+        text = ", ".join(str(i + 1) for i in group)
+        place, offset = (first.cost, 100 * first.accuracy), (5, -10 if number % 2 else 4)
+        axes.annotate(text, place, offset, textcoords="offset points")
+    axes.minorticks_off()
+    axes.set_xticks(values := ticks(*axes.get_xlim()), [_label(value) for value in values])
     axes.grid(color=GREY, alpha=0.3, linewidth=0.5)
     axes.set(title=printable(dataset, _LONGEST), xlabel=cost, ylabel="test accuracy, %")
     figure.legend(loc="outside lower left")
@@ -60,6 +77,20 @@ def pareto(figure: "Figure", points: Sequence[Point], cost: str, dataset: str) -
         f"Test accuracy against {cost}. Filled: no other model is both cheaper and more accurate.",
         f"Points of {cost} and test accuracy: {numbers}.",
     )
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return the round values of a logarithmic axis, as many as there is room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        values = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(values) <= _MOST_TICKS:
+            break
+    if len(values) > 1:
+        return values
+    return [float(value) for value in MaxNLocator(4).tick_values(low, high) if low <= value <= high]
 
 
 def _label(value: float) -> str:
