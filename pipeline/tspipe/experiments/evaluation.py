@@ -85,7 +85,7 @@ def notes(evaluations: Sequence[Evaluation], test: LabelledImages, remarks: Sequ
     """Return the worst classes of each model, and sentences on what the tables show."""
     classes = test.cache.classes
     worst = [
-        f"worst classes of {one.name}: "
+        f"Worst classes of {one.name}: "
         + ", ".join(f"{classes[i]} {value:.0%}" for i, value in one.scores.worst_classes)
         for one in evaluations
     ]
