@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from tspipe.extraction.extract import ExtractConfig, extract
 from tspipe.models import weights
 from tspipe.recipes import load
 from tspipe.training.train_teacher import TeacherConfig, train_teacher
-from zygote import save_time
+from zygote import save_time, serve
 
 GPU = os.environ.get("TSPIPE_TEST_GPU")
 torch.set_num_threads(1)
@@ -94,25 +93,28 @@ class Zygote:
     """Runs commands in child processes; see zygote.py."""
 
     def __init__(self) -> None:
-        program = [sys.executable, Path(__file__).with_name("zygote.py")]
-        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        (answers, answer), (request, requests) = os.pipe(), os.pipe()
+        if not os.fork():
+            try:
+                os.close(requests)  # else its own end of the pipe would hide that the tests have ended
+                serve(os.fdopen(request), os.fdopen(answer, "w"))
+            finally:
+                os._exit(0)
+        os.close(request)
+        os.close(answer)
+        self.requests, self.answers = os.fdopen(requests, "w"), os.fdopen(answers)
 
     def run(self, *arguments: object, seconds: float | None = None, **conditions: object) -> Run:
         """Run a command until it ends, or kill it after `seconds`."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         request = {"arguments": list(map(str, arguments)), "seconds": seconds, **conditions}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return Run(*json.loads(self.process.stdout.readline()))
+        print(json.dumps(request), file=self.requests, flush=True)
+        return Run(*json.loads(self.answers.readline()))
 
 
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Start real processes in a tenth of a second each."""
-    starter = Zygote()
-    yield starter
-    starter.process.kill()
-    starter.process.wait()
+@pytest.fixture(scope="session", autouse=True)
+def zygote() -> Zygote:
+    """Start real processes in a tenth of a second each; it is forked before the first test starts threads."""
+    return Zygote()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """Run tspipe commands under adverse conditions: read requests as lines of JSON, answer `[killed, code, lines]`.
 
-A command is a fork of this process, which has already imported everything, so it starts in a tenth of a second instead
-of two. The fields of a request:
+A command is a fork of this process, itself a fork of pytest's, so it starts in a tenth of a second instead of two. The
+fields of a request:
 
     arguments  the command line
+    program    Python code to run in place of tspipe
     seconds    send SIGKILL after so many seconds (null: never)
     after      send SIGKILL after the first line that starts with this text
     limit      the size limit of files in bytes (RLIMIT_FSIZE)
@@ -21,15 +22,17 @@ import sys
 import time
 import traceback
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 
 def save_time() -> None:
-    """Leave out what no test needs: syncing files to the disk, and the labels of more than a few random images."""
+    """Leave out what no test needs: syncing to the disk, labels of many random images, and pixels of figures."""
+    from tspipe.experiments import figures
     from tspipe.training import metrics_log
 
     os.fsync = lambda descriptor: None  # tests end processes and never the machine
     metrics_log._LABELLED = 64
+    figures._STYLE["savefig.dpi"] = 50
 
 
 def slowly() -> None:
@@ -75,7 +78,11 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
 
 
 def start(
-    variables: dict[str, str], arguments: list[str], limit: int | None = None, obey: bool = False
+    variables: dict[str, str],
+    arguments: list[str],
+    limit: int | None = None,
+    obey: bool = False,
+    program: str | None = None,
 ) -> tuple[int, int]:
     """Start a command in a fork; return its process id and the pipe that it prints to."""
     from tspipe.cli.app import main
@@ -94,7 +101,7 @@ def start(
         obey_permissions()
     sys.argv, code = ["tspipe", *arguments], 1
     try:
-        main()
+        exec(program, {}) if program else main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:
@@ -104,16 +111,14 @@ def start(
         os._exit(code)
 
 
-def main() -> None:
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until there are no more."""
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # in place of pytest's
     sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]  # figures are tested elsewhere
-    for name in ("PIL.JpegImagePlugin", "sklearn.datasets", "torch._dynamo"):
-        import_module(name)
-    for name in ("extraction.extract", "experiments.report", "training.trainer", "training.train_teacher"):
-        import_module(f"tspipe.{name}")
-
-    save_time()
+    for name in ("torch._dynamo", "tspipe.experiments.report", "tspipe.training.trainer"):
+        import_module(name)  # what most commands need and pytest may not have imported
     slowly()
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         seconds, ranks, after = request.pop("seconds"), request.pop("ranks", None), request.pop("after", None)
         started = [start(environment, **request) for environment in (rank_environments(ranks) if ranks else [{}])]
@@ -130,8 +135,5 @@ def main() -> None:
                         os.kill(process, signal.SIGKILL)
         ends = [os.waitpid(process, 0)[1] for process, _ in started]
         codes = [os.waitstatus_to_exitcode(end) for end in ends]
-        print(json.dumps([any(map(os.WIFSIGNALED, ends)), next(filter(None, codes), 0), lines]), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        answer = any(map(os.WIFSIGNALED, ends)), next(filter(None, codes), 0), lines
+        print(json.dumps(answer), file=answers, flush=True)

@@ -1,13 +1,11 @@
 """A process's place among others: groups of real processes, devices, cores."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import Zygote
 from tspipe.errors import RecipeError
 from tspipe.utils import distributed, heartbeat
 from tspipe.utils.device import pick_device
@@ -16,12 +14,14 @@ from tspipe.utils.threads import available_cores
 from zygote import rank_environments
 
 PROGRAM = """
-import os, pathlib, sys, time
+import functools, os, pathlib, sys, time
 from tspipe.utils import heartbeat
 from tspipe.utils.distributed import group
 from tspipe.errors import OtherProcessFailed
 
 heartbeat.BEAT_SECONDS, heartbeat.LOST_AFTER_SECONDS = 0.1, 2
+print = functools.partial(print, flush=True)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for PyTorch's own warnings
 with group() as ranks:
     print(ranks)
     print(ranks.broadcast({"from": ranks.rank}), ranks.gather(f"of {ranks.rank}"))
@@ -44,23 +44,14 @@ with group() as ranks:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_group_of_two(killed: int, tmp_path: Path) -> None:
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, tmp_path / "order", str(killed)],
-            env={**os.environ, **place},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for place in rank_environments(2)
-    ]
-    lines = [process.communicate(timeout=120)[0].splitlines() for process in started]
+def test_a_group_of_two(killed: int, zygote: Zygote, tmp_path: Path) -> None:
+    run = zygote.run(tmp_path / "order", killed, program=PROGRAM, ranks=2)
     both = "{'from': 0} ['of 0', 'of 1']"
     lost = f"Rank {1 - killed} stops: another process has failed, or cannot be reached."
-    for rank in range(2):
-        expected = [f"Group(rank={rank}, size=2)", both, "01"]
-        assert lines[rank] == (expected if rank == killed else [*expected, lost])
-    assert [process.returncode for process in started] == ([3, 0] if killed == 0 else [0, 3])
+    expected = [[f"Group(rank={rank}, size=2)", both, "01"] for rank in range(2)]
+    expected[1 - killed].append(lost)
+    assert run.lines == [*expected[0], *expected[1]]
+    assert (run.killed, run.code) == (False, 3)
 
 
 def test_a_collective_inside_rank_zero_first_is_an_error() -> None:

@@ -1,10 +1,10 @@
 """What the C library does with freed memory."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
+
+from conftest import Zygote
 
 _PROGRAM = """
 import resource, torch
@@ -26,10 +26,10 @@ print(faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_large_tensors_come_from_memory_that_is_there() -> None:
+def test_large_tensors_come_from_memory_that_is_there(zygote: Zygote) -> None:
     """In a process of its own, since the setting stays."""
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, done.stdout.split())
+    run = zygote.run(program=_PROGRAM)
+    given_back, kept = map(int, run.lines)
     # A tensor of 40 MiB is 10,240 pages, or 20 where the system makes them huge.
     assert given_back >= 18, "or the next line would show nothing"
     assert kept < given_back / 4

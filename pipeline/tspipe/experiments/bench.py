@@ -106,7 +106,7 @@ def _measure(trainer: Trainer, seconds: float) -> tuple[list[Line], dict[str, fl
     students = trainer.config.recipe.student
     random = trainer.batches.random
     live = random if isinstance(random, LiveTeacher) else None
-    timer = Timer(trainer.device, seconds / (5 * len(students) + 4 if live else 4 * len(students)))
+    timer = Timer(trainer.batches.data.train.device, seconds / (5 * len(students) + 4 if live else 4 * len(students)))
     lines: list[Line] = []
     facts: dict[str, float] = {}
     with progress("bench", len(students) + (2 if live else 0), "parts") as advance:
@@ -208,7 +208,7 @@ def _plain_teacher(trainer: Trainer) -> FeatureNet:
     shape = trainer.batches.data.train.shape
     module, name = build_teacher(trainer.config.cache, trainer.config.recipe, shape)
     frozen = module.eval().requires_grad_(False)
-    return feature_net.split(frozen, name, probe_images(shape)).to(trainer.device)
+    return feature_net.split(frozen, name, probe_images(shape)).to(trainer.batches.data.train.device)
 
 
 def _prepared_batches(trainer: Trainer, size: int) -> int:

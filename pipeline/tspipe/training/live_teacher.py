@@ -14,7 +14,7 @@ from tspipe.data.random_images.balanced import choose
 from tspipe.models.feature_net import FeatureNet
 from tspipe.models.output import Output
 from tspipe.models.teacher import draws_at_random, run_teacher
-from tspipe.training.random_source import LiveSpec, RandomBatch, RandomLabels, RandomSource, RandomSpec
+from tspipe.training.random_source import LiveSpec, RandomBatch, RandomLabels, RandomSource, RandomSpec, draw
 from tspipe.utils.device import to_device
 from tspipe.utils.rng import seed_torch, stream
 from tspipe.utils.threads import available_cores, prefetch_map
@@ -83,8 +83,7 @@ class LiveTeacher(RandomSource):
                 numbers = kind.numbers(generator, spec.count)
             if not self.live.rounds:  # balancing needs the candidates of all processes
                 numbers = spec.local_rows(torch.from_numpy(numbers)).numpy()
-            images, labels = (torch.from_numpy(array) for array in (kind.images(numbers), kind.labels(numbers)))
-            yield images.contiguous(memory_format=torch.channels_last), labels  # as the image loader yields them
+            yield draw(kind, numbers)
 
     def _label(self, drawn: Drawn) -> _Labelled:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():

@@ -14,7 +14,7 @@ from tspipe.data.random_images.pool import PoolImages, kind_of
 from tspipe.errors import CacheMismatch
 from tspipe.models.output import Output
 from tspipe.models.teacher import check_input_shape
-from tspipe.training.random_source import RandomBatch, RandomLabels, RandomSource, RandomSpec
+from tspipe.training.random_source import RandomBatch, RandomLabels, RandomSource, RandomSpec, draw
 from tspipe.utils.device import to_device
 from tspipe.utils.rng import stream
 from tspipe.utils.threads import prefetch_map
@@ -66,12 +66,10 @@ class RandomPool(RandomSource):
         # The raw word, not `integers`, whose mapping from words to integers may change between NumPy versions.
         offset = int(stream(seed, "random pool offset").bit_generator.random_raw())
         start = (offset + step * self.spec.count) % len(self._stored)
-        kind, numbers = self._images.kind, self._images.numbers(start, self.spec.count)
-        images, labels = (torch.from_numpy(array) for array in (kind.images(numbers), kind.labels(numbers)))
+        images, labels = draw(self._images.kind, self._images.numbers(start, self.spec.count))
         columns = self._stored.features, self._stored.logits
         output = Output(*(torch.from_numpy(_wrapped_rows(c, start, self.spec.count)).float() for c in columns))
-        # channels-last, as the image loader yields images
-        return RandomBatch(images.contiguous(memory_format=torch.channels_last), output, labels)
+        return RandomBatch(images, output, labels)
 
     def first_labels(self, count: int) -> RandomLabels:
         return RandomLabels(torch.from_numpy(self._stored.logits[:count]).argmax(1))

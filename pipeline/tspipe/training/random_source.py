@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tspipe.data.preprocess import Preprocess
@@ -69,6 +70,12 @@ class RandomLabels(NamedTuple):
 
     labels: Tensor
     candidates: Tensor | None = None
+
+
+def draw(kind: Kind, numbers: NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """Return the images that a kind makes of these numbers, and labels of their own (see `RandomBatch`), on the CPU."""
+    images, labels = (torch.from_numpy(array) for array in (kind.images(numbers), kind.labels(numbers)))
+    return images.contiguous(memory_format=torch.channels_last), labels  # as the image loader yields images
 
 
 class RandomSource(ABC):

@@ -97,16 +97,17 @@ class Trainer:
     Attributes:
         config: the configuration; its recipe has a number for `mse_weight`.
         parameters: the number of each student's weights, in training and deployed.
+        opened: the learners of seed 0, until they are trained.
     """
 
     config: StudentConfig
     folder: RunFolder
-    device: torch.device
     partition: Partition
     batches: BatchSource
     log: MetricsLog
     checkpointer: Checkpointer
     parameters: dict[str, tuple[int, int]]
+    opened: list[Learner]
 
     def train(self) -> None:
         """Train what is left of the run, seed by seed, and finish the run folder."""
@@ -152,9 +153,11 @@ class Trainer:
             self.checkpointer.delete()
 
     def learners(self, seed: int) -> list[Learner]:
-        """Build the learners of a seed that this process trains."""
+        """Return new learners of a seed, those that this process trains."""
         specs = self.partition.local_learners(learner_specs(self.config, seed))
-        return [build_learner(self.config, self.batches.data, spec) for spec in specs]
+        opened = {learner.spec: learner for learner in self.opened}
+        self.opened.clear()
+        return [opened.get(spec) or build_learner(self.config, self.batches.data, spec) for spec in specs]
 
     def steps(self, learners: list[Learner], batches: BatchSource, start: Position) -> Iterator[int]:
         """Train on an epoch's batches from the position on, with checkpoints in between; yield the images of each."""
@@ -365,7 +368,6 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
     return Trainer(
         config,
         folder,
-        device,
         partition,
         BatchSource(
             data, targets, random, partition, recipe.batch_size, recipe.random_from - 1, unlabelled, live_views
@@ -373,4 +375,5 @@ def open_trainer(config: StudentConfig, folder: RunFolder, device: torch.device,
         MetricsLog(folder, cohort, board, validation=data.validation_count > 0),
         Checkpointer(folder.path / "checkpoint.safetensors", recipe.checkpoint_seconds, folder.identity),
         {learner.spec.student: learner.parameter_counts for learner in cohort},
+        cohort,
     )
