@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tspipe.errors import RecipeError
 from tspipe.experiments.baselines import as_way, bare_steps, joined, labelled
 from tspipe.experiments.turns import Timer
 from tspipe.experiments.wall_clock import epoch_seconds
@@ -33,6 +34,7 @@ from tspipe.training.random_pool import RandomPool
 from tspipe.training.run_folder import RunFolder, environment
 from tspipe.training.trainer import Trainer, build_learner, open_trainer
 from tspipe.utils.device import pick_device, use_full_precision
+from tspipe.utils.files import lock
 from tspipe.utils.memory import keep_freed_memory
 from tspipe.utils.progress import progress
 
@@ -89,7 +91,7 @@ def bench(config: StudentConfig, seconds: float = 120, floor: Floor | None = Non
     config = replace(config, arms=arms, recipe=live)
     machine = environment(device.type, torch.get_num_threads())
     lines = list(_wall_clock_lines(config, floor, seconds)) if floor else []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, lock(Path(folder, "run"), RecipeError):
         trainer = open_trainer(config, RunFolder(Path(folder), {}, machine), device)
         measured, facts = _measure(trainer, seconds)
     lines += measured
