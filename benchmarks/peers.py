@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 import bare_loop
 from tspipe.cache import open_cache
 from tspipe.data.preprocess import Preprocess
+from tspipe.errors import RecipeError
 from tspipe.models import feature_net
 from tspipe.models.probe import probe_images
 from tspipe.models.teacher import build_teacher
@@ -44,6 +45,7 @@ from tspipe.training.config import StudentConfig
 from tspipe.training.run_folder import RunFolder, environment
 from tspipe.training.trainer import open_trainer
 from tspipe.utils.device import pick_device
+from tspipe.utils.files import lock
 from tspipe.utils.memory import keep_freed_memory
 
 WAYS, BATCH, SHARD = ("live", "pt", "h5py", "tar", "ours"), 128, 1000
@@ -166,7 +168,7 @@ def our_steps(cache: str, student_name: str) -> Iterator[object]:
     flags = {"student": [student_name], "random_images": 0}
     recipe, _ = recipe_for_cache(cache, open_cache(cache).manifest, "cifar10", [f"batch_size={BATCH}"], flags)
     config, device = StudentConfig(recipe, open_cache(cache), (TAUGHT,)), pick_device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, lock(Path(folder, "run"), RecipeError):
         run = RunFolder(Path(folder), {}, environment("cpu", torch.get_num_threads()))
         trainer = open_trainer(config, run, device)
         learners = trainer.learners(0)

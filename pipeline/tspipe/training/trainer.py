@@ -236,11 +236,8 @@ class Trainer:
             for selected, file in spec.files(validation=self.batches.data.validation_count > 0).items():
                 is_last = selected == "last"
                 row = results[-1 if is_last else int(states[f"{best}epoch"]) - 1]
-                facts: dict[str, str] = {
-                    name: repr(row[name]) for name in ("epoch", "test_accuracy", "val_accuracy") if name in row
-                }
-                facts |= {"epochs": str(len(results)), **metadata}
-                facts |= provenance(self.folder.identity, spec, selected)
+                facts = {name: repr(v) for name, v in row.items() if name in ("epoch", "test_accuracy", "val_accuracy")}
+                facts |= {"epochs": str(len(results)), **metadata, **provenance(self.folder.identity, spec, selected)}
                 tensors = without_prefix(last if is_last else f"{best}network.", states)
                 weights.save(self.folder.path / file, tensors, facts)
                 self.checkpointer.files |= self.folder.describe([file])
