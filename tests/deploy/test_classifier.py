@@ -18,7 +18,7 @@ from shared import error_message
 from tspipe.data.datasets import open_dataset
 from tspipe.deploy.classifier import find_images
 from tspipe.deploy.export import Export, ExportConfig, export
-from tspipe.deploy.exported import OnnxExport
+from tspipe.deploy.exported import OnnxExport, load_classifier
 from tspipe.deploy.rebuilt import RebuiltExport
 from tspipe.deploy.student import Student
 from tspipe.errors import DatasetError
@@ -114,6 +114,18 @@ def test_exports_predict_as_their_student(
             for name, data in members.items():
                 archive.writestr(name, data.replace(old, new) if name.endswith("weights_config.json") else data)
         assert reason in error_message(RebuiltExport, tmp_path / "y.pt2")
+
+
+def test_an_export_that_has_changed_is_refused(exports: list[Export], tmp_path: Path) -> None:
+    """A bit of a weight, which the formats themselves do not check, and a class name."""
+    for exported in exports:
+        data, file = exported.path.read_bytes(), tmp_path / f"x{exported.path.suffix}"
+        file.write_bytes(data[:-99] + bytes([data[-99] ^ 1]) + data[-98:])
+        if file.suffix == ".safetensors":
+            assert error_message(load_classifier, file).startswith(f"{file} has changed since tspipe wrote it")
+        if file.suffix != ".pt2":  # which has a CRC of each member
+            file.write_bytes(data.replace(b'"7"', b'"x"', 1).replace(b'\\"7\\"', b'\\"x\\"', 1))
+            assert error_message(load_classifier, file).startswith(f"{file} has changed since tspipe wrote it")
 
 
 def test_constants_of_a_program_are_not_weights(

@@ -62,7 +62,9 @@ def test_the_command(
     assert "The most confident mistakes" in Path("a/page.html").read_text()
 
 
-def test_what_is_measured(student_file: Path, digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured(
+    student_file: Path, digits: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second cache is a second teacher. One that cannot be built is not measured."""
     monkeypatch.setitem(digits.manifest["teacher"], "network", "mine")
     monkeypatch.setattr("tspipe.deploy.latency.BATCH_SIZES", (2,))
@@ -71,8 +73,9 @@ def test_what_is_measured(student_file: Path, digits: Cache, monkeypatch: pytest
     with monkeypatch.context() as patch:
         measured = []
         patch.setattr(memory, "measure", lambda sources: measured.extend(sources) or [{32: 2**20}])
-        first, second, student = evaluate([test, test], [library.load_student(student_file)], 1e-6, "./mine.py")
-    assert measured == [(student_file, "./mine.py")]
+        first, second, student = evaluate([test, test], [library.load_student(student_file)], 1e-6, ["./other.py"])
+    assert measured == [(student_file, ["./other.py"])]
+    assert "digits.h5 is not measured without its network's file: --network ./mine.py" in capsys.readouterr().err
     assert first.name == "teacher mine (digits)"
     assert (first.latency, first.counts.parameters, first.memory) == ([], None, {})
     assert second.scores == first.scores
@@ -116,7 +119,7 @@ def test_a_student_of_other_classes_is_refused(
     with pytest.raises(library.CacheMismatch, match=r"has another preprocessing than digits\.h5"):
         evaluate([test], [student])
     student.classes[0] = "nought"
-    with pytest.raises(library.CacheMismatch, match=r"has other classes than digits\.h5"):
+    with pytest.raises(library.CacheMismatch, match=r"than digits\.h5: class 0 is 'nought' in place of '0'\. Evaluate"):
         evaluate([test], [student])
 
 

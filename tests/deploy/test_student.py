@@ -154,6 +154,8 @@ def test_a_network_of_the_users_is_named_and_never_imported_by_itself(
     assert Path("imported").exists()
     with pytest.raises(tspipe.NetworkError, match=r"is a student of the network 'lenet5', not of ./mine.py"):
         tspipe.load_student(altered(), network="./mine.py")
+    assert tspipe.load_student(altered(), network=["./mine.py"]).facts.network == "lenet5"
+    assert tspipe.load_student(altered(network="mine"), network=["./x.py", "./mine.py"]).facts.network == "mine"
 
 
 def test_what_is_no_student_is_refused(run: Path, teacher: Path, tmp_path: Path) -> None:
@@ -165,6 +167,12 @@ def test_what_is_no_student_is_refused(run: Path, teacher: Path, tmp_path: Path)
     assert "There is no student" in message(tmp_path / "absent.safetensors")
     assert "has no students" in message(tmp_path)
     assert "is not a student of tspipe's" in message(teacher)
+    read = weights.read(run / "student-lenet5-taught-seed0.safetensors")
+    broken = {**read.tensors, "head.bias": read.tensors["head.bias"] * torch.nan}
+    weights.save(tmp_path / "x.safetensors", broken, read.metadata)
+    assert "has weights that are not finite" in message(tmp_path / "x.safetensors")
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    assert "photo.jpg is not a student" in message(tmp_path / "photo.jpg")
     assert message(run, student="resnet*").endswith(
         "has no student resnet*. There are: lenet5-alone-seed0, lenet5-taught-seed0."
     )

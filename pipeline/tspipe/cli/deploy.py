@@ -160,7 +160,9 @@ def eval_(
     ],
     student: Name = None,
     last: Last = False,
-    network: Network = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="The file of a network, if it is your own: ./mine.py; repeatable.")
+    ] = None,
     cache: CacheFile = None,
     data: options.Data = None,
     seconds: Annotated[

@@ -23,13 +23,15 @@ from tspipe.deploy.latency import Latency, Run, Subject
 from tspipe.deploy.memory import Peaks
 from tspipe.deploy.rebuilt import RebuiltExport
 from tspipe.deploy.scores import Scores, score
-from tspipe.deploy.student import Student
+from tspipe.deploy.student import NetworkFiles, Student
 from tspipe.errors import CacheMismatch, TspipeError
+from tspipe.models import networks
 from tspipe.models.inference import channels_last
 from tspipe.models.probe import probe_images
 from tspipe.models.teacher import load_teacher
+from tspipe.models.weights import class_difference
 from tspipe.recipes.load import recipe_for_cache
-from tspipe.utils.progress import progress
+from tspipe.utils.progress import progress, warn
 from tspipe.utils.threads import available_cores
 
 _BATCH = 64
@@ -72,7 +74,10 @@ class _Entry:
 
 
 def evaluate(
-    tests: Sequence[LabelledImages], classifiers: Sequence[Classifier], seconds: float = 0.5, network: str | None = None
+    tests: Sequence[LabelledImages],
+    classifiers: Sequence[Classifier],
+    seconds: float = 0.5,
+    network: NetworkFiles = None,
 ) -> list[Evaluation]:
     """Compare classifiers with each other and with the teachers of caches, which come first, on their test images.
 
@@ -80,13 +85,13 @@ def evaluate(
         tests: the test images of the caches. The agreement is that with the teacher of the first one.
         classifiers: each is tested on the images of the first cache that has its preprocessing.
         seconds: how long to measure each latency; 0 to measure neither latency nor memory.
-        network: the path of the network's file, if the classifiers' is a user's.
+        network: the paths of the networks that are users', of classifiers and of teachers.
 
     Raises CacheMismatch if the caches differ in their test images, or a classifier has other classes or another
     preprocessing than they.
     """
     _check_same(tests)
-    entries = [_teacher_entry(test, several=len(tests) > 1) for test in tests]
+    entries = [_teacher_entry(test, network, several=len(tests) > 1) for test in tests]
     entries += [_entry(classifier, _images_for(classifier, tests)) for classifier in classifiers]
     probabilities = _probabilities(entries)
     measured = [i for i, entry in enumerate(entries) if entry.subject and seconds]
@@ -134,11 +139,11 @@ def leak_remarks(classifiers: Sequence[Classifier], tests: Sequence[LabelledImag
     return remarks
 
 
-def open_subject(path: Path, network: str | None) -> Subject:
+def open_subject(path: Path, network: NetworkFiles) -> Subject:
     """Return what `evaluate` measures of a classifier's file, or of a cache."""
     if path.suffix != ".h5":
         return _subject(load_classifier(path, network=network))[0]
-    subject, _ = _teacher(open_cache(path))
+    subject, _ = _teacher(open_cache(path), network)
     if subject is None:
         raise CacheMismatch(f"The teacher of {path} cannot be built.")
     return subject
@@ -156,7 +161,10 @@ def _images_for(classifier: Classifier, tests: Sequence[LabelledImages]) -> Labe
     """Return the images with the classifier's preprocessing."""
     names = " and ".join(test.cache.name for test in tests)
     if classifier.facts.classes != tests[0].cache.classes:
-        raise CacheMismatch(f"{classifier.name} has other classes than {names}.")
+        difference = class_difference(classifier.facts.classes, tests[0].cache.classes)
+        raise CacheMismatch(
+            f"{classifier.name} has other classes than {names}: {difference}. Evaluate it with its own cache."
+        )
     for test in tests:
         if classifier.facts.preprocess.as_dict() == test.cache.manifest["preprocess"]:
             return test
@@ -191,24 +199,31 @@ def _run(logits: Run, preprocess: Preprocess) -> Run:
     return torch.inference_mode()(lambda pixels: logits(preprocess.normalise(pixels)).softmax(1))
 
 
-def _teacher_entry(test: LabelledImages, *, several: bool) -> _Entry:
+def _teacher_entry(test: LabelledImages, network: NetworkFiles, *, several: bool) -> _Entry:
     cache = test.cache
     name = f"teacher {cache.manifest['teacher']['network']}" + (f" ({cache.path.stem})" if several else "")
-    subject, counts = _teacher(cache)
+    subject, counts = _teacher(cache, network)
     probabilities = torch.from_numpy(cache.test.logits.load()).softmax(1)
     return _Entry(name, cache.path, test, subject, counts, cache.dimensions.weights_bytes or None, probabilities)
 
 
-def _teacher(cache: Cache) -> tuple[Subject | None, Counts]:
-    """Return the cache's teacher; None if it cannot be built."""
-    try:
-        recipe, _ = recipe_for_cache(cache.name, cache.manifest, None, None, {})
-        shape = tuple(cache.manifest["teacher"]["options"]["input_shape"])
-        network = load_teacher(cache, recipe, shape, CPU)
-    except TspipeError:  # a cache may lack its teacher, and a user's network needs its file
+def _teacher(cache: Cache, network: NetworkFiles) -> tuple[Subject | None, Counts]:
+    """Return the cache's teacher; None, and a warning, if it cannot be built."""
+    name = cache.manifest["teacher"]["network"]
+    files = [network] if isinstance(network, str) else network or ()
+    file = next((one for one in files if networks.recorded_name(one) == name), None)
+    if networks.is_user_network(name) and not file and "program_sha256" not in cache.manifest["teacher"]:
+        warn(f"The teacher of {cache.name} is not measured without its network's file: --network ./{name}.py")
         return None, Counts()
-    run = _run(lambda images: network(images).logits, Preprocess.from_dict(cache.manifest["preprocess"]))
-    return Subject(lambda _: run, shape), count_module(network, probe_images(shape)[:1])
+    try:
+        recipe, _ = recipe_for_cache(cache.name, cache.manifest, None, None, {"teacher.network": file})
+        shape = tuple(cache.manifest["teacher"]["options"]["input_shape"])
+        teacher = load_teacher(cache, recipe, shape, CPU)
+    except TspipeError as error:  # a cache may lack its teacher, or the teacher its library
+        warn(f"The teacher of {cache.name} is not measured: {error}")
+        return None, Counts()
+    run = _run(lambda images: teacher(images).logits, Preprocess.from_dict(cache.manifest["preprocess"]))
+    return Subject(lambda _: run, shape), count_module(teacher, probe_images(shape)[:1])
 
 
 def _probabilities(entries: Sequence[_Entry]) -> list[Tensor]:

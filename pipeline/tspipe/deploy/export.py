@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tspipe.data.preprocess import Preprocess
+from tspipe.deploy.facts import NO_CHECKSUM, insert_checksum
 from tspipe.deploy.fold import fold
 from tspipe.deploy.folder_images import FolderImages
 from tspipe.deploy.formats import FORMATS, Files, Run, check_installed, quiet, refusal
@@ -136,6 +137,7 @@ def export(student: Student, config: ExportConfig, test: Images | None) -> Expor
     program = _trace(module, example, student.name, single=format_.single)
     calibration = _calibration(student, test, config.uint8) if config.int8 and test else None
     files = format_.write(program, _metadata(student, config), calibration)
+    files = files._replace(data=insert_checksum(files.data))
     comparison = _compare(_runnable(config.format, files), student, test, config.uint8)
     if not (comparison.agreement >= _AGREEMENT if config.int8 else comparison.relative <= _TOLERANCE):
         raise NetworkError(
@@ -210,6 +212,7 @@ def _metadata(student: Student, config: ExportConfig) -> dict[str, str]:
         if config.uint8
         else f"({batch}, C, H, W) float32, preprocessed",
         "output": config.output,
+        **({} if config.format == "torch" else {"checksum": NO_CHECKSUM}),  # a .pt2 archive has checksums of its own
         "epoch": f"{student.facts.epoch} of {student.facts.epochs}, selected: {student.facts.selected}",
         # Quantisation changes the accuracy, which is measured only when the file is complete.
         "student_test_accuracy" if config.int8 else "test_accuracy": repr(student.facts.test_accuracy),

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tspipe.deploy import executorch
 from tspipe.deploy.classifier import Classifier
-from tspipe.deploy.facts import ExportFacts, parse
+from tspipe.deploy.facts import ExportFacts, check_unchanged, parse
 from tspipe.deploy.formats import INPUT, Run, check_installed, quiet
 from tspipe.deploy.rebuilt import RebuiltExport, is_export
-from tspipe.deploy.student import find_students, load_student
+from tspipe.deploy.student import NetworkFiles, find_students, load_student
 from tspipe.errors import NetworkError
 from tspipe.utils.progress import warn
 from tspipe.utils.reading import read_file
@@ -49,10 +49,12 @@ class OnnxExport(_RuntimeExport):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0: all
         try:
-            session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+            data = read_file(path)
+            session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has many types of errors, without a common base
             raise NetworkError(f"{path} is damaged, or not an ONNX file.") from error
         self.facts = parse(ExportFacts, session.get_modelmeta().custom_metadata_map, str(path))
+        check_unchanged(self.facts, data, path)
         self._run = lambda images: session.run(None, {INPUT: images})[0]
 
 
@@ -71,15 +73,16 @@ class ExecutorchExport(_RuntimeExport):
         except Exception as error:  # ExecuTorch has many types of errors, without a common base
             raise NetworkError(f"{path} is damaged, or not an export of tspipe's to ExecuTorch.") from error
         self.facts = parse(ExportFacts, metadata, str(path))
+        check_unchanged(self.facts, self._data, path)
 
 
 def load_classifier(
-    path: Path, student: str | None = None, network: str | None = None, *, last: bool = False
+    path: Path, student: str | None = None, network: NetworkFiles = None, *, last: bool = False
 ) -> Classifier:
     """Return the export in a file, else the student, as `load_student`; of a run folder, say which one it is.
 
     Args:
-        network: the path of the network's file, if it is a user's. `.onnx` and `.pte` files need none.
+        network: see `load_student`. `.onnx` and `.pte` files need none.
     """
     if path.suffix == ".onnx":
         return OnnxExport(path)

@@ -1,6 +1,8 @@
 """What the metadata of a student's file, or of an export, say; checked before anything is built from it."""
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Json, JsonValue, ValidationError, model_validator
@@ -9,6 +11,7 @@ from tspipe.data.preprocess import Preprocess
 from tspipe.errors import NetworkError
 
 _MAX_SIDE = 2048  # pixels; a file may claim any size, and a probe of that size is run when it is loaded
+NO_CHECKSUM = "0" * 64  # takes the checksum's place in the bytes that it is computed from
 _NETWORK = r"^([\w.+-]+(:[\w.+-]+)?|hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+)$"  # a name, never a path
 _Channels = Annotated[int, Field(ge=1, le=1024)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -95,12 +98,29 @@ class ExportFacts(Facts):
     Attributes:
         name: the student's.
         output: probabilities if the file takes bytes (`--uint8`), else logits.
+        checksum: the SHA-256 of the file with zeros in its place; empty in `.pt2` archives, which have their own.
         constants: the tensors in a safetensors file that are the program's, and not in the network's state dict.
     """
 
     name: str
     output: Literal["logits", "probabilities"]
+    checksum: str = ""
     constants: Json[list[str]] = []
+
+
+def insert_checksum(data: bytes) -> bytes:
+    """Return an export with its checksum in place of `NO_CHECKSUM` in its metadata."""
+    return data.replace(NO_CHECKSUM.encode(), hashlib.sha256(data).hexdigest().encode())
+
+
+def check_unchanged(facts: ExportFacts, data: bytes, path: Path) -> None:
+    """Raise NetworkError if the bytes of an export have changed since it was written."""
+    checksum = facts.checksum.encode()
+    if checksum and hashlib.sha256(data.replace(checksum, NO_CHECKSUM.encode())).hexdigest().encode() != checksum:
+        raise NetworkError(
+            f"{path} has changed since tspipe wrote it: it is damaged, or another program has edited it. Export the "
+            "student again."
+        )
 
 
 _KINDS: dict[type[Facts], str] = {StudentFacts: "a student of tspipe's", ExportFacts: "an export of tspipe's"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tspipe.deploy.latency import BATCH_SIZES, random_pixels
+from tspipe.deploy.student import NetworkFiles
 from tspipe.models import networks
 from tspipe.utils.memory import release_freed_memory
 from tspipe.utils.progress import progress, warn
@@ -22,7 +23,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux; writing 5 resets the pea
 Peaks = dict[int, int]  # bytes by batch size
 
 
-def measure(sources: Sequence[tuple[Path, str | None]]) -> list[Peaks]:
+def measure(sources: Sequence[tuple[Path, NetworkFiles]]) -> list[Peaks]:
     """Return by how much the resident memory of a new process peaks while it classifies a batch, for each batch size.
 
     The peak counts the weights and what inference allocates, with one thread. It leaves out Python, the runtime's
@@ -39,7 +40,7 @@ def measure(sources: Sequence[tuple[Path, str | None]]) -> list[Peaks]:
     return peaks
 
 
-def _measure(source: tuple[Path, str | None]) -> Peaks:
+def _measure(source: tuple[Path, NetworkFiles]) -> Peaks:
     if not CLEAR_REFS.exists():
         return {}
     command = [sys.executable, "-m", __name__, json.dumps([str(source[0]), source[1], networks.trusts_remote_code()])]
@@ -51,7 +52,7 @@ def _measure(source: tuple[Path, str | None]) -> Peaks:
     return {int(size): peak for size, peak in json.loads(result.stdout.splitlines()[-1]).items()}
 
 
-def _worker(path: Path, network: str | None, *, trusted: bool) -> Peaks:
+def _worker(path: Path, network: NetworkFiles, *, trusted: bool) -> Peaks:
     """Return the peaks of this process."""
     from tspipe.deploy.evaluate import open_subject  # imported here since it imports this module
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tspipe.deploy.export import WithPreprocessing
-from tspipe.deploy.facts import ExportFacts, parse
+from tspipe.deploy.facts import ExportFacts, check_unchanged, parse
 from tspipe.deploy.fold import fold_network
 from tspipe.deploy.formats import EXTRA_FILE
-from tspipe.deploy.student import build
+from tspipe.deploy.student import NetworkFiles, build
 from tspipe.errors import NetworkError
 from tspipe.models import weights
 from tspipe.models.probe import eval_mode
@@ -39,11 +39,12 @@ class RebuiltExport:
     the network that it names, as with an export by another version of tspipe.
     """
 
-    def __init__(self, path: Path, network: str | None = None):
+    def __init__(self, path: Path, network: NetworkFiles = None):
         if not path.is_file():
             raise NetworkError(f"There is no file {path}.")
         tensors, metadata = read_archive(path) if path.suffix == ".pt2" else weights.read(path)[:2]
         self.facts = parse(ExportFacts, metadata, str(path))
+        check_unchanged(self.facts, read_file(path), path)
         self.path, self.name = path, path.name
         self.uint8 = self.facts.output == "probabilities"
         self.module = _rebuild(self.facts, tensors, network, path)
@@ -56,7 +57,7 @@ class RebuiltExport:
             return self.module(self.facts.preprocess.normalise(pixels)).softmax(1)  # type: ignore[no-any-return]
 
 
-def _rebuild(facts: ExportFacts, tensors: Mapping[str, Tensor], network: str | None, path: Path) -> nn.Module:
+def _rebuild(facts: ExportFacts, tensors: Mapping[str, Tensor], network: NetworkFiles, path: Path) -> nn.Module:
     """Build the network, fold it as `tspipe export` does, and load the tensors."""
     tensors = {key: tensor for key, tensor in tensors.items() if key not in facts.constants}
     built = build(facts, sum(tensor.numel() for tensor in tensors.values()), len(facts.classes), network, path)

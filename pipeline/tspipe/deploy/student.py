@@ -1,13 +1,14 @@
 """A trained student as a plain module, read from its file or its run folder."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tspipe.data.decode import has_image_extension
 from tspipe.data.preprocess import Preprocess
 from tspipe.deploy import images
 from tspipe.deploy.classifier import Prediction, predict
@@ -19,6 +20,7 @@ from tspipe.models.loading import NetworkSpec, load_into
 from tspipe.models.probe import eval_mode, probe_images
 from tspipe.training.run_folder import RunFolder
 
+NetworkFiles = str | Sequence[str] | None  # paths of users' networks
 _BEST = re.compile("-best-(validation|test)$")  # in names of students after their best epoch
 _SPARE_PARAMETERS = 2**24  # that the network without g(x) may have beyond 16 times those in the file
 
@@ -70,7 +72,7 @@ class Student(nn.Module):
 
 
 def load_student(
-    path: str | Path, *, student: str | None = None, network: str | None = None, last: bool = False
+    path: str | Path, *, student: str | None = None, network: NetworkFiles = None, last: bool = False
 ) -> Student:
     """Load a trained student, in eval mode on the CPU. No code of the file is run.
 
@@ -78,7 +80,7 @@ def load_student(
         path: a file `student-*.safetensors`, or a run folder.
         student: which student of a run folder; a name, or a pattern such as `lenet5-taught*`. Of several, the one with
             the highest accuracy on held-back images is loaded or, if the run held none back, on the test split.
-        network: the path of the network's file, if it is a user's (`./mine.py`).
+        network: the path of the network's file, if it is a user's (`./mine.py`); several for several students.
         last: of a run folder, load the weights after the last epoch, and not those after the best one. The best is
             selected as students are; `facts.selected` says by what.
 
@@ -89,6 +91,10 @@ def load_student(
     file = next(iter(find_students(path, student, last=last))) if path.is_dir() else path
     if not file.is_file():
         raise NetworkError(f"There is no student {file}. Give a file student-*.safetensors or a run folder.")
+    if file.suffix == ".h5" or has_image_extension(file.name):  # as where the first argument was left out
+        raise NetworkError(
+            f"{file} is not a student. Give a file student-*.safetensors, an export or a run folder first."
+        )
     read = weights.read(file)
     recorded = RunFolder(file.parent, {}, {}).recorded_files().get(file.name)
     if recorded and recorded["sha256"] != read.sha256:
@@ -131,11 +137,13 @@ def _accuracy(file: Path) -> float:
         return -1
 
 
-def _network_name(facts: Facts, network: str | None, file: Path) -> str:
+def _network_name(facts: Facts, network: NetworkFiles, file: Path) -> str:
     """Return the name to build the student's network by. A name in the file is never imported unless it is tspipe's."""
-    if network and networks.recorded_name(network) == facts.network:
-        return network
-    if network:
+    files = [network] if isinstance(network, str) else network or ()
+    for one in files:
+        if networks.recorded_name(one) == facts.network:
+            return one
+    if isinstance(network, str):
         raise NetworkError(f"{file} is a student of the network {facts.network!r}, not of {network}.")
     if not networks.is_user_network(facts.network):
         return facts.network
@@ -145,7 +153,7 @@ def _network_name(facts: Facts, network: str | None, file: Path) -> str:
     )
 
 
-def build(facts: Facts, stored: int, width: int, network: str | None, path: Path) -> FeatureNet:
+def build(facts: Facts, stored: int, width: int, network: NetworkFiles, path: Path) -> FeatureNet:
     """Build the network of a student's file, or of an export, with random weights.
 
     Args:
@@ -164,11 +172,13 @@ def build(facts: Facts, stored: int, width: int, network: str | None, path: Path
         return student_of(spec.build(), name, projected, classes, probe_images(facts.input_shape))
 
 
-def _load(facts: StudentFacts, tensors: Mapping[str, Tensor], network: str | None, path: Path) -> FeatureNet:
+def _load(facts: StudentFacts, tensors: Mapping[str, Tensor], network: NetworkFiles, path: Path) -> FeatureNet:
     """Build the student's network and load its weights; what the file claims is compared with its tensors before."""
     head, expected = tensors.get("head.weight"), (len(facts.classes), facts.width)
     if head is None or head.shape != expected:
         raise NetworkError(f"{path} is damaged: its head is not of {expected[1]} features and {expected[0]} classes.")
+    if any(not tensor.isfinite().all() for tensor in tensors.values()):
+        raise NetworkError(f"{path} has weights that are not finite numbers, so it predicts nothing. Train it again.")
     built = build(facts, sum(tensor.numel() for tensor in tensors.values()), facts.width, network, path)
     load_into(built, tensors, facts.network, str(path))
     return built

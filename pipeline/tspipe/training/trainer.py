@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tspipe.data.preprocess import Preprocess
 from tspipe.errors import RecipeError
-from tspipe.models import initial, weights
+from tspipe.models import initial, networks, weights
 from tspipe.models.teacher import count_teacher_parameters
 from tspipe.training.arms import UNTAUGHT, WITH_RANDOM, LearnerSpec, arm_losses
 from tspipe.training.batches import BatchSource
@@ -266,10 +266,9 @@ def initial_weights(config: StudentConfig) -> Iterator[str]:
             if difference := initial.preprocess_difference(start, Preprocess.from_dict(manifest["preprocess"]), side):
                 yield f"{start.name} are for another preprocessing than the cache's: {difference}."
         elif config.recipe.student_init(student) == initial.AUTO:
-            yield (
-                f"{student} starts from random weights: no ImageNet weights for it are on this machine. If they are "
-                "published, --download fetches them."
-            )
+            published = networks.imagenet(student) is not None
+            reason = "its ImageNet weights are not on this machine. Fetch them: --download" if published else ""
+            yield f"{student} starts from random weights: {reason or 'no ImageNet weights are published for it.'}"
 
 
 def student_metadata(config: StudentConfig, data: RunData, spec: LearnerSpec, width: int) -> dict[str, str]:
