@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import tspipe
@@ -27,10 +28,16 @@ ORDER = [
 ]
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Return the dotted names that a file imports, inside functions as well."""
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -71,14 +78,14 @@ def test_names_say_what_a_thing_is() -> None:
     vague = {"said", "told", "found", "wanted", "mine", "there", "here"}
     root = Path(__file__).parents[1]
     for path in (path for folder in ("pipeline", "tests", "benchmarks") for path in (root / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse(path)):
             names = {getattr(node, field, None) for field in ("id", "arg", "attr", "name")}
             assert not {name for name in names if isinstance(name, str)} & vague, f"{path}: {ast.unparse(node)}"
 
 
 def test_classes_of_stage_two_are_small() -> None:
     for path in (PACKAGE / "training").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse(path)):
             if isinstance(node, ast.ClassDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 150, f"{path.name}: {node.name}"
@@ -117,9 +124,8 @@ def test_help_does_not_import_torch() -> None:
 
 def test_files_classes_and_functions_are_short() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
-        source = path.read_text()
-        assert source.count("\n") <= 400, path
-        for node in ast.walk(ast.parse(source)):
+        assert path.read_text().count("\n") <= 400, path
+        for node in ast.walk(parse(path)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
@@ -142,6 +148,6 @@ def test_info_of_a_local_file_imports_no_transfer_code(digits: Cache) -> None:
 def test_text_files_have_an_encoding() -> None:
     """Otherwise they would have that of the locale."""
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
                 assert node.args or any(word.arg == "encoding" for word in node.keywords), ast.unparse(node)

@@ -346,7 +346,7 @@ def test_training_from_a_cache_without_its_teacher(digits: Cache, tmp_path: Path
 
 def test_a_run_resumes_with_the_same_number_of_threads(digits: Cache, tmp_path: Path) -> None:
     """Threads split sums, so another number of threads changes the weights."""
-    run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    run_config = config(digits, tmp_path / "run", "lr=1e30", "batch_size=500", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
         train_students(run_config)
     written = json.loads((tmp_path / "run/config.json").read_text())
@@ -434,7 +434,7 @@ def test_changed_code_of_the_teacher_is_refused(digits: Cache, tmp_path: Path, m
 
 
 def test_a_run_does_not_resume_on_another_kind_of_device(digits: Cache, tmp_path: Path) -> None:
-    run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    run_config = config(digits, tmp_path / "run", "lr=1e30", "batch_size=500", arms=(TAUGHT,))
     with pytest.raises(TrainingError):
         train_students(run_config)
     text = (tmp_path / "run/config.json").read_text()
@@ -451,7 +451,7 @@ def test_a_run_resumes_on_another_device_of_the_same_kind(
     digits: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each process of torchrun has a GPU of its own, and only the first has number 0."""
-    run_config = config(digits, tmp_path / "run", "lr=1e30", arms=(TAUGHT,))
+    run_config = config(digits, tmp_path / "run", "lr=1e30", "batch_size=500", arms=(TAUGHT,))
     for device in (torch.device("cpu"), torch.device("cpu", 0)):
         monkeypatch.setattr("tspipe.training.trainer.pick_device", lambda _, device=device: device)
         with pytest.raises(TrainingError):
