@@ -88,6 +88,12 @@ def test_paths_pictures_and_arrays_give_the_same(student_file: Path, tmp_path: P
     torch.testing.assert_close(student(images).softmax(1), probabilities[:1])
     with pytest.raises(DatasetError, match=r"float32 of shape \(8, 8, 1\)\. Give paths"):
         student.predict([pixels.astype(np.float32)])
+    torch.testing.assert_close(student.predict(pixels).probabilities, probabilities[:1])  # one image, not 8 rows
+    assert student.predict(np.stack([pixels, pixels])).labels.shape == (2,)
+    with pytest.raises(DatasetError, match=r"uint8 of shape \(0, 8, 1\)\. Give paths"):
+        student.predict([pixels[:0]])
+    with pytest.raises(DatasetError, match="has 7 channels, and the student takes 1"):
+        student.predict(torch.zeros(1, 3, 8, 7, dtype=torch.uint8))
 
 
 def test_an_image_of_another_size_is_refused(altered: Callable[..., Path], student_file: Path) -> None:

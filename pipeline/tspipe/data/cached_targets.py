@@ -60,7 +60,10 @@ class CachedTargets(Dataset[tuple[Any, Any, Tensor, Tensor]]):
         if split not in ("train", "test"):
             raise DatasetError(f"There is no split {split!r}: give train or test.")
         if cache.manifest["views"]:
-            raise CacheMismatch(f"{cache.path.name} holds views of its images, which CachedTargets cannot replay.")
+            raise CacheMismatch(
+                f"{cache.path.name} holds views of its images, which CachedTargets cannot replay. Make a cache without "
+                "them: tspipe cache --set views.count=0"
+            )
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise DatasetError("CachedTargets takes a map-style dataset, one with a length and dataset[i].")
         if not len(dataset):

@@ -23,6 +23,11 @@ def prepare(picture: Picture, preprocess: Preprocess, input_shape: tuple[int, in
     """
     name = str(picture) if isinstance(picture, str | os.PathLike) else "The image"
     pixels = _pixels(picture)
+    if pixels.shape[2] not in (1, 3, preprocess.channels):
+        raise DatasetError(
+            f"{name} has {pixels.shape[2]} channels, and the student takes {preprocess.channels}. Arrays are (H, W) or "
+            "(H, W, C)."
+        )
     if preprocess.channels == 1 and pixels.shape[2] == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
     try:
@@ -39,7 +44,9 @@ def prepare(picture: Picture, preprocess: Preprocess, input_shape: tuple[int, in
 
 
 def as_sequence(pictures: Pictures) -> Sequence[Picture]:
-    """Return the pictures as a sequence; one path or one Pillow image is a sequence of one."""
+    """Return the pictures as a sequence; one path, Pillow image or array of at most three dimensions is one picture."""
+    if isinstance(pictures, np.ndarray):
+        return [pictures] if pictures.ndim <= 3 else list(pictures)
     return [pictures] if isinstance(pictures, str | os.PathLike | Image.Image) else list(pictures)
 
 
@@ -53,7 +60,7 @@ def _pixels(picture: Picture) -> NDArray[np.uint8]:
         except ValueError as error:
             raise DatasetError(f"The image cannot be used: {error}.") from error
     pixels = np.asarray(picture)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
         raise DatasetError(
             f"An image is {pixels.dtype} of shape {pixels.shape}. Give paths, Pillow images, or uint8 arrays of shape "
             "(H, W) or (H, W, C)."
