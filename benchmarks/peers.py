@@ -5,12 +5,14 @@ All train the same student on the training images of a cache made with --images:
 
     live   the teacher in the loop, as a plain network        h5py   a Dataset that indexes the cache by h5py
     pt     a Dataset of one .pt file per sample               tar    shards of 1,000 samples, as WebDataset reads them
-    ours   `tspipe student`'s batches and steps
+    ours   `tspipe student`'s batches and steps               torchdistill   its DistillationBox, the teacher live
 
-Prints the seconds of an epoch after the first batch, bytes on disk (for `live`, of the pixels alone), and the resident
-memory of all processes at the end of the epoch, with shared pages divided among them (PSS).
+torchdistill is left out unless it is installed. Prints the seconds of an epoch after the first batch, bytes on disk
+(of the pixels alone where the teacher is live), and the resident memory of all processes at the end of the epoch, with
+shared pages divided among them (PSS).
 """
 
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -29,7 +31,7 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset, get_worker_info
 
 import bare_loop
 from tspipe.cache import open_cache
@@ -48,7 +50,7 @@ from tspipe.utils.device import pick_device
 from tspipe.utils.files import lock
 from tspipe.utils.memory import keep_freed_memory
 
-WAYS, BATCH, SHARD = ("live", "pt", "h5py", "tar", "ours"), 128, 1000
+WAYS, BATCH, SHARD = ("live", "torchdistill", "pt", "h5py", "tar", "ours"), 128, 1000
 Samples = Iterator[tuple[Tensor, Tensor, Tensor]]  # (n, H, W, C) uint8, (n, d) float16, (n,) int64
 
 
@@ -162,6 +164,63 @@ def plain_teacher(cache: str) -> nn.Module:
     return feature_net.split(module.eval().requires_grad_(False), name, probe_images((channels, height, width)))
 
 
+class TeacherFeatures(nn.Module):
+    """The plain teacher's features alone, as torchdistill compares a module's output."""
+
+    def __init__(self, cache: str):
+        super().__init__()
+        self.teacher = plain_teacher(cache)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.teacher(images).features  # type: ignore[no-any-return]
+
+
+def torchdistill_steps(cache: str, student_name: str) -> Iterator[object]:
+    """Yield after each step of torchdistill's single-stage distillation with the same loss and optimiser."""
+    from torchdistill.core.distillation import get_distillation_box
+
+    opened = open_cache(cache)
+    student, _ = bare_loop.build(student_name, opened.dimensions.width, len(opened.classes), "channels-first")
+    images, labels = bare_loop.load_images(cache, "train", "channels-first"), bare_loop.load(cache, "train_labels")
+    from_student = {"is_from_teacher": False, "io": "output"}
+    terms = {
+        "mse": ("MSELoss", "g", {"is_from_teacher": True, "module_path": ".", "io": "output"}),
+        "ce": ("CrossEntropyLoss", "head", {"uses_label": True}),
+    }
+    workers = {"batch_size": BATCH, "num_workers": 2, "persistent_workers": True}
+    config = {
+        "num_epochs": 1,
+        "train_data_loader": {"dataset_id": "train", "sampler": {"class_or_func": RandomSampler}, "kwargs": workers},
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only", "forward_hook": {"output": ["g", "head"]}},
+        "optimizer": {"key": "Adam", "kwargs": {"lr": 1e-3, "fused": True}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    term: {
+                        "criterion": {"key": key, "kwargs": {}},
+                        "criterion_wrapper": {
+                            "key": "SimpleLossWrapper",
+                            "kwargs": {"input": {**from_student, "module_path": module}, "target": target},
+                        },
+                        "weight": 1.0,
+                    }
+                    for term, (key, module, target) in terms.items()
+                }
+            },
+        },
+    }
+    data, device = {"train": TensorDataset(images, labels)}, torch.device("cpu")
+    box = get_distillation_box(TeacherFeatures(cache), student, data, config, device, None, False, 1)
+    for epoch in range(2**20):
+        box.pre_epoch_process(epoch=epoch)
+        for batch, targets, extra in box.train_data_loader:
+            box.post_forward_process(box.forward_process(batch, targets, extra))
+            yield None
+        box.post_epoch_process()
+
+
 def our_steps(cache: str, student_name: str) -> Iterator[object]:
     """Yield after each step of `tspipe student`."""
     keep_freed_memory()
@@ -179,7 +238,10 @@ def our_steps(cache: str, student_name: str) -> Iterator[object]:
 
 def one(way: str, cache: str, student: str, folder: Path) -> None:
     """Time an epoch in this process, and print its line."""
-    steps = our_steps(cache, student) if way == "ours" else plain_steps(way, cache, student, folder)
+    if way in (given := {"ours": our_steps, "torchdistill": torchdistill_steps}):
+        steps = given[way](cache, student)
+    else:
+        steps = plain_steps(way, cache, student, folder)
     with h5py.File(cache) as file:
         rows, pixels = len(file["train_images"]), file["train_images"].nbytes
     next(steps)
@@ -188,10 +250,15 @@ def one(way: str, cache: str, student: str, folder: Path) -> None:
         next(steps)
     seconds = time.perf_counter() - start
     processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    sizes = {"live": pixels, "h5py": Path(cache).stat().st_size, "ours": Path(cache).stat().st_size}
+    sizes = {
+        "live": pixels,
+        "torchdistill": pixels,
+        "h5py": Path(cache).stat().st_size,
+        "ours": Path(cache).stat().st_size,
+    }
     stored = sizes.get(way) or sum(512 * path.stat().st_blocks for path in folder.iterdir())
     memory = sum(proportional_bytes(process) for process in processes)
-    print(f"{student:14}{way:6}{seconds:8.2f} s {stored / 2**20:7.0f} MiB on disk {memory / 2**20:7.0f} MiB resident")
+    print(f"{student:14}{way:14}{seconds:8.2f} s {stored / 2**20:7.0f} MiB on disk {memory / 2**20:7.0f} MiB resident")
 
 
 def proportional_bytes(process: int) -> int:
@@ -205,14 +272,15 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH}, n = 1", flush=True)
     with h5py.File(cache) as file:
         print(f"{len(file['train_images']):,} training images")
-    folders = {way: Path(folder, f"peers-{way}") for way in WAYS}
+    ways = [way for way in WAYS if way != "torchdistill" or importlib.util.find_spec(way)]
+    folders = {way: Path(folder, f"peers-{way}") for way in ways}
     try:
         for way, path in folders.items():
             path.mkdir(parents=True)
             if way in ("pt", "tar"):
                 store(way, cache, path)
         for student in students or ["lenet5", "resnet20"]:
-            for way in WAYS:
+            for way in ways:
                 subprocess.run([sys.executable, __file__, "one", way, cache, student, folders[way]], check=True)
     finally:
         for path in folders.values():
