@@ -131,7 +131,7 @@ def test_with_and_without_a_pool_are_two_caches(pool: Cache, digits: Cache, teac
     with pytest.raises(CacheMismatch) as refused:
         extract(pool_config(teacher, digits.path, "compute.block_rows=256"))
     assert str(refused.value) == (
-        f"{digits.path} is another cache: random is None, not (generator mt19937, rows 40, seed 0). Move "
+        f"{digits.path} is another cache: random is absent, not (generator mt19937, rows 40, seed 0). Move "
         "it away, replace it (tspipe cache --force) or write another (--out)."
     )
     with pytest.raises(CacheMismatch) as refused:

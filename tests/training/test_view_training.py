@@ -422,7 +422,7 @@ def test_on_the_command_line(tspipe: Tspipe, tmp_path: Path) -> None:
     assert open_cache("x.h5").manifest["views"] == {"count": 2, "flip": True, "seed": 0, "shift": 4}
     again = tspipe("cache", "--dataset", f"folder:{folder}", "--views", 0, "--out", "x.h5", *settings)
     assert again.error == (
-        "x.h5 is another cache: views is (count 2, flip True, seed 0, shift 4), not None. Move it away, "
+        "x.h5 is another cache: views is (count 2, flip True, seed 0, shift 4), not absent. Move it away, "
         "replace it (tspipe cache --force) or write another (--out)."
     )
     made = tspipe("student", "--cache", "x.h5", "--data", folder, *(f"--set={s}" for s in STUDENT))

@@ -33,7 +33,8 @@ def differing_fields(first: Any, second: Any, path: str = "") -> Iterator[tuple[
     """Yield the fields in which two manifests differ: (dotted name, first value, second value)."""
     if isinstance(first, dict) and isinstance(second, dict):
         for key in sorted(first.keys() | second.keys()):
-            yield from differing_fields(first.get(key), second.get(key), f"{path}.{key}".lstrip("."))
+            name = f".{key}" if key.isidentifier() else f"[{key}]"
+            yield from differing_fields(first.get(key), second.get(key), f"{path}{name}".removeprefix("."))
     elif first != second:
         yield path, first, second
 
@@ -55,7 +56,9 @@ def describe_differences(actual: Any, expected: Any) -> str:
 def _format(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(_SHA256, value):
         return value[:12]
-    return f"({', '.join(f'{k} {v}' for k, v in value.items())})" if isinstance(value, dict) else repr(value)
+    if isinstance(value, dict):
+        return f"({', '.join(f'{k} {v}' for k, v in value.items())})"
+    return "absent" if value is None else repr(value)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

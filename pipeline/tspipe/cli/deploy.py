@@ -11,7 +11,7 @@ import typer
 from tspipe.cli import options
 from tspipe.cli.share import local_path
 from tspipe.errors import NetworkError
-from tspipe.utils.console import echo, format_bytes
+from tspipe.utils.console import echo, format_bytes, pluralize
 
 if TYPE_CHECKING:
     from tspipe.deploy.export import Export
@@ -78,7 +78,7 @@ def export(
         raise NetworkError(f"--int8 takes its scales from images. {test}, or photos: --images FOLDER")
     config = stage.ExportConfig(format_, out, uint8, int8)
     exported = stage.export(loaded, config, None if isinstance(test, str) else test)
-    _show_export(exported, loaded, config.output, "images" if images else "test images")
+    _show_export(exported, loaded, config.output, "image" if images else "test image")
     if isinstance(test, str):
         echo(f"It was not run on real images: {test}")
 
@@ -88,9 +88,9 @@ def _show_export(exported: "Export", student: "Student", output: str, kind: str)
 
     compared, trained = exported.comparison, count_parameters(student)
     echo(f"{exported.path}: {format_bytes(exported.size)}, {exported.parameters:,} weights of {trained:,}")
-    kind = kind if compared.real else "images of random pixels"
+    images = pluralize(compared.images, kind if compared.real else "random image")
     difference = f"differ from the student's by up to {compared.difference:.1g}"
-    echo(f"Its {output} for {compared.images:,} {kind} {difference}.")
+    echo(f"Its {output} for {images} {difference}.")
     if compared.accuracy is not None:
         accuracies = f"{compared.accuracy:.2%}, the student's {compared.student_accuracy:.2%}"
         echo(f"Its test accuracy is {accuracies}; they agree on {compared.agreement:.2%} of the images.")
