@@ -150,15 +150,15 @@ def test_a_report_names_what_to_try_first(tmp_path: Path, capsys: pytest.Capture
     noise = make_run(tmp_path / "noise", {ALONE: [[0.6]], RANDOM: [[0.6]]})
     report.make([noise])
     text = capsys.readouterr().out
-    for option in ("--loss kd", "--random-images 128 --set random_kind=mixed", "--arms alone-random"):
+    for option in ("--loss srrl", "--random-images 128 --set random_kind=mixed", "--arms alone-random"):
         assert f"  {option}: " in text
         assert f"{option}: " in Page((noise.path / "report.html").read_text()).text
-    mixed = make_run(tmp_path / "mixed", {(RANDOM, "kd"): [[0.6]]})
+    mixed = make_run(tmp_path / "mixed", {(RANDOM, "srrl"): [[0.6]]})
     mixed.config["random_kind"] = "mixed"
     report.make([noise, mixed], tmp_path / "out")
     text = capsys.readouterr().out.partition(tables.UNTRIED)[2]
     assert "--arms alone-random" in text
-    assert "--loss kd" not in text
+    assert "--loss srrl" not in text
     assert "random_kind=mixed" not in text
 
 

@@ -132,7 +132,7 @@ def test_a_pool_is_made_for_a_recipe_that_uses_one(photos: Path, monkeypatch: py
     cache = open_cache(Path("cache/photos-lenet5-pool10.h5"))
     assert (cache.manifest["random"]["rows"], cache.manifest["random"]["kind"]) == (10, "mixed")
     assert run.config["random_source"] == "pool"
-    assert [(row["arm"], row["loss"]) for row in run.rows()[:2]] == [("alone + random", "xent"), (RANDOM, "kd")]
+    assert [(row["arm"], row["loss"]) for row in run.rows()[:2]] == [("alone + random", "xent"), (RANDOM, "srrl")]
 
 
 def test_the_progress_of_a_part_counts_the_images_of_the_others(digits: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

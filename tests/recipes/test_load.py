@@ -281,7 +281,7 @@ def test_strong_is_based_on_the_recipe_of_the_dataset_or_of_a_table():
 def test_best_is_based_on_any_recipe_and_has_the_baselines_of_mixing():
     for base in ("cifar10", "digits", "table1", "table3"):
         best = load.load(f"{base},best")
-        assert (best.loss, best.schedule, best.epochs) == (["kd"], "cosine", load.load(base).epochs)
+        assert (best.loss, best.schedule, best.epochs) == (["srrl"], "cosine", load.load(base).epochs)
         assert select_arms(True, best) == ("alone", "alone + random", "taught", "taught + random")
     assert (
         error_message("best")

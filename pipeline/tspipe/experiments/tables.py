@@ -133,7 +133,7 @@ def untried(runs: Sequence[Findings]) -> list[str]:
     results = [(run.config.random_kind, result) for run in runs for result in run.results]
     with_mixtures = {result.arm for kind, result in results if kind in FROM_PHOTOS}
     advice = [
-        ("kd" in {result.loss for _, result in results}, "--loss kd: Hinton's loss"),
+        ("srrl" in {result.loss for _, result in results}, "--loss srrl: the teacher's classifier on the features"),
         (RANDOM in with_mixtures, "--random-images 128 --set random_kind=mixed: mixtures of training images"),
         (ALONE_RANDOM in with_mixtures, "--arms alone-random: the same mixtures without a teacher, to compare with"),
     ]
