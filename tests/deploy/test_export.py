@@ -245,6 +245,10 @@ def test_the_command(tspipe: Callable, run: Path, digits: Cache, tmp_path: Path)
     made = tspipe("export", run, *options, "--out", "a/x.safetensors", "--force")
     assert "Its logits for 17 random images differ" in made.out
     assert f"It was not run on real images: The student's cache, id {digits.id[:12]}, is not in cache/." in made.out
+    with pytest.MonkeyPatch.context() as patch:  # before any work
+        patch.setattr("tspipe.deploy.export.export", None)
+        failed = tspipe("export", run, "--out", "mine.py/x.onnx")
+    assert failed.error.startswith("mine.py/x.onnx cannot be written: ")
     assert tspipe("export", run, "--format", "tflite").code == 2
     assert tspipe("export", run, "--format", "safetensors", "--out", "x.py").code == 2
     made = tspipe("export", run, "--format", "safetensors", "--out", "best.safetensors")

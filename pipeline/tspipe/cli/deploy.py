@@ -12,6 +12,7 @@ from tspipe.cli import options
 from tspipe.cli.share import local_path
 from tspipe.errors import NetworkError
 from tspipe.utils.console import echo, format_bytes, pluralize
+from tspipe.utils.files import check_writable
 
 if TYPE_CHECKING:
     from tspipe.deploy.export import Export
@@ -71,6 +72,7 @@ def export(
     for existing in (out, out.with_suffix(".py")) if format_ == "safetensors" else (out,):
         if existing.exists() and not force:
             raise NetworkError(f"{existing} exists already. Replace it with --force, or choose another --out.")
+    check_writable(out)
     if images and (cache or data):
         raise typer.BadParameter("it excludes --cache and --data", param_hint="--images")
     test = FolderImages(images, loaded.facts) if images else find_test_images(loaded.facts.cache, cache, data)
@@ -182,6 +184,7 @@ def eval_(
 
     if html:
         figures.check()
+        check_writable(html)
     files = [local_path(source) for source in sources]
     caches = [open_cache(file) for file in dict.fromkeys([cache, *files]) if file and file.suffix == ".h5"]
     classifiers = [load_classifier(file, student, network, last=last) for file in files if file.suffix != ".h5"]

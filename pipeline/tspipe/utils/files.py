@@ -8,6 +8,7 @@ import re
 import secrets
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,13 @@ def writing(path: Path, error: type[TspipeError] = TspipeError) -> Iterator[None
         raise error(
             f"{path} cannot be written: {why}. Existing files are kept. Fix this, then run the same command again."
         ) from problem
+
+
+def check_writable(path: Path) -> None:
+    """Raise TspipeError unless a file can be written to this path, whose folder is created; leaves no file."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_whole(path: Path, data: bytes) -> None:
