@@ -16,6 +16,7 @@ import tspipe as library
 from shared import error_message
 from tspipe.deploy import executorch, exported, model_card, publish
 from tspipe.deploy.export import ExportConfig, export
+from tspipe.deploy.facts import ExportFacts
 from tspipe.deploy.student import find_students
 
 NAME = "student-lenet5-taught-seed0.safetensors"
@@ -78,6 +79,14 @@ def test_the_card_of_a_student_alone_names_no_teacher_and_that_of_a_users_networ
     card = model_card.model_card(facts.model_copy(update={"network": "mine"}), "hf://me/digits/x.safetensors", "0" * 64)
     assert "    tspipe predict hf://me/digits/x.safetensors IMAGE --network ./mine.py\n" in card
     assert "load_student(\"x.safetensors\", network='./mine.py')" in card
+
+
+@pytest.mark.parametrize(("suffix", "count"), [(".onnx", 1), (".pt2", 2), (".safetensors", 2)])
+def test_an_export_of_ones_own_network_that_tspipe_rebuilds_needs_its_file(suffix: str, count: int) -> None:
+    facts = ExportFacts.model_construct(network="mine")
+    needed = publish.needs(Path(f"x{suffix}"), facts)
+    assert len(needed) == count
+    assert count == 1 or needed[1] == "for tspipe's commands also the network's file (--network ./mine.py)"
 
 
 def test_the_code_of_a_network_of_torch_hub_needs_trust(run: Path) -> None:

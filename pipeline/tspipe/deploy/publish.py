@@ -65,7 +65,9 @@ def push_card(facts: Facts, pushed: Pushed, *, force: bool) -> str:
 def needs(path: Path, facts: Facts) -> list[str]:
     """List what the receiver needs to run a file, besides the file."""
     if isinstance(facts, ExportFacts):
-        return [_RUNTIMES[path.suffix]]
+        is_rebuilt = path.suffix in (".pt2", ".safetensors") and networks.is_user_network(facts.network)
+        file = f"for tspipe's commands also the network's file (--network ./{facts.network}.py)"
+        return [_RUNTIMES[path.suffix], *([file] if is_rebuilt else [])]
     lines = ["tspipe"]
     if facts.network.startswith("timm:"):
         lines.append("timm (pip install 'tspipe[timm]')")
