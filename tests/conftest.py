@@ -77,11 +77,16 @@ def tspipe(
 
 
 class Run(NamedTuple):
-    """Whether a process was killed, its exit code and the lines that it printed."""
+    """Whether a process was killed, the exit codes of its ranks and the lines that they printed."""
 
     killed: bool
-    code: int
+    codes: list[int]
     lines: list[str]
+
+    @property
+    def code(self) -> int:
+        """Return the first exit code that is not 0."""
+        return next(filter(None, self.codes), 0)
 
     @property
     def error(self) -> str:

@@ -1,4 +1,4 @@
-"""Run tspipe commands under adverse conditions: read requests as lines of JSON, answer `[killed, code, lines]`.
+"""Run tspipe commands under adverse conditions: read requests as lines of JSON, answer `[killed, codes, lines]`.
 
 A command is a fork of this process, itself a fork of pytest's, so it starts in a tenth of a second instead of two. The
 fields of a request:
@@ -135,5 +135,5 @@ def serve(requests: TextIO, answers: TextIO) -> None:
                         os.kill(process, signal.SIGKILL)
         ends = [os.waitpid(process, 0)[1] for process, _ in started]
         codes = [os.waitstatus_to_exitcode(end) for end in ends]
-        answer = any(map(os.WIFSIGNALED, ends)), next(filter(None, codes), 0), lines
+        answer = any(map(os.WIFSIGNALED, ends)), codes, lines
         print(json.dumps(answer), file=answers, flush=True)

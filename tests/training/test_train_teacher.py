@@ -58,7 +58,10 @@ def test_augmentation_changes_the_weights_and_is_reproducible(tmp_path: Path) ->
     assert not files[0].equal(files[2])
 
 
-def test_a_killed_training_ends_with_the_same_weights(zygote: Zygote, teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_training_ends_with_the_same_weights(
+    zygote: Zygote, tspipe: Callable[..., Result], teacher: Path, tmp_path: Path
+) -> None:
+    """The last command runs in this process: the others draw no curve."""
     out = tmp_path / "digits-lenet5.safetensors"
     part = tmp_path / "digits-lenet5.safetensors.part"
     settings = [f"--set={setting}" for setting in [*TEACHER, "checkpoint_seconds=0"]]
@@ -68,12 +71,15 @@ def test_a_killed_training_ends_with_the_same_weights(zygote: Zygote, teacher: P
         if result := checkpoint.Checkpointer(part, 0, None).load():
             positions.append(result[1])
     assert positions == sorted(positions)
-    assert zygote.run("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
+    assert tspipe("teacher", "--dataset", "digits", "--out", out, *settings).code == 0
     assert out.read_bytes() == teacher.read_bytes()
     metrics, uninterrupted = (read_metrics(metrics_path(path)) for path in (out, teacher))
     assert metrics == uninterrupted
-    # These processes draw no curve; the next test has it.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-lenet5.metrics.csv", out.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "digits-lenet5.curves.png",
+        "digits-lenet5.metrics.csv",
+        out.name,
+    ]
 
 
 def test_a_curve_that_a_kill_prevented_is_drawn_by_the_next_command(

@@ -12,7 +12,7 @@ import pytest
 
 from tspipe.errors import CacheBusy, TspipeError
 from tspipe.utils import files
-from tspipe.utils.files import lock, open_without_links, remove_stale_lock, write_whole
+from tspipe.utils.files import check_lock, lock, open_without_links, remove_stale_lock, write_whole
 from tspipe.utils.reading import read_file
 
 
@@ -87,6 +87,23 @@ def test_a_lock_removes_what_a_dead_process_left_in_the_folder(tmp_path: Path) -
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
         assert (tmp_path / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_stays_held_when_the_name_of_the_machine_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lock(tmp_path / "run", CacheBusy):
+        monkeypatch.setattr(socket, "gethostname", lambda: "another-network")
+        check_lock(tmp_path / "run", CacheBusy, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_in_place_of_a_held_lock_is_not_waited_for(tmp_path: Path) -> None:
+    with lock(tmp_path / "run", CacheBusy):
+        (tmp_path / "run.lock").unlink()
+        os.mkfifo(tmp_path / "run.lock")
+        with pytest.raises(CacheBusy, match="was deleted or replaced while this process was writing it"):
+            check_lock(tmp_path / "run", CacheBusy, tmp_path)
 
 
 def test_a_lock_names_what_is_written(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tspipe.deploy.latency import Latency, Run, Subject
 from tspipe.deploy.memory import Peaks
 from tspipe.deploy.rebuilt import RebuiltExport
 from tspipe.deploy.scores import Scores, score
-from tspipe.deploy.student import NetworkFiles, Student
+from tspipe.deploy.student import NetworkFiles, Student, find_network_file
 from tspipe.errors import CacheMismatch, TspipeError
 from tspipe.models import networks
 from tspipe.models.inference import channels_last
@@ -210,8 +210,7 @@ def _teacher_entry(test: LabelledImages, network: NetworkFiles, *, several: bool
 def _teacher(cache: Cache, network: NetworkFiles) -> tuple[Subject | None, Counts]:
     """Return the cache's teacher; None, and a warning, if it cannot be built."""
     name = cache.manifest["teacher"]["network"]
-    files = [network] if isinstance(network, str) else network or ()
-    file = next((one for one in files if networks.recorded_name(one) == name), None)
+    file = find_network_file(name, network)
     if networks.is_user_network(name) and not file and "program_sha256" not in cache.manifest["teacher"]:
         warn(f"The teacher of {cache.name} is not measured without its network's file: --network ./{name}.py")
         return None, Counts()

@@ -137,12 +137,16 @@ def _accuracy(file: Path) -> float:
         return -1
 
 
+def find_network_file(name: str, network: NetworkFiles) -> str | None:
+    """Return which of users' files is that of the network of this recorded name, None if none is."""
+    files = [network] if isinstance(network, str) else network or ()
+    return next((file for file in files if networks.recorded_name(file) == name), None)
+
+
 def _network_name(facts: Facts, network: NetworkFiles, file: Path) -> str:
     """Return the name to build the student's network by. A name in the file is never imported unless it is tspipe's."""
-    files = [network] if isinstance(network, str) else network or ()
-    for one in files:
-        if networks.recorded_name(one) == facts.network:
-            return one
+    if own := find_network_file(facts.network, network):
+        return own
     if isinstance(network, str):
         raise NetworkError(f"{file} is a student of the network {facts.network!r}, not of {network}.")
     if not networks.is_user_network(facts.network):

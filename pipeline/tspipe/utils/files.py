@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tspipe.errors import TspipeError
+from tspipe.utils.reading import read_file
 
 TEMPORARY_NAME = re.compile(r"\..+\.(\d+)@(.+)\.[0-9a-f]{16}\.tmp")  # process, host
 _DAY = 24 * 3600  # seconds
+_HOST = socket.gethostname()  # the same while a process runs, though the name may change with the network
 
 
 @contextlib.contextmanager
@@ -69,7 +71,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 def temporary_name(name: str) -> str:
     """Return an unpredictable name for a file that is later renamed to `name`; it states this process and host."""
-    return f".{name[:100]}.{os.getpid()}@{socket.gethostname()}.{secrets.token_hex(8)}.tmp"
+    return f".{name[:100]}.{os.getpid()}@{_HOST}.{secrets.token_hex(8)}.tmp"
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -83,7 +85,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _is_abandoned(file: Path, process: int, host: str) -> bool:
-    if host != socket.gethostname():
+    if host != _HOST:
         return time.time() - file.lstat().st_mtime > _DAY
     try:
         os.kill(process, 0)  # sends no signal, only checks that the process exists
@@ -154,13 +156,13 @@ def check_lock(path: Path, error: type[TspipeError], target: Path) -> None:
 def _is_held(name: Path) -> bool:
     """Return whether a lock file names this process."""
     try:
-        return name.read_bytes() == _holder()
+        return read_file(name) == _holder()
     except OSError:
         return False
 
 
 def _holder() -> bytes:
-    return f"process {os.getpid()} on {socket.gethostname()}".encode()
+    return f"process {os.getpid()} on {_HOST}".encode()
 
 
 def remove_stale_lock(path: Path) -> None:
