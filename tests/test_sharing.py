@@ -103,7 +103,7 @@ def test_a_batch_of_fewer_images_than_processes(zygote: Zygote, digits: Cache, t
 def test_a_split_run_resumes_after_a_kill(zygote: Zygote, digits: Cache, tmp_path: Path) -> None:
     assert train(zygote, digits, tmp_path / "whole", ranks=2).code == 0
     kills = 0
-    for seconds in (0.8, 1.4):
+    for seconds in (0.3, 0.6):
         kills += train(zygote, digits, tmp_path / "killed", ranks=2, seconds=seconds).killed
     assert kills
     last = train(zygote, digits, tmp_path / "killed", ranks=2)
